@@ -1,0 +1,1 @@
+"""The algorithm library: tensors in, tensors out. Importing it loads nothing else."""

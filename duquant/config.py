@@ -1,0 +1,335 @@
+"""Recipes: validated, hashable descriptions of how to quantize a model. No torch here.
+
+The same classes are the REST schema, the manifest entry and the command line's input. Every field is keyword-only,
+every unknown field is an error, and equal recipes have equal digests on every machine.
+"""
+
+import hashlib
+import json
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+from duquant.errors import ConfigError
+
+_PYDANTIC: dict[str, Any] = {"extra": "forbid", "use_attribute_docstrings": True}
+
+ALGORITHM_VERSION = 1
+"""Part of every fingerprint. Raise it when the same recipe would give other bytes than before."""
+
+
+def _check_range(owner: str, name: str, value: float, low: float, high: float) -> None:
+    if not (math.isfinite(value) and low <= value <= high):
+        raise ConfigError(f"{owner}.{name} is {value}; it must be between {low} and {high}", field=f"{owner}.{name}")
+
+
+def _check_choice(owner: str, name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        allowed = ", ".join(str(choice) for choice in choices)
+        raise ConfigError(f"{owner}.{name} is {value!r}; it must be one of: {allowed}", field=f"{owner}.{name}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextSource:
+    """Where calibration or evaluation text comes from."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _PYDANTIC
+
+    kind: Literal["builtin", "file", "object", "hub", "random", "self"] = "builtin"
+    """builtin: text that ships with Python; file: a text or JSONL file; object: a key in the object store;
+    hub: a Hugging Face data set; random: uniformly random tokens; self: sampled from the model itself."""
+    name: str = "pydoc-topics"
+    """The built-in text's name, the file's path, the object's key, or the data set's name. Unused for random and self."""
+    part: Literal["all", "calibration", "evaluation"] = "all"
+    """The whole text, or one of its two disjoint halves (cut at a line end)."""
+    config: str | None = None
+    """The hub data set's configuration, for example wikitext-2-raw-v1."""
+    split: str = "train"
+    """The hub data set's split."""
+    text_field: str = "text"
+    """The field that holds the text in JSONL files and hub data sets."""
+
+    def __post_init__(self) -> None:
+        kinds = get_args(TextSource.__dataclass_fields__["kind"].type)
+        _check_choice("source", "kind", self.kind, kinds)
+        _check_choice("source", "part", self.part, ("all", "calibration", "evaluation"))
+        if self.kind in ("builtin", "file", "object", "hub") and not self.name:
+            raise ConfigError(f"source.name is empty; a {self.kind} source needs one", field="source.name")
+        if self.kind == "builtin" and self.name != "pydoc-topics":
+            raise ConfigError(f"source.name is {self.name!r}; the only built-in text is pydoc-topics", field="source.name")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransformConfig:
+    """The transform of each site: T(X) = ((X / smooth_scale) R1)[:, perm] R2."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _PYDANTIC
+
+    smooth_alpha: float | None = None
+    """Migration strength of the smoothing scale, max|X|^alpha / max|W|^(1 - alpha); null leaves smoothing out."""
+    rotation: Literal["none", "greedy", "hadamard"] = "none"
+    """greedy: the paper's search on the outlier channel; hadamard: random-sign Hadamard blocks, chosen without a search."""
+    permutation: Literal["none", "zigzag"] = "none"
+    """zigzag: deal channels, largest first, back and forth over the blocks between R1 and R2."""
+    block_size: int = 128
+    """Largest side of a rotation block. A width that it does not divide takes its largest fitting divisor."""
+    shared_rotation: bool = True
+    """One rotation for all blocks of a site, as in the authors' code; false gives each block its own, as in the paper."""
+    greedy_steps: int = 256
+    """Most steps of the greedy search; the best prefix is kept."""
+
+    def __post_init__(self) -> None:
+        if self.smooth_alpha is not None:
+            _check_range("transform", "smooth_alpha", self.smooth_alpha, 0.0, 1.0)
+        _check_choice("transform", "rotation", self.rotation, ("none", "greedy", "hadamard"))
+        _check_choice("transform", "permutation", self.permutation, ("none", "zigzag"))
+        _check_range("transform", "block_size", self.block_size, 2, 32768)
+        _check_range("transform", "greedy_steps", self.greedy_steps, 1, 4096)
+        if self.permutation != "none" and self.rotation == "none":
+            raise ConfigError(
+                "transform.permutation is 'zigzag' without a rotation; a permutation alone changes nothing",
+                field="transform.permutation",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightConfig:
+    """How the linears' weights are rounded."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _PYDANTIC
+
+    bits: int = 4
+    """Bits of a weight code: 4 or 8."""
+    symmetric: bool = False
+    """Symmetric grids have no zero point."""
+    group_size: int | None = None
+    """Input channels that share one scale; null is one scale per output channel."""
+    clip: Literal["none", "fixed", "search"] = "none"
+    """none: the full range; fixed: clip_ratio times the range; search: per row, the ratios with the least output error."""
+    clip_ratio: float = 1.0
+    """The ratio of clip=fixed."""
+
+    def __post_init__(self) -> None:
+        _check_choice("weight", "bits", self.bits, (4, 8))
+        _check_choice("weight", "clip", self.clip, ("none", "fixed", "search"))
+        _check_range("weight", "clip_ratio", self.clip_ratio, 0.1, 1.0)
+        if self.group_size is not None:
+            _check_range("weight", "group_size", self.group_size, 8, 32768)
+        if self.clip != "fixed" and self.clip_ratio != 1.0:
+            raise ConfigError("weight.clip_ratio is only used with weight.clip='fixed'", field="weight.clip_ratio")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActivationConfig:
+    """How the linears' inputs are rounded, per token, while the model runs."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _PYDANTIC
+
+    bits: int = 4
+    """Bits of an activation code, 2 to 8; 16 leaves activations alone."""
+    symmetric: bool = False
+    """Symmetric grids have no zero point."""
+    clip_ratio: float = 1.0
+    """The token's range is multiplied by this before rounding."""
+
+    def __post_init__(self) -> None:
+        _check_choice("activation", "bits", self.bits, (2, 3, 4, 5, 6, 7, 8, 16))
+        _check_range("activation", "clip_ratio", self.clip_ratio, 0.1, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVCacheConfig:
+    """How keys and values are stored in the cache, per token and head. Queries keep 16 bits."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _PYDANTIC
+
+    bits: int = 4
+    """Bits of a cache code: 2, 4 or 8; 16 leaves the cache alone."""
+    rotate: bool = False
+    """Rotate keys and values over the head dimension with a fixed Hadamard before rounding."""
+    clip_ratio: float = 1.0
+    """The range is multiplied by this before rounding."""
+
+    def __post_init__(self) -> None:
+        _check_choice("kv_cache", "bits", self.bits, (2, 4, 8, 16))
+        _check_range("kv_cache", "clip_ratio", self.clip_ratio, 0.1, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationConfig:
+    """The text that the statistics come from, and how it is cut for the work.
+
+    Floating-point sums depend on how they are split, so `shards` and `micro_batch` are part of the recipe: any number
+    of workers then gives the same bytes.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _PYDANTIC
+
+    source: TextSource = field(default_factory=lambda: TextSource(part="calibration"))
+    """The calibration text."""
+    samples: int = 32
+    """Windows of seq_len tokens."""
+    seq_len: int = 2048
+    """Tokens in a window."""
+    shards: int = 4
+    """Independent groups of windows; the unquantized sweep runs them in parallel."""
+    micro_batch: int = 2
+    """Windows in one forward pass."""
+    search_tokens: int = 2048
+    """Tokens per site, evenly spread, that rotation and permutation are searched on."""
+
+    def __post_init__(self) -> None:
+        _check_range("calibration", "samples", self.samples, 1, 65536)
+        _check_range("calibration", "seq_len", self.seq_len, 8, 131072)
+        _check_range("calibration", "shards", self.shards, 1, 1024)
+        _check_range("calibration", "micro_batch", self.micro_batch, 1, 1024)
+        _check_range("calibration", "search_tokens", self.search_tokens, 16, 1048576)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """Everything that decides the bytes of an artifact, given the model."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _PYDANTIC
+
+    name: str = "custom"
+    """A name for people; it is not part of the digest."""
+    transform: TransformConfig = field(default_factory=TransformConfig)
+    """Smoothing, rotations and permutation of each site."""
+    weight: WeightConfig = field(default_factory=WeightConfig)
+    """Weight rounding."""
+    activation: ActivationConfig = field(default_factory=ActivationConfig)
+    """Activation rounding."""
+    kv_cache: KVCacheConfig = field(default_factory=KVCacheConfig)
+    """Key and value rounding."""
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    """Calibration data."""
+    skip_linears: tuple[str, ...] = ()
+    """Linears left in 16 bits, by name inside the layer, for example mlp.down_proj. A whole site must be left out at once."""
+    input_mode: Literal["fp"] = "fp"
+    """What a layer is calibrated on. fp: the unquantized model's activations, so that all layers are independent."""
+    seed: int = 0
+    """Seed of every random choice; each layer and site derives its own from it."""
+
+    def __post_init__(self) -> None:
+        if not self.name or len(self.name) > 100:
+            raise ConfigError("name must have 1 to 100 characters", field="name")
+        _check_choice("recipe", "input_mode", self.input_mode, ("fp",))
+        _check_range("recipe", "seed", self.seed, 0, 2**31 - 1)
+        if not isinstance(self.skip_linears, tuple):
+            object.__setattr__(self, "skip_linears", tuple(self.skip_linears))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types; `from_dict` takes them back."""
+        plain = asdict(self)
+        plain["skip_linears"] = list(self.skip_linears)
+        return plain
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
+        """Build a recipe from JSON types.
+
+        Raises:
+            ConfigError: a field is unknown, has the wrong type or is out of range; the message names it.
+        """
+        recipe = _build(cls, values, "")
+        assert isinstance(recipe, cls)
+        return recipe
+
+    def digest(self) -> str:
+        """Return the sha256, in hex, of everything but the name."""
+        plain = self.to_dict()
+        del plain["name"]
+        return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _build(cls: type, values: object, path: str) -> object:
+    """Build dataclass `cls` from a mapping, checking names and JSON types strictly."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path or 'recipe'} must be an object, not {type(values).__name__}", field=path or "recipe")
+    hints = get_type_hints(cls)
+    known = {f.name: hints[f.name] for f in fields(cls)}
+    for name in values:
+        if name not in known:
+            raise ConfigError(
+                f"unknown recipe field {path}{name}; fields here: {', '.join(sorted(known))}", field=f"{path}{name}"
+            )
+    return cls(**{name: _coerce(known[name], value, f"{path}{name}") for name, value in values.items()})
+
+
+def _coerce(hint: Any, value: Any, path: str) -> Any:
+    """Check `value` against `hint`; turn lists into tuples and mappings into dataclasses."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _coerce(next(a for a in arguments if a is not type(None)), value, path)
+    if is_dataclass(hint):
+        return _build(hint, value, f"{path}.")  # type: ignore[arg-type]  # is_dataclass also admits instances
+    if origin is Literal:
+        _check_choice("recipe", path, value, arguments)
+        return value
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{path} must be a list", field=path)
+        return tuple(_coerce(arguments[0], item, path) for item in value)
+    accepted = (int, float) if hint is float else (hint,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"{path} is {value!r}; it must be {hint.__name__}", field=path)
+    return float(value) if hint is float else value
+
+
+_ROTATED_KV = KVCacheConfig(bits=4, rotate=True, clip_ratio=0.95)
+
+PRESETS: dict[str, tuple[str, Recipe]] = {
+    "rtn": (
+        "Round to nearest: W4A4KV4 with nothing done about outliers. The floor that every result is shown beside.",
+        Recipe(name="rtn"),
+    ),
+    "smoothquant": (
+        "SmoothQuant (arXiv 2211.10438v7): outliers move from activations to weights, then round to nearest.",
+        Recipe(name="smoothquant", transform=TransformConfig(smooth_alpha=0.5)),
+    ),
+    "duquant": (
+        "DuQuant (arXiv 2406.01721v3): smoothing, greedy R1, zigzag permutation, greedy R2, fixed clipping.",
+        Recipe(
+            name="duquant",
+            transform=TransformConfig(smooth_alpha=0.6, rotation="greedy", permutation="zigzag"),
+            weight=WeightConfig(clip="fixed", clip_ratio=0.8),
+            activation=ActivationConfig(clip_ratio=0.9),
+            kv_cache=_ROTATED_KV,
+        ),
+    ),
+    "duquant-fast": (
+        "Our default: smoothing, random-sign Hadamard, zigzag, Hadamard, weight clipping searched per row. Seconds.",
+        Recipe(
+            name="duquant-fast",
+            transform=TransformConfig(smooth_alpha=0.55, rotation="hadamard", permutation="zigzag"),
+            weight=WeightConfig(clip="search"),
+            activation=ActivationConfig(clip_ratio=0.87),
+            kv_cache=_ROTATED_KV,
+        ),
+    ),
+}
+"""Named recipes with a line about each."""
+
+DEFAULT_PRESET = "duquant-fast"
+
+
+def preset(name: str) -> Recipe:
+    """Return a named recipe.
+
+    Raises:
+        ConfigError: there is no preset of that name.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"there is no recipe {name!r}; the presets are: {', '.join(PRESETS)}", field="recipe")
+    return PRESETS[name][1]
+
+
+def with_calibration(recipe: Recipe, **changes: Any) -> Recipe:
+    """Return the recipe with some calibration fields replaced; None leaves a field as it is."""
+    given = {name: value for name, value in changes.items() if value is not None}
+    return replace(recipe, calibration=replace(recipe.calibration, **given)) if given else recipe

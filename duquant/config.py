@@ -41,7 +41,7 @@ class TextSource:
     """builtin: text that ships with Python; file: a text or JSONL file; object: a key in the object store;
     hub: a Hugging Face data set; random: uniformly random tokens; self: sampled from the model itself."""
     name: str = "pydoc-topics"
-    """The built-in text's name, the file's path, the object's key, or the data set's name. Unused for random and self."""
+    """The built-in text's name, the file's path, the object's key, or the data set's name; unused for the rest."""
     part: Literal["all", "calibration", "evaluation"] = "all"
     """The whole text, or one of its two disjoint halves (cut at a line end)."""
     config: str | None = None
@@ -58,7 +58,7 @@ class TextSource:
         if self.kind in ("builtin", "file", "object", "hub") and not self.name:
             raise ConfigError(f"source.name is empty; a {self.kind} source needs one", field="source.name")
         if self.kind == "builtin" and self.name != "pydoc-topics":
-            raise ConfigError(f"source.name is {self.name!r}; the only built-in text is pydoc-topics", field="source.name")
+            raise ConfigError(f"source.name is {self.name!r}; the built-in text is pydoc-topics", field="source.name")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,13 +70,13 @@ class TransformConfig:
     smooth_alpha: float | None = None
     """Migration strength of the smoothing scale, max|X|^alpha / max|W|^(1 - alpha); null leaves smoothing out."""
     rotation: Literal["none", "greedy", "hadamard"] = "none"
-    """greedy: the paper's search on the outlier channel; hadamard: random-sign Hadamard blocks, chosen without a search."""
+    """greedy: the paper's search on the outlier channel; hadamard: random-sign Hadamard blocks, no search."""
     permutation: Literal["none", "zigzag"] = "none"
     """zigzag: deal channels, largest first, back and forth over the blocks between R1 and R2."""
     block_size: int = 128
-    """Largest side of a rotation block. A width that it does not divide takes its largest fitting divisor."""
+    """Largest side of a rotation block. A width it does not divide takes its largest divisor below."""
     shared_rotation: bool = True
-    """One rotation for all blocks of a site, as in the authors' code; false gives each block its own, as in the paper."""
+    """One rotation for all blocks of a site (the authors' code), or one for each block (the paper)."""
     greedy_steps: int = 256
     """Most steps of the greedy search; the best prefix is kept."""
 
@@ -107,7 +107,7 @@ class WeightConfig:
     group_size: int | None = None
     """Input channels that share one scale; null is one scale per output channel."""
     clip: Literal["none", "fixed", "search"] = "none"
-    """none: the full range; fixed: clip_ratio times the range; search: per row, the ratios with the least output error."""
+    """none: the full range; fixed: clip_ratio times it; search: the ratios of least output error, row by row."""
     clip_ratio: float = 1.0
     """The ratio of clip=fixed."""
 
@@ -207,7 +207,7 @@ class Recipe:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     """Calibration data."""
     skip_linears: tuple[str, ...] = ()
-    """Linears left in 16 bits, by name inside the layer, for example mlp.down_proj. A whole site must be left out at once."""
+    """Linears left in 16 bits, by name inside the layer (mlp.down_proj). A whole site must be left out at once."""
     input_mode: Literal["fp"] = "fp"
     """What a layer is calibrated on. fp: the unquantized model's activations, so that all layers are independent."""
     seed: int = 0

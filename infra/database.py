@@ -1,0 +1,179 @@
+"""Engines and transactions. Everything that differs between SQLite and PostgreSQL is in this file."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import (
+    URL,
+    BigInteger,
+    ColumnElement,
+    Connection,
+    Dialect,
+    Engine,
+    create_engine,
+    event,
+    literal_column,
+    make_url,
+    text,
+)
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    IntegrityError,
+    InterfaceError,
+    NoSuchModuleError,
+    OperationalError,
+)
+
+from infra.errors import DatabaseUnusable, InfraError, SettingsError, TransientError
+
+_BUSY_TIMEOUT_S = 30
+_CONNECT_TIMEOUT_S = 5
+_MIGRATION_LOCK = 7_308_900_461  # any constant that no other program on the server uses as an advisory lock
+_WRITES = "duquant_writes"
+
+
+def make_engine(url: str) -> Engine:
+    """Return an engine for a SQLite file or a PostgreSQL server. Connects lazily, so it never fails on a dead server.
+
+    Raises:
+        SettingsError: the URL is malformed or names another database.
+        DatabaseUnusable: the folder of the SQLite file cannot be made.
+    """
+    try:
+        parsed = make_url(url)
+        backend = parsed.get_backend_name()
+    except (ArgumentError, NoSuchModuleError):
+        # The URL itself may hold a password.
+        raise SettingsError("DUQUANT_DATABASE_URL is not a database URL such as sqlite:///file.db") from None
+    if backend == "sqlite":
+        return _make_sqlite_engine(parsed)
+    if backend == "postgresql":
+        return create_engine(
+            parsed.set(drivername="postgresql+psycopg"),
+            pool_pre_ping=True,
+            hide_parameters=True,
+            json_serializer=_to_json,
+            connect_args={
+                "connect_timeout": _CONNECT_TIMEOUT_S,
+                "application_name": "duquant",
+                # A writer that stops in mid-transaction must not hold its row locks for ever.
+                "options": "-c idle_in_transaction_session_timeout=60000",
+            },
+        )
+    raise SettingsError(f"DUQUANT_DATABASE_URL names a {backend} database; only sqlite and postgresql are supported")
+
+
+def _to_json(value: object) -> str:
+    # PostgreSQL refuses NaN in JSON and SQLite keeps it: refuse it here, so that both behave the same.
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+
+
+def _make_sqlite_engine(url: URL) -> Engine:
+    if not url.database or url.database == ":memory:":
+        raise SettingsError("DUQUANT_DATABASE_URL needs a file: an in-memory SQLite database has only one user")
+    folder = Path(url.database).expanduser().resolve().parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DatabaseUnusable(f"cannot make the database's folder {folder}: {error.strerror}") from error
+    engine = create_engine(
+        url.set(database=str(folder / Path(url.database).name)),
+        hide_parameters=True,
+        json_serializer=_to_json,
+        connect_args={"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False},
+    )
+    event.listen(engine, "connect", _prepare_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, _record: object) -> None:
+    # The driver must not begin transactions by itself: it would begin them DEFERRED.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    try:
+        cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_S * 1000}")
+        cursor.execute("PRAGMA journal_mode = WAL")
+        cursor.execute("PRAGMA synchronous = NORMAL")
+        cursor.execute("PRAGMA foreign_keys = ON")
+    finally:
+        cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # A transaction that reads first and writes later fails at once when another writer came between, whatever the
+    # time-out; one that takes the write lock at its start only waits.
+    immediate = connection.get_execution_options().get(_WRITES, False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+
+
+@contextmanager
+def read(engine: Engine) -> Iterator[Connection]:
+    """A read-only transaction; errors of the database come out as ours."""
+    with _translated(engine), engine.connect() as connection, connection.begin():
+        yield connection
+
+
+@contextmanager
+def write(engine: Engine) -> Iterator[Connection]:
+    """A transaction that may write; it commits at the end of the block and rolls back on any exception."""
+    with _translated(engine), engine.execution_options(**{_WRITES: True}).connect() as connection, connection.begin():
+        yield connection
+
+
+@contextmanager
+def migration_lock(engine: Engine) -> Iterator[Connection]:
+    """A writing transaction that only one process at a time can hold, for schema changes."""
+    with write(engine) as connection:
+        if engine.dialect.name == "postgresql":
+            # SQLite's BEGIN IMMEDIATE is such a lock already.
+            connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _MIGRATION_LOCK})
+        yield connection
+
+
+def now_ms(dialect: Dialect) -> ColumnElement[int]:
+    """The database's clock in milliseconds, as SQL: it is read when the statement runs, not when it is built."""
+    if dialect.name == "postgresql":
+        # clock_timestamp moves inside a transaction, now() would not: a statement that waited for a lock must see it.
+        return literal_column("CAST(floor(extract(epoch FROM clock_timestamp()) * 1000) AS BIGINT)", BigInteger)
+    # unixepoch('subsec') would say it shorter, but needs SQLite 3.42.
+    return literal_column("CAST(round((julianday('now') - 2440587.5) * 86400000.0) AS INTEGER)", BigInteger)
+
+
+@contextmanager
+def _translated(engine: Engine) -> Iterator[None]:
+    try:
+        yield
+    except IntegrityError:
+        raise  # callers know which constraint they may hit
+    except DBAPIError as error:
+        raise _translate(engine.url, error) from error
+
+
+def _translate(url: URL, error: DBAPIError) -> InfraError:
+    """Say what is wrong with which database, without the password."""
+    cause = str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else type(error.orig).__name__
+    if url.password:
+        cause = cause.replace(str(url.password), "***")
+    where = url.render_as_string(hide_password=True)
+    if url.get_backend_name() == "sqlite":
+        return _translate_sqlite(where, cause)
+    if any(word in cause for word in ("authentication failed", "does not exist", "permission denied")):
+        return DatabaseUnusable(f"the database {where} refuses us: {cause}", database=where)
+    if isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated:
+        return TransientError(f"the database {where} does not answer: {cause}", database=where)
+    return DatabaseUnusable(f"the database {where} failed: {cause}", database=where)
+
+
+def _translate_sqlite(where: str, cause: str) -> InfraError:
+    if "locked" in cause or "busy" in cause:
+        return TransientError(f"the database {where} is busy: {cause}", database=where)
+    if "full" in cause or "disk I/O error" in cause:
+        return TransientError(f"the disk under the database {where} is full or failing: {cause}", database=where)
+    if "readonly" in cause or "unable to open" in cause:
+        return DatabaseUnusable(f"the database {where} cannot be written: {cause}", database=where)
+    return DatabaseUnusable(f"the database {where} failed: {cause}", database=where)

@@ -1,0 +1,62 @@
+"""Errors of the infrastructure. Like duquant's own they carry facts as attributes and know nothing of HTTP."""
+# ruff: noqa: N818  the names say what happened (LeaseLost), as the whole project spells them
+
+
+class InfraError(Exception):
+    """Something went wrong in the infrastructure."""
+
+    def __init__(self, message: str | None = None, **facts: object) -> None:
+        super().__init__(message or (type(self).__doc__ or "").strip())
+        self.facts = facts
+
+
+class TransientError(InfraError):
+    """A server we depend on does not answer or is overloaded. Trying again later may help; workers retry only this."""
+
+
+class SettingsError(InfraError):
+    """The process's settings are missing or malformed."""
+
+
+class DatabaseUnusable(InfraError):
+    """The database refuses to work and will until somebody repairs it: read-only, corrupt, wrong credentials."""
+
+
+class StorageRefused(InfraError):
+    """The object store refuses us: wrong credentials, missing rights, or a bucket that is not ours."""
+
+
+class ObjectNotFound(InfraError):
+    """No such object in the object store."""
+
+
+class ObjectExists(InfraError):
+    """The object exists already and the write asked for it not to."""
+
+
+class ChecksumMismatch(InfraError):
+    """The bytes that arrived are not the bytes that were stored."""
+
+
+class JobNotFound(InfraError):
+    """No such job."""
+
+
+class JobConflict(InfraError):
+    """The job's state does not allow this."""
+
+
+class LeaseLost(InfraError):
+    """This claim holds the job no longer; the worker must stop and write nothing."""
+
+
+class ModelNotFound(InfraError):
+    """No such model."""
+
+
+class ModelForbidden(InfraError):
+    """This model reference is not allowed here."""
+
+
+class StartupError(InfraError):
+    """An embedded server did not start."""

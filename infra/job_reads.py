@@ -1,0 +1,102 @@
+"""Looking at jobs, and the register of the dispatchers that run them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import delete, func, insert, select, tuple_, update
+
+from infra.database import read, write
+from infra.errors import JobNotFound
+from infra.job_model import Job, JobEvent, JobState, Worker
+from infra.job_rows import JobRows, state_is
+from infra.schema import job_events, jobs, workers
+
+_WORKER_MEMORY_S = 24 * 3600
+
+
+class JobReads(JobRows):
+    """What the service shows."""
+
+    def get(self, job_id: str, tenant_id: str | None = None) -> Job:
+        """Return one job.
+
+        Raises:
+            JobNotFound: no such job, or it is another tenant's.
+        """
+        query = select(jobs).where(jobs.c.id == job_id)
+        if tenant_id is not None:
+            query = query.where(jobs.c.tenant_id == tenant_id)
+        with read(self._engine) as connection:
+            row = connection.execute(query).mappings().one_or_none()
+        if row is None:
+            raise JobNotFound(f"no job {job_id}", job_id=job_id)
+        return Job.from_row(row)
+
+    def counts(self, tenant_id: str | None = None) -> dict[JobState, int]:
+        """Return how many jobs are in each state; states without jobs count zero."""
+        query = select(jobs.c.state, func.count()).group_by(jobs.c.state)
+        if tenant_id is not None:
+            query = query.where(jobs.c.tenant_id == tenant_id)
+        with read(self._engine) as connection:
+            found = {JobState(state): count for state, count in connection.execute(query).tuples()}
+        return {state: found.get(state, 0) for state in JobState}
+
+    def queue_position(self, job: Job) -> int | None:
+        """Return how many queued jobs of all tenants are claimed before this one; none when it is not queued."""
+        if job.state is not JobState.QUEUED:
+            return None
+        ahead = tuple_(jobs.c.priority, jobs.c.run_at, jobs.c.id) < (job.priority, job.run_at, job.id)
+        query = select(func.count()).select_from(jobs).where(state_is(JobState.QUEUED), ahead)
+        with read(self._engine) as connection:
+            return connection.execute(query).scalar_one()
+
+    def events(self, job_id: str, after: int = 0, limit: int = 500) -> list[JobEvent]:
+        """Return a job's events with ids above `after`, oldest first."""
+        query = (
+            select(job_events)
+            .where(job_events.c.job_id == job_id, job_events.c.id > after)
+            .order_by(job_events.c.id)
+            .limit(limit)
+        )
+        with read(self._engine) as connection:
+            return [JobEvent.from_row(row) for row in connection.execute(query).mappings()]
+
+    def worker_beat(self, owner: str, info: Mapping[str, Any]) -> None:
+        """Register a dispatcher, or say that it still lives. Dispatchers silent for a day are forgotten."""
+        with write(self._engine) as connection:
+            beat = update(workers).where(workers.c.owner == owner).values(beat_at=self._now(), info=dict(info))
+            if connection.execute(beat).rowcount == 0:
+                connection.execute(
+                    insert(workers).values(owner=owner, started_at=self._now(), beat_at=self._now(), info=dict(info))
+                )
+            connection.execute(delete(workers).where(workers.c.beat_at < self._after(-_WORKER_MEMORY_S)))
+
+    def worker_gone(self, owner: str) -> None:
+        """Forget a dispatcher that stops in good order."""
+        with write(self._engine) as connection:
+            connection.execute(delete(workers).where(workers.c.owner == owner))
+
+    def live_workers(self, within_seconds: float) -> list[Worker]:
+        """Return the dispatchers that have beaten lately."""
+        query = select(workers).where(workers.c.beat_at >= self._after(-within_seconds)).order_by(workers.c.owner)
+        with read(self._engine) as connection:
+            return [Worker.from_row(row) for row in connection.execute(query).mappings()]
+
+    def list(
+        self,
+        tenant_id: str | None,
+        *,
+        state: JobState | None = None,
+        limit: int = 50,
+        before: tuple[int, str] | None = None,
+    ) -> list[Job]:
+        """Return jobs, newest first; `before` is the (created_at, id) of the last job of the previous page."""
+        query = select(jobs).order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit)
+        if tenant_id is not None:
+            query = query.where(jobs.c.tenant_id == tenant_id)
+        if state is not None:
+            query = query.where(state_is(state))
+        if before is not None:
+            query = query.where(tuple_(jobs.c.created_at, jobs.c.id) < before)
+        with read(self._engine) as connection:
+            return [Job.from_row(row) for row in connection.execute(query).mappings()]

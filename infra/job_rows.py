@@ -1,0 +1,113 @@
+"""The job store's inner half: reading and locking rows, and the one way in which a job changes state."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Engine, Select, insert, literal, literal_column, select, update
+from sqlalchemy.engine import RowMapping
+
+from infra import database
+from infra.errors import JobConflict, JobNotFound, LeaseLost
+from infra.job_model import HELD, TRANSITIONS, Claim, EventType, Job, JobState
+from infra.schema import job_events, jobs
+
+
+def state_is(*states: JobState) -> ColumnElement[bool]:
+    """A predicate with the states written out: a planner matches partial indexes against text, not parameters."""
+    return jobs.c.state.in_([literal_column(f"'{state}'") for state in states])
+
+
+class JobRows:
+    """Transactions on the jobs table. `clock` replaces the database's clock in tests."""
+
+    def __init__(self, engine: Engine, clock: Callable[[], int] | None = None) -> None:
+        self._engine = engine
+        self._clock = clock
+
+    def _now(self) -> ColumnElement[int]:
+        if self._clock is not None:
+            return literal(self._clock())
+        return database.now_ms(self._engine.dialect)
+
+    def _after(self, seconds: float) -> ColumnElement[int]:
+        return self._now() + round(seconds * 1000)
+
+    def _locked(self, connection: Connection, query: Select[Any], *, skip_locked: bool = False) -> Sequence[RowMapping]:
+        # NO KEY UPDATE leaves inserts of child rows (events, layers) alone; SQLite's transaction is a lock already
+        # and its dialect leaves the clause out.
+        query = query.with_for_update(key_share=True, skip_locked=skip_locked)
+        return connection.execute(query).mappings().all()
+
+    def _lock_job(self, connection: Connection, job_id: str, tenant_id: str | None = None) -> Job:
+        query = select(jobs).where(jobs.c.id == job_id)
+        if tenant_id is not None:
+            query = query.where(jobs.c.tenant_id == tenant_id)
+        rows = self._locked(connection, query)
+        if not rows:
+            raise JobNotFound(f"no job {job_id}", job_id=job_id)
+        return Job.from_row(rows[0])
+
+    def _held(self, connection: Connection, claim: Claim, **changes: Any) -> Job:
+        """Lock the claimed job and apply `changes`, if this claim still holds it.
+
+        The write itself is the check: it also makes concurrent writers of one job commit in the order of its events.
+
+        Raises:
+            LeaseLost: another claim holds the job, nobody does, or the lease has expired unnoticed.
+        """
+        statement = (
+            update(jobs)
+            .where(jobs.c.id == claim.job.id, jobs.c.fence == claim.fence, state_is(*HELD))
+            .where(jobs.c.lease_until >= self._now())
+            .values({"version": jobs.c.version + 1} | changes)
+            .returning(jobs)
+        )
+        row = connection.execute(statement).mappings().one_or_none()
+        if row is None:
+            raise LeaseLost(
+                f"{claim.owner} no longer holds {claim.job.id} (fence {claim.fence})",
+                job_id=claim.job.id,
+                fence=claim.fence,
+            )
+        return Job.from_row(row)
+
+    def _transition(
+        self,
+        connection: Connection,
+        job: Job,
+        to: JobState,
+        event: EventType,
+        *,
+        actor: str,
+        data: Mapping[str, Any] | None = None,
+        **changes: Any,
+    ) -> Job:
+        """Move `job` to another state: one UPDATE guarded by the state and fence it was read with, and one event.
+
+        Raises:
+            JobConflict: the table has no such edge, or the job changed since it was read.
+        """
+        if to not in TRANSITIONS[job.state]:
+            raise JobConflict(f"{job.id} is {job.state}; it cannot become {to}", job_id=job.id, state=job.state, to=to)
+        if to not in HELD:
+            changes |= {"lease_owner": None, "lease_until": None}
+        if not TRANSITIONS[to]:
+            changes |= {"finished_at": self._now()}
+        statement = (
+            update(jobs)
+            .where(jobs.c.id == job.id, jobs.c.fence == job.fence, state_is(job.state))
+            .values(state=to, version=jobs.c.version + 1, **changes)
+            .returning(jobs)
+        )
+        row = connection.execute(statement).mappings().one_or_none()
+        if row is None:
+            raise JobConflict(f"{job.id} changed in the meantime", job_id=job.id)
+        self._event(connection, job.id, event, actor, {"from": job.state, "to": to, **(data or {})})
+        return Job.from_row(row)
+
+    def _event(
+        self, connection: Connection, job_id: str, event: EventType, actor: str, data: Mapping[str, Any] | None = None
+    ) -> None:
+        connection.execute(
+            insert(job_events).values(job_id=job_id, at=self._now(), type=event, actor=actor, data=dict(data or {}))
+        )

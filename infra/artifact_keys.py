@@ -1,0 +1,52 @@
+"""Names of objects in storage, built only from identifiers: no user's text ever becomes part of a key."""
+
+import re
+from dataclasses import dataclass
+
+from infra.errors import InfraError
+
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactKeys:
+    """The keys of one job's artifact.
+
+    >>> ArtifactKeys("default", "job_1").layer(3, fence=2, attempt=1)
+    'artifacts/default/job_1/layers/0003/2-1.safetensors'
+    """
+
+    tenant_id: str
+    job_id: str
+
+    def __post_init__(self) -> None:
+        for value in (self.tenant_id, self.job_id):
+            if not _ID.fullmatch(value):
+                raise InfraError(f"{value!r} cannot be part of an object key")
+
+    @property
+    def prefix(self) -> str:
+        """What every key of the artifact starts with."""
+        return f"artifacts/{self.tenant_id}/{self.job_id}/"
+
+    @property
+    def manifest(self) -> str:
+        """Where the manifest is; its existence makes the artifact."""
+        return f"{self.prefix}manifest.json"
+
+    def layer(self, layer: int, *, fence: int, attempt: int) -> str:
+        """Return the key of one attempt at a layer's shard; layer -1 is the extra shard."""
+        if layer < 0:
+            return f"{self.prefix}extra/{fence}-{attempt}.safetensors"
+        return f"{self.prefix}layers/{layer:04d}/{fence}-{attempt}.safetensors"
+
+    def file(self, name: str, *, fence: int) -> str:
+        """Return the key of a small file such as config.json.
+
+        Raises:
+            InfraError: the name has characters that do not belong into a key.
+        """
+        if not _FILE.fullmatch(name):
+            raise InfraError(f"{name!r} cannot be part of an object key")
+        return f"{self.prefix}files/{fence}/{name}"

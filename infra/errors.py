@@ -50,6 +50,14 @@ class LeaseLost(InfraError):
     """This claim holds the job no longer; the worker must stop and write nothing."""
 
 
+class PathForbidden(InfraError):
+    """This file is outside the folders that users may name."""
+
+
+class PathNotFound(InfraError):
+    """No such file in the folders that users may name."""
+
+
 class ModelNotFound(InfraError):
     """No such model."""
 

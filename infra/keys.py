@@ -1,0 +1,170 @@
+"""API keys: shown once, kept as an HMAC, recognised by a checksum before the database is asked."""
+
+import hashlib
+import hmac
+import re
+import secrets
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+from pydantic import SecretStr
+from sqlalchemy import Engine, insert, or_, select, update
+from sqlalchemy.engine import RowMapping
+
+from infra.database import now_ms, read, write
+from infra.errors import InfraError
+from infra.ids import new_id
+from infra.schema import api_keys, tenants
+
+TOKEN_PREFIX = "dq_live_"  # noqa: S105  the start of every token, not one
+_ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_RANDOM_BYTES = 32
+_RANDOM_CHARS = 43  # 62 ** 43 > 2 ** 256
+_CRC_CHARS = 6
+_TOKEN = re.compile(rf"{TOKEN_PREFIX}([0-9A-Za-z]{{{_RANDOM_CHARS}}})([0-9A-Za-z]{{{_CRC_CHARS}}})")
+_SHOWN_CHARS = 8
+_USE_RESOLUTION_MS = 60_000
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """An API key without its secret."""
+
+    id: str
+    tenant_id: str
+    name: str
+    prefix: str
+    """The first characters of the random part, by which a person recognises it."""
+    scopes: frozenset[str]
+    created_at: int
+    expires_at: int | None
+    last_used_at: int | None
+    revoked_at: int | None
+
+
+class KeyStore:
+    """The keys of all tenants, hashed with a pepper that the database does not hold."""
+
+    def __init__(self, engine: Engine, pepper: SecretStr) -> None:
+        self._engine = engine
+        self._pepper = pepper.get_secret_value().encode()
+
+    def create(
+        self,
+        tenant_id: str,
+        name: str,
+        scopes: Iterable[str],
+        token: str | None = None,
+        *,
+        expires_at: int | None = None,
+    ) -> tuple[ApiKey, str]:
+        """Make a key and return it with its token, which can never be read again.
+
+        Args:
+            tenant_id: Whose key it is.
+            name: For people.
+            scopes: What it allows.
+            token: One made by `new_token` earlier; making the same one twice returns the first key.
+            expires_at: Milliseconds since 1970 after which it is refused.
+
+        Raises:
+            InfraError: no such tenant; the token is malformed, revoked or another tenant's.
+        """
+        token = token or new_token()
+        if not is_well_formed(token):
+            raise InfraError("this is not an API key: its form or checksum is wrong")
+        with write(self._engine) as connection:
+            if connection.execute(select(tenants.c.id).where(tenants.c.id == tenant_id)).first() is None:
+                raise InfraError(f"no tenant {tenant_id}", tenant_id=tenant_id)
+            known = connection.execute(select(api_keys).where(api_keys.c.hash == self._hash(token))).mappings().first()
+            if known is not None:
+                key = _from_row(known)
+                if key.tenant_id != tenant_id or key.revoked_at is not None:
+                    raise InfraError("this API key is revoked or belongs to another tenant")
+                return key, token
+            statement = (
+                insert(api_keys)
+                .values(
+                    id=new_id("key"),
+                    tenant_id=tenant_id,
+                    name=name,
+                    prefix=token.removeprefix(TOKEN_PREFIX)[:_SHOWN_CHARS],
+                    hash=self._hash(token),
+                    scopes=sorted(set(scopes)),
+                    created_at=now_ms(self._engine.dialect),
+                    expires_at=expires_at,
+                )
+                .returning(api_keys)
+            )
+            return _from_row(connection.execute(statement).mappings().one()), token
+
+    def authenticate(self, token: str) -> ApiKey | None:
+        """Return the key of a token, or none when it is malformed, unknown, expired or revoked."""
+        if not is_well_formed(token):
+            return None
+        digest = self._hash(token)
+        now = now_ms(self._engine.dialect)
+        query = select(api_keys, now.label("now")).where(
+            api_keys.c.hash == digest,
+            api_keys.c.revoked_at.is_(None),
+            or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > now),
+        )
+        with read(self._engine) as connection:
+            row = connection.execute(query).mappings().first()
+        if row is None or not hmac.compare_digest(row["hash"], digest):
+            return None
+        key = _from_row(row)
+        if key.last_used_at is None or row["now"] - key.last_used_at >= _USE_RESOLUTION_MS:
+            # Once a minute is exact enough, and spares a write on every request.
+            with write(self._engine) as connection:
+                connection.execute(update(api_keys).where(api_keys.c.id == key.id).values(last_used_at=now))
+        return key
+
+    def revoke(self, key_id: str, tenant_id: str) -> bool:
+        """Refuse a key from now on; return whether the tenant had it and it was valid until now."""
+        statement = (
+            update(api_keys)
+            .where(api_keys.c.id == key_id, api_keys.c.tenant_id == tenant_id, api_keys.c.revoked_at.is_(None))
+            .values(revoked_at=now_ms(self._engine.dialect))
+        )
+        with write(self._engine) as connection:
+            return connection.execute(statement).rowcount > 0
+
+    def list(self, tenant_id: str) -> list[ApiKey]:
+        """Return a tenant's keys, oldest first, revoked ones too."""
+        query = select(api_keys).where(api_keys.c.tenant_id == tenant_id).order_by(api_keys.c.id)
+        with read(self._engine) as connection:
+            return [_from_row(row) for row in connection.execute(query).mappings()]
+
+    def _hash(self, token: str) -> str:
+        return hmac.new(self._pepper, token.encode(), hashlib.sha256).hexdigest()
+
+
+def new_token() -> str:
+    """Return a fresh token: prefix, 256 random bits in base 62, and their CRC-32, which secret scanners can check."""
+    body = _base62(secrets.randbits(8 * _RANDOM_BYTES), _RANDOM_CHARS)
+    return TOKEN_PREFIX + body + _checksum(body)
+
+
+def is_well_formed(token: str) -> bool:
+    """Whether a text could be a token of ours: right prefix, length, characters and checksum."""
+    match = _TOKEN.fullmatch(token)
+    return match is not None and _checksum(match[1]) == match[2]
+
+
+def _checksum(body: str) -> str:
+    return _base62(zlib.crc32(body.encode()), _CRC_CHARS)
+
+
+def _base62(number: int, width: int) -> str:
+    digits = []
+    for _ in range(width):
+        number, digit = divmod(number, len(_ALPHABET))
+        digits.append(_ALPHABET[digit])
+    return "".join(reversed(digits))
+
+
+def _from_row(row: RowMapping) -> ApiKey:
+    values = {item.name: row[item.name] for item in fields(ApiKey)}
+    return ApiKey(**{**values, "scopes": frozenset(row["scopes"])})

@@ -1,0 +1,158 @@
+"""The unquantized forward sweep, one (layer, shard of windows) at a time, through files.
+
+Boundary `i` of a shard holds the inputs of layer i for its windows: raw bfloat16, (windows, seq_len, hidden). A step
+reads boundary i, records the sites' statistics of layer i, and writes boundary i + 1. Shards never meet, so they run in
+parallel on any number of workers; a file that exists is complete (it is renamed into place), so a step whose outputs
+exist is not done again after a crash.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from duquant.calibration.statistics import StatisticsRecorder, save_statistics
+from duquant.config import CalibrationConfig, Recipe
+from duquant.errors import CalibrationError, SourceError
+from duquant.models.skeleton import COMPUTE_DTYPE, Skeleton
+from duquant.models.source import SourceCheckpoint
+
+
+@dataclass(frozen=True)
+class WorkDir:
+    """The files of one calibration run."""
+
+    root: Path
+
+    @property
+    def tokens(self) -> Path:
+        """The token windows, int64, (samples, seq_len)."""
+        return self.root / "tokens.bin"
+
+    def boundary(self, layer: int, shard: int) -> Path:
+        """Inputs of `layer` for one shard."""
+        return self.root / f"boundary-{layer:04d}-{shard:04d}.bin"
+
+    def statistics(self, layer: int, shard: int) -> Path:
+        """Statistics of `layer` over one shard."""
+        return self.root / f"statistics-{layer:04d}-{shard:04d}.safetensors"
+
+
+def shard_windows(config: CalibrationConfig) -> list[range]:
+    """Return the windows of each shard; the first ones get one more when the division has a remainder.
+
+    >>> shard_windows(CalibrationConfig(samples=5, shards=2))
+    [range(0, 3), range(3, 5)]
+    """
+    shards = min(config.shards, config.samples)
+    base, extra = divmod(config.samples, shards)
+    edges = [index * base + min(index, extra) for index in range(shards + 1)]
+    return [range(first, last) for first, last in pairwise(edges)]
+
+
+def write_tokens(work: WorkDir, windows: Int64[Tensor, "samples seq_len"]) -> None:
+    """Store the token windows."""
+    work.root.mkdir(parents=True, exist_ok=True)
+    staged = work.tokens.with_suffix(".part")
+    windows.numpy().tofile(staged)
+    staged.rename(work.tokens)
+
+
+def embed_shard(source: SourceCheckpoint, recipe: Recipe, work: WorkDir, shard: int) -> None:
+    """Write boundary 0 of a shard: the embeddings of its windows.
+
+    Raises:
+        SourceError: the embeddings are missing, not finite, or too few for the tokens.
+    """
+    target = work.boundary(0, shard)
+    if target.exists():
+        return
+    windows = shard_windows(recipe.calibration)[shard]
+    seq_len = recipe.calibration.seq_len
+    flat = np.fromfile(work.tokens, dtype=np.int64, count=len(windows) * seq_len, offset=windows.start * seq_len * 8)
+    tokens = torch.from_numpy(flat).view(len(windows), seq_len)
+    name = source.architecture.embeddings
+    table = source.tensors([name])[name]
+    if int(tokens.max()) >= table.shape[0]:
+        raise SourceError(f"token {int(tokens.max())} is outside {name} with {table.shape[0]} rows; wrong tokenizer?")
+    with _Writer(target) as out:
+        for first in range(0, len(windows), recipe.calibration.micro_batch):
+            batch = tokens[first : first + recipe.calibration.micro_batch]
+            out.write(torch.nn.functional.embedding(batch, table).to(COMPUTE_DTYPE))
+
+
+@torch.no_grad()
+def sweep_layer(
+    source: SourceCheckpoint, skeleton: Skeleton, recipe: Recipe, work: WorkDir, layer: int, shard: int
+) -> None:
+    """Run one layer over one shard: boundary `layer` in; statistics and boundary `layer + 1` out.
+
+    The last layer's outputs are not needed and not written.
+
+    Raises:
+        SourceError: the layer's tensors are unusable.
+        CalibrationError: activations are NaN or Inf.
+    """
+    last = layer == source.layers - 1
+    target = work.boundary(layer + 1, shard)
+    if work.statistics(layer, shard).exists() and (last or target.exists()):
+        return
+    calibration = recipe.calibration
+    sites = source.architecture.kept_sites(recipe.skip_linears)
+    stride = max(1, calibration.samples * calibration.seq_len // calibration.search_tokens)
+    recorder = StatisticsRecorder(sites, row_stride=stride)
+    with (
+        _Writer(target) as out,
+        skeleton.layer(layer, skeleton.load(source, layer)) as module,
+        recorder.attached(module),
+    ):
+        for X in _read_micro_batches(work.boundary(layer, shard), calibration, int(source.config["hidden_size"])):
+            Y = skeleton.forward(module, X.to(skeleton.device))
+            if not last:
+                out.write(Y)
+        try:
+            statistics = recorder.finish()
+        except CalibrationError as err:
+            raise CalibrationError(f"layer {layer}: {err}", layer=layer, **err.facts) from err
+        # Before the boundary is renamed into place: a step counts as done when both files are there.
+        save_statistics(work.statistics(layer, shard), statistics)
+        out.keep = not last
+
+
+def _read_micro_batches(
+    path: Path, calibration: CalibrationConfig, hidden: int
+) -> Iterator[Float[Tensor, "batch seq hidden"]]:
+    """Yield micro-batches by plain reads: a memory map would count the whole file towards the process's memory."""
+    window_bytes = calibration.seq_len * hidden * 2
+    with path.open("rb") as file:
+        while raw := file.read(window_bytes * calibration.micro_batch):
+            batch = torch.frombuffer(bytearray(raw), dtype=COMPUTE_DTYPE)
+            yield batch.view(-1, calibration.seq_len, hidden)
+
+
+class _Writer:
+    """Appends tensors to a scratch file that is renamed to `target` at a clean end with `keep` set."""
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+        self._staged = target.with_suffix(".part")
+        self.keep = True
+
+    def __enter__(self) -> "_Writer":
+        self._file = self._staged.open("wb")
+        return self
+
+    def write(self, tensor: Tensor) -> None:
+        self._file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._file.close()
+        if kind is None and self.keep:
+            self._staged.rename(self._target)
+        else:
+            self._staged.unlink(missing_ok=True)

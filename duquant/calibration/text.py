@@ -1,0 +1,184 @@
+"""Text sources, tokenization and windows."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from duquant.config import TextSource
+from duquant.errors import CalibrationError, SourceError
+
+log = logging.getLogger(__name__)
+
+_SELF_SAMPLE_BATCH = 8
+
+
+def load_tokenizer(model_path: Path) -> Any:
+    """Return the model's tokenizer.
+
+    Raises:
+        SourceError: the directory has no usable tokenizer.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model_path, trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, KeyError) as err:
+        raise SourceError(f"{model_path} has no tokenizer that transformers can read: {err}") from err
+
+
+def read_text(source: TextSource, *, local_file: Path | None = None) -> str:
+    """Return the text of a builtin, file, object or hub source.
+
+    Args:
+        source: what to read.
+        local_file: where an `object` source was fetched to; also overrides a file's path.
+
+    Raises:
+        CalibrationError: the text is missing, unreadable or empty.
+    """
+    if source.kind == "builtin":
+        # The English text that ships with every CPython: the language reference that help() prints.
+        from pydoc_data.topics import topics
+
+        text = "\n\n".join(topics[name] for name in sorted(topics))
+    elif source.kind == "hub":
+        text = _read_hub(source)
+    elif source.kind in ("file", "object"):
+        if source.kind == "object" and local_file is None:
+            raise CalibrationError(
+                f"text object {source.name!r} was not fetched; object sources work through the service"
+            )
+        text = _read_file(local_file or Path(source.name).expanduser(), source.text_field)
+    else:
+        raise CalibrationError(f"a {source.kind} source has no text")
+    if source.part != "all":
+        middle = text.find("\n", len(text) // 2) + 1 or len(text) // 2
+        text = text[:middle] if source.part == "calibration" else text[middle:]
+    if not text.strip():
+        raise CalibrationError(f"text source {source.kind}:{source.name} is empty")
+    return text
+
+
+def _read_file(path: Path, text_field: str) -> str:
+    try:
+        raw = path.read_text(encoding="utf-8")
+    except OSError as err:
+        raise CalibrationError(f"cannot read text file {path}: {err.strerror or err}") from err
+    except UnicodeDecodeError as err:
+        raise CalibrationError(f"text file {path} is not UTF-8 (byte {err.start})") from err
+    if path.suffix not in (".jsonl", ".ndjson"):
+        return raw
+    documents = []
+    for number, line in enumerate(raw.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            documents.append(str(json.loads(line)[text_field]))
+        except (ValueError, KeyError, TypeError) as err:
+            raise CalibrationError(f"{path} line {number}: no JSON object with a field {text_field!r}") from err
+    return "\n\n".join(documents)
+
+
+def _read_hub(source: TextSource) -> str:
+    try:
+        from datasets import load_dataset
+    except ImportError as err:
+        raise CalibrationError("hub text needs the package datasets: pip install 'duquant[hub]'") from err
+    try:
+        rows = load_dataset(source.name, source.config, split=source.split)
+        return "\n\n".join(rows[source.text_field])
+    except (ValueError, OSError, KeyError) as err:
+        raise CalibrationError(f"cannot read hub data set {source.name} ({source.split}): {err}") from err
+
+
+def tokenize(tokenizer: Any, text: str) -> Int64[Tensor, " tokens"]:
+    """Return the whole text's token ids, without special tokens."""
+    # Fast tokenizers warn about texts longer than the model's context; the text is cut into windows right after.
+    encoded = tokenizer(text, add_special_tokens=False, verbose=False)
+    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+
+
+def evenly_spaced_windows(
+    tokens: Int64[Tensor, " tokens"], *, samples: int, seq_len: int
+) -> Int64[Tensor, "samples seq_len"]:
+    """Cut windows at even distances over the whole text; they overlap when the text is short.
+
+    Raises:
+        CalibrationError: the text has fewer tokens than one window.
+    """
+    total = tokens.shape[0]
+    if total < seq_len:
+        raise CalibrationError(
+            f"the calibration text has {total} tokens; one window of {seq_len} needs more text or a smaller seq_len"
+        )
+    if total < samples * seq_len:
+        log.warning("calibration windows overlap: %d tokens for %d windows of %d", total, samples, seq_len)
+    last = total - seq_len
+    starts = [0] if samples == 1 else [last * i // (samples - 1) for i in range(samples)]
+    return torch.stack([tokens[start : start + seq_len] for start in starts])
+
+
+def consecutive_windows(
+    tokens: Int64[Tensor, " tokens"], *, seq_len: int, limit: int | None
+) -> Int64[Tensor, "windows seq_len"]:
+    """Cut consecutive, non-overlapping windows and drop the tail, as perplexity is measured in the literature.
+
+    Raises:
+        CalibrationError: the text has fewer tokens than one window.
+    """
+    count = tokens.shape[0] // seq_len
+    if count == 0:
+        raise CalibrationError(f"the text has {tokens.shape[0]} tokens; one window of {seq_len} needs more text")
+    count = count if limit is None else min(count, limit)
+    return tokens[: count * seq_len].view(count, seq_len)
+
+
+def calibration_windows(
+    model_path: Path,
+    source: TextSource,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    local_file: Path | None = None,
+) -> Int64[Tensor, "samples seq_len"]:
+    """Return the token windows of a calibration source.
+
+    Raises:
+        CalibrationError: the text is missing, empty or too short.
+        SourceError: the model has no usable tokenizer.
+    """
+    tokenizer = load_tokenizer(model_path)
+    generator = torch.Generator().manual_seed(seed)
+    if source.kind == "random":
+        return torch.randint(0, len(tokenizer), (samples, seq_len), generator=generator)
+    if source.kind == "self":
+        return _sample_from_model(model_path, tokenizer, samples=samples, seq_len=seq_len, generator=generator)
+    tokens = tokenize(tokenizer, read_text(source, local_file=local_file))
+    return evenly_spaced_windows(tokens, samples=samples, seq_len=seq_len)
+
+
+@torch.no_grad()
+def _sample_from_model(
+    model_path: Path, tokenizer: Any, *, samples: int, seq_len: int, generator: torch.Generator
+) -> Tensor:
+    """Sample windows from the model at temperature 1. The one source that needs the whole model in memory."""
+    model = AutoModelForCausalLM.from_pretrained(model_path, trust_remote_code=False, use_safetensors=True)
+    model.eval()
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    windows = []
+    for first in range(0, samples, _SELF_SAMPLE_BATCH):
+        batch = min(_SELF_SAMPLE_BATCH, samples - first)
+        ids = torch.full((batch, 1), start or 0, dtype=torch.int64)
+        step, cache = ids, None
+        for _ in range(seq_len - 1):
+            output = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
+            step = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=generator)
+            ids = torch.cat((ids, step), dim=1)
+        windows.append(ids)
+    return torch.cat(windows)

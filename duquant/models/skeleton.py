@@ -1,0 +1,107 @@
+"""Model skeletons on the meta device, and decoder layers that borrow real tensors for a while."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from duquant.errors import SourceError, UnsupportedModelError
+from duquant.models.architecture import Architecture
+from duquant.models.source import SourceCheckpoint
+
+COMPUTE_DTYPE = torch.bfloat16
+"""Dtype of calibration forward passes. bfloat16 matrix products are several times faster than float32 everywhere."""
+
+
+class Skeleton:
+    """The decoder layers of a model without their weights.
+
+    `layer(index, tensors)` lends one layer its tensors; nothing is kept after the `with` block.
+    """
+
+    def __init__(self, source: SourceCheckpoint, device: torch.device) -> None:
+        self.architecture: Architecture = source.architecture
+        self.device = device
+        self.config = load_config(source)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(self.config, dtype=COMPUTE_DTYPE, attn_implementation="sdpa")
+        model.eval()
+        self._model = model
+        self._rotary = model.model.rotary_emb.to(device)
+
+    def layer_names(self, layer: int) -> dict[str, torch.Size]:
+        """Return the parameters of a layer, by their names inside it, with their shapes."""
+        return {name: p.shape for name, p in self._model.model.layers[layer].named_parameters()}
+
+    def load(self, source: SourceCheckpoint, layer: int) -> dict[str, Tensor]:
+        """Read one layer's tensors from the source in their stored dtype, with shapes checked.
+
+        Raises:
+            SourceError: a tensor is missing, has another shape than the config says, or is not finite.
+        """
+        shapes = self.layer_names(layer)
+        tensors = source.layer_tensors(layer, shapes)
+        for name, tensor in tensors.items():
+            if tensor.shape != shapes[name]:
+                raise SourceError(
+                    f"{source.path}: layer {layer} {name} has shape {tuple(tensor.shape)}; "
+                    f"config.json asks for {tuple(shapes[name])}"
+                )
+        return tensors
+
+    @contextmanager
+    def layer(self, index: int, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+        """Lend decoder layer `index` these tensors, converted to the compute dtype on the device."""
+        module = self._model.model.layers[index]
+        state = {name: tensor.to(self.device, COMPUTE_DTYPE) for name, tensor in tensors.items()}
+        module.load_state_dict(state, assign=True)
+        try:
+            yield module
+        finally:
+            module.to("meta")
+
+    def forward(self, module: nn.Module, X: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq hidden"]:
+        """Run a lent layer over full windows: causal attention, positions 0..seq-1, no cache."""
+        positions = torch.arange(X.shape[1], device=X.device)[None]
+        output = module(
+            X,
+            attention_mask=self._mask(module, X, positions),
+            position_ids=positions,
+            position_embeddings=self._rotary(X, position_ids=positions),
+        )
+        result = output[0] if isinstance(output, tuple) else output
+        assert isinstance(result, Tensor)
+        return result
+
+    def _mask(self, module: nn.Module, X: Tensor, positions: Tensor) -> Tensor | None:
+        """Return None where plain causal attention is right (sdpa then takes its fast path), else the window's mask."""
+        window = getattr(module.self_attn, "sliding_window", None)
+        if window is None or window >= X.shape[1]:
+            return None
+        make = create_sliding_window_causal_mask if window else create_causal_mask
+        mask = make(
+            config=self.config, inputs_embeds=X, attention_mask=None, past_key_values=None, position_ids=positions
+        )
+        assert mask is None or isinstance(mask, Tensor)
+        return mask
+
+
+def load_config(source: SourceCheckpoint) -> Any:
+    """Return the transformers config of a source.
+
+    Raises:
+        UnsupportedModelError: transformers refuses the config.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=False, local_files_only=True)
+    except (ValueError, KeyError, OSError, TypeError) as err:
+        raise UnsupportedModelError(f"{source.path / 'config.json'}: transformers cannot read it: {err}") from err
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(f"{source.path} is already quantized; start from the unquantized model")
+    return config

@@ -1,0 +1,137 @@
+"""quantize_model: the whole run in one process, one step after the other."""
+
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from duquant.artifact.layout import MANIFEST
+from duquant.artifact.writer import write_manifest
+from duquant.config import Recipe
+from duquant.errors import ConfigError, KernelUnavailableError
+from duquant.models.references import resolve_model
+from duquant.pipeline.plan import plan
+from duquant.pipeline.run import ModelRun, ShardOutcome
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is."""
+
+    phase: str
+    done: int
+    """Finished layers."""
+    total: int
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class QuantizeSummary:
+    """What a finished run reports."""
+
+    artifact: Path
+    seconds: float
+    layers: int
+    size_bytes: int
+    peak_rss_bytes: int
+    fingerprint: str
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device for "auto", "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        ConfigError: the name means nothing.
+        KernelUnavailableError: CUDA is asked for and not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as err:
+        raise ConfigError(f"device {name!r} is not one of: auto, cpu, cuda, cuda:N", field="device") from err
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise KernelUnavailableError(f"device {name!r} was asked for, but torch finds no CUDA device here")
+    return device
+
+
+def quantize_model(
+    model: str,
+    out: Path,
+    recipe: Recipe,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    allow_hub: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> QuantizeSummary:
+    """Quantize a model into the new directory `out`.
+
+    The artifact is built beside `out` and renamed into place, so `out` is whole or absent. The seconds do not include
+    converting a demo model.
+
+    Raises:
+        ConfigError: `out` exists and is not empty.
+        DuQuantError: whatever is wrong with the model, the text or the recipe.
+        OSError: the disk is full or not writable.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not an empty directory; choose another or remove it", field="out")
+    report = on_progress or (lambda _progress: None)
+    if threads:
+        torch.set_num_threads(threads)
+    report(Progress("resolve", 0, 0, model))
+    model_path = resolve_model(model, allow_hub=allow_hub)
+    started = time.perf_counter()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        staged = scratch / "artifact"
+        staged.mkdir()
+        run = ModelRun(model_path, recipe, scratch / "work", device=resolve_device(device))
+        outcomes = _run_steps(run, staged, report)
+        manifest = run.finish(staged, outcomes, name=model)
+        write_manifest(staged, manifest)
+        if out.exists():
+            out.rmdir()
+        staged.rename(out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    size = sum(entry.size_bytes for entry in manifest.files) + (out / MANIFEST).stat().st_size
+    return QuantizeSummary(
+        artifact=out,
+        seconds=time.perf_counter() - started,
+        layers=run.source.layers,
+        size_bytes=size,
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        fingerprint=manifest.fingerprint,
+    )
+
+
+def _run_steps(run: ModelRun, out: Path, report: Callable[[Progress], None]) -> list[ShardOutcome]:
+    """Run all steps in plan order."""
+    layers = run.source.layers
+    outcomes: list[ShardOutcome] = []
+    done = 0
+    for step in plan(layers=layers, shards=run.shards):
+        kind, layer, shard = step.id
+        report(Progress("prepare" if layer < 0 else "layers", done, layers, f"{kind} layer {layer}"))
+        if kind == "tokenize":
+            run.tokenize()
+        elif kind == "embed":
+            run.embed(shard)
+        elif kind == "sweep":
+            run.sweep(layer, shard)
+        elif kind == "extra":
+            outcomes.append(run.embeddings(out))
+        else:
+            outcomes.append(run.quantize(layer, out))
+            run.forget(layer)
+            done += 1
+    report(Progress("finish", done, layers))
+    return outcomes

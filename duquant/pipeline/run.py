@@ -1,0 +1,174 @@
+"""ModelRun: does the steps of one run through files. A plain class: the command line and the workers both use it."""
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from duquant.artifact.layout import EXTRA_SHARD, layer_shard
+from duquant.artifact.manifest import Manifest
+from duquant.artifact.shards import ShardInfo, write_shard
+from duquant.artifact.writer import write_small_files
+from duquant.calibration.statistics import load_statistics, merge
+from duquant.calibration.sweep import WorkDir, embed_shard, shard_windows, sweep_layer, write_tokens
+from duquant.calibration.text import calibration_windows
+from duquant.config import Recipe
+from duquant.models.skeleton import Skeleton
+from duquant.models.source import SourceCheckpoint, hash_tensors
+from duquant.pipeline.layer import LayerShape, quantize_layer
+
+
+@dataclass(frozen=True)
+class ShardOutcome:
+    """A finished shard, in types that travel as JSON."""
+
+    layer: int
+    """-1 for the extra shard."""
+    shard: ShardInfo
+    source_sha256: str
+    """Of the tensors that went in."""
+    source_bytes: int
+    quantized_weights: int
+    metrics: dict[str, dict[str, float]]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return {**asdict(self), "shard": self.shard.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ShardOutcome":
+        """Undo `to_dict`."""
+        return cls(**{**values, "shard": ShardInfo.from_dict(values["shard"])})
+
+
+class ModelRun:
+    """The steps of quantizing one model with one recipe. Steps touch only files, so any process can do any of them.
+
+    Raises:
+        SourceError, UnsupportedModelError: from the constructor, when the model cannot be used at all.
+    """
+
+    def __init__(
+        self, model_path: Path, recipe: Recipe, work_dir: Path, *, device: torch.device, text_file: Path | None = None
+    ) -> None:
+        self.source = SourceCheckpoint(model_path)
+        self.source.architecture.kept_sites(recipe.skip_linears)
+        self.recipe = recipe
+        self.work = WorkDir(work_dir)
+        self.device = device
+        self._text_file = text_file
+
+    @property
+    def shards(self) -> int:
+        """Number of sweep shards."""
+        return len(shard_windows(self.recipe.calibration))
+
+    @cached_property
+    def _skeleton(self) -> Skeleton:
+        return Skeleton(self.source, self.device)
+
+    def tokenize(self) -> None:
+        """Write the calibration windows, unless they are there."""
+        if self.work.tokens.exists():
+            return
+        calibration = self.recipe.calibration
+        windows = calibration_windows(
+            self.source.path,
+            calibration.source,
+            samples=calibration.samples,
+            seq_len=calibration.seq_len,
+            seed=self.recipe.seed,
+            local_file=self._text_file,
+        )
+        write_tokens(self.work, windows)
+
+    def embed(self, shard: int) -> None:
+        """Write the inputs of layer 0 for one shard."""
+        embed_shard(self.source, self.recipe, self.work, shard)
+
+    def sweep(self, layer: int, shard: int) -> None:
+        """Run one layer over one shard, then delete its input: no later step reads it."""
+        sweep_layer(self.source, self._skeleton, self.recipe, self.work, layer, shard)
+        self.work.boundary(layer, shard).unlink(missing_ok=True)
+
+    def quantize(self, layer: int, out: Path) -> ShardOutcome:
+        """Quantize one layer into its shard in directory `out`."""
+        started = time.perf_counter()
+        files = [self.work.statistics(layer, shard) for shard in range(self.shards)]
+        statistics = merge([load_statistics(file, self.device) for file in files])
+        stored = self._skeleton.load(self.source, layer)
+        heads = int(self.source.config["num_attention_heads"])
+        shape = LayerShape(
+            kv_heads=int(self.source.config.get("num_key_value_heads") or heads),
+            head_dim=int(self.source.config.get("head_dim") or self.source.config["hidden_size"] // heads),
+        )
+        tensors = {name: tensor.to(self.device) for name, tensor in stored.items()}
+        quantized = quantize_layer(tensors, statistics, self.source.architecture, shape, self.recipe, layer=layer)
+        prefix = f"{self.source.architecture.layers_prefix}.{layer}."
+        shard = write_shard(out / layer_shard(layer), {prefix + n: t for n, t in quantized.tensors.items()})
+        return ShardOutcome(
+            layer=layer,
+            shard=shard,
+            source_sha256=hash_tensors(stored),
+            source_bytes=sum(tensor.numel() * 2 for tensor in stored.values()),
+            quantized_weights=quantized.quantized_weights,
+            metrics={name: asdict(entry) for name, entry in quantized.report.items()},
+            seconds=time.perf_counter() - started,
+        )
+
+    def forget(self, layer: int) -> None:
+        """Delete the statistics of a layer whose shard is safe."""
+        for shard in range(self.shards):
+            self.work.statistics(layer, shard).unlink(missing_ok=True)
+
+    def embeddings(self, out: Path) -> ShardOutcome:
+        """Write embeddings, final norm and head, in 16 bits, into their shard in directory `out`."""
+        started = time.perf_counter()
+        architecture = self.source.architecture
+        names = [architecture.embeddings, architecture.final_norm]
+        if self.source.has_head:
+            names.append(architecture.head)
+        stored = self.source.tensors(names)
+        shard = write_shard(out / EXTRA_SHARD, {name: t.to(torch.bfloat16) for name, t in stored.items()})
+        return ShardOutcome(
+            layer=-1,
+            shard=shard,
+            source_sha256=hash_tensors(stored),
+            source_bytes=sum(tensor.numel() * 2 for tensor in stored.values()),
+            quantized_weights=0,
+            metrics={},
+            seconds=time.perf_counter() - started,
+        )
+
+    def finish(self, out: Path, outcomes: Sequence[ShardOutcome], *, name: str) -> Manifest:
+        """Write the small files into `out`; return the manifest, which the caller writes last."""
+        ordered = sorted(outcomes, key=lambda outcome: outcome.layer)
+        digest = hashlib.sha256("".join(outcome.source_sha256 for outcome in ordered).encode()).hexdigest()
+        size = sum(outcome.shard.size_bytes for outcome in ordered)
+        source_bytes = sum(outcome.source_bytes for outcome in ordered)
+        weights = sum(outcome.quantized_weights for outcome in ordered)
+        packed_bytes = sum(outcome.shard.tensor_bytes for outcome in ordered if outcome.layer >= 0)
+        summary = {
+            "size_bytes": size,
+            "source_bytes": source_bytes,
+            "size_ratio": round(size / source_bytes, 4),
+            "quantized_weights": weights,
+            "bits_per_weight": round(8 * packed_bytes / weights, 4) if weights else 16.0,
+        }
+        report = {"layers": {str(outcome.layer): outcome.metrics for outcome in ordered if outcome.layer >= 0}}
+        return write_small_files(
+            out,
+            self.source,
+            self.recipe,
+            [outcome.shard for outcome in ordered],
+            source_name=name,
+            source_sha256=digest,
+            summary=summary,
+            report=report,
+        )

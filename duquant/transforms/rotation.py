@@ -1,0 +1,125 @@
+"""Block rotations: the greedy search of DuQuant and the search-free Hadamard variant.
+
+A rotation is (block_size, block_size) when all blocks of a site share it, (blocks, block_size, block_size) when each
+block has its own. It acts on rows: X @ R within every block.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from duquant.transforms.hadamard import flat_orthogonal, random_signs
+
+MAX_SEARCH_ROWS = 2048
+"""Rows that one search looks at; those of largest norm are kept."""
+_POOL = 16
+_MIN_BLOCK = 16
+
+
+def resolve_block_size(width: int, requested: int) -> int:
+    """Return the side of the rotation blocks for a site of `width` channels.
+
+    The requested size when it divides the width, otherwise the largest divisor below it, so that all blocks are equal.
+    A width without a divisor of at least 16 (or its own size) is rotated as one block.
+
+    >>> resolve_block_size(4096, 128), resolve_block_size(576, 128), resolve_block_size(1538, 128)
+    (128, 96, 1538)
+    """
+    if width <= requested:
+        return width
+    divisor = next(size for size in range(min(requested, width), 0, -1) if width % size == 0)
+    return divisor if divisor >= min(_MIN_BLOCK, requested) else width
+
+
+def apply_rotation(
+    X: Float[Tensor, "*rows channels"], R: Float[Tensor, "*blocks n n"]
+) -> Float[Tensor, "*rows channels"]:
+    """Return `X` with every block of channels multiplied by its rotation, in the dtype of `X`."""
+    n = R.shape[-1]
+    R = R.to(X.dtype)
+    blocks = X.reshape(-1, X.shape[-1] // n, n)  # (rows, blocks, n)
+    rotated = blocks @ R if R.dim() == 2 else torch.einsum("rbi,bij->rbj", blocks, R)
+    return rotated.reshape(X.shape)
+
+
+def hadamard_rotation(n: int, blocks: int | None, generator: torch.Generator) -> Float[Tensor, "*blocks n n"]:
+    """Return diag(random signs) H in float64: one for all blocks when `blocks` is None, else one for each."""
+    base = flat_orthogonal(n)
+    if blocks is None:
+        return random_signs(n, generator)[:, None] * base
+    return torch.stack([random_signs(n, generator)[:, None] * base for _ in range(blocks)])
+
+
+def _spreading_pool(n: int, generator: torch.Generator) -> Float[Tensor, "pool n n"]:
+    """Return random orthogonal matrices whose first row is uniform: diag(1, Q') times the Helmert matrix.
+
+    The paper multiplies in the other order, which leaves the first row random (up to 4.3 times its flat value); this
+    order keeps it flat, so that one step really divides the outlier evenly over its block.
+    """
+    index = torch.arange(n, dtype=torch.float64)
+    helmert = torch.zeros(n, n, dtype=torch.float64)
+    helmert[0] = 1 / math.sqrt(n)
+    for row in range(1, n):
+        norm = math.sqrt(row * (row + 1))
+        helmert[row] = torch.where(index < row, 1 / norm, 0.0)
+        helmert[row, row] = -row / norm
+    if n == 1:
+        return helmert[None]
+    gaussian = torch.randn(_POOL, n - 1, n - 1, generator=generator, dtype=torch.float64)
+    Q, upper = torch.linalg.qr(gaussian)
+    Q = Q * torch.sign(torch.diagonal(upper, dim1=-2, dim2=-1))[:, None, :]  # unique factors: Haar distributed
+    mixed = torch.eye(n, dtype=torch.float64).repeat(_POOL, 1, 1)
+    mixed[:, 1:, 1:] = Q
+    return mixed @ helmert
+
+
+def _search_rows(X: Float[Tensor, "tokens channels"], n: int, shared: bool) -> Float[Tensor, "problems rows n"]:
+    """Return the rows that can decide the largest entry: (1, rows, n) when shared, (blocks, tokens, n) otherwise.
+
+    For orthogonal R, |x|_2 / sqrt(n) <= |x R|_max <= |x|_2, so a row whose norm is below max|x|_2 / sqrt(n) never holds
+    the peak; dropping it changes nothing. Beyond that at most MAX_SEARCH_ROWS rows of largest norm are kept.
+    """
+    blocks = X.float().view(X.shape[0], -1, n)  # (tokens, blocks, n)
+    problems = blocks.reshape(1, -1, n) if shared else blocks.transpose(0, 1)
+    keep = min(problems.shape[1], MAX_SEARCH_ROWS)
+    norms = problems.norm(dim=-1)
+    top = norms.topk(keep, dim=1)
+    rows = problems.gather(1, top.indices[..., None].expand(-1, -1, n)).contiguous()
+    can_peak = top.values >= top.values[:, :1] / math.sqrt(n)
+    return rows[:, : int(can_peak.sum(1).max())]
+
+
+def greedy_rotation(
+    X: Float[Tensor, "tokens channels"], n: int, *, steps: int, shared: bool, generator: torch.Generator
+) -> Float[Tensor, "*blocks n n"]:
+    """Search block rotations that make the largest magnitude small; return them in float64.
+
+    Every step finds the largest |entry|, takes its channel d within the block, and multiplies by E_d M E_d, where E_d
+    swaps channels 0 and d and M has a uniform first row, so the outlier spreads over its block. The prefix of steps
+    with the smallest peak is kept; doing nothing is a candidate, so the peak never grows. All problems (one when
+    shared, else one a block) advance together, and nothing is read back from the device inside the loop.
+
+    Reference: DuQuant, arXiv 2406.01721v3, section 3.2, equation 3 and algorithm 1, with the true outlier column.
+    """
+    rows = _search_rows(X, n, shared)
+    problems = rows.shape[0]
+    pool = _spreading_pool(n, generator).to(X.device)
+    pool_like_rows = pool.to(rows.dtype)
+    R = torch.eye(n, dtype=torch.float64, device=X.device).repeat(problems, 1, 1)
+    best_R = R.clone()
+    channels = torch.arange(n, device=X.device)
+    best_peak, outlier = rows.abs().flatten(1).max(dim=1)
+    for step in range(steps):
+        d = (outlier % n)[:, None]  # (problems, 1)
+        swap = torch.where(channels == 0, d, torch.where(channels == d, 0, channels))  # (problems, n): E_d as an index
+        M = pool[step % len(pool)]
+        swapped = M[swap[:, :, None], swap[:, None, :]]  # (problems, n, n) = E_d M E_d
+        R = R @ swapped
+        rows = rows @ pool_like_rows[step % len(pool)][swap[:, :, None], swap[:, None, :]]
+        peak, outlier = rows.abs().flatten(1).max(dim=1)
+        better = peak < best_peak
+        best_R = torch.where(better[:, None, None], R, best_R)
+        best_peak = torch.where(better, peak, best_peak)
+    return best_R[0] if shared else best_R

@@ -1,0 +1,54 @@
+"""Smoothing: moving outliers from activations to weights by one scale per channel."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+MIN_SCALE = 1e-2
+_FLOOR = 1e-5
+
+
+def smoothing_scale(
+    act_absmax: Float[Tensor, " channels"],
+    weights: Sequence[Float[Tensor, "out_features channels"]],
+    alpha: float,
+) -> Float[Tensor, " channels"]:
+    """Return smooth_scale = max|X|^alpha / max|W|^(1 - alpha) per channel, float32, at least 0.01.
+
+    X is divided by it and every weight that reads X is multiplied by it. The weights' maximum is over *all* consumers
+    of the site (the authors' code looks at q_proj and up_proj only). A dead channel (zero on either side) keeps 1.
+
+    Reference: SmoothQuant, arXiv 2211.10438v7, equation 4; DuQuant, arXiv 2406.01721v3, equation 2.
+    """
+    weight_absmax = torch.stack([W.float().abs().amax(0) for W in weights]).amax(0)
+    act_absmax = act_absmax.float()
+    scale = act_absmax.clamp_min(_FLOOR) ** alpha / weight_absmax.clamp_min(_FLOOR) ** (1 - alpha)
+    dead = (act_absmax == 0) | (weight_absmax == 0)
+    return torch.where(dead, 1.0, scale.clamp_min(MIN_SCALE))
+
+
+def share_over_heads(scale: Float[Tensor, " channels"], *, kv_heads: int, head_dim: int) -> Float[Tensor, " channels"]:
+    """Return the scale made equal for all query heads that read one KV head (their maximum).
+
+    The input channel (query head, d) of o_proj is a mixture of value rows (its KV head, d). One scale per KV channel
+    therefore folds into v_proj exactly, also with grouped-query attention, where the authors' code divides online.
+    """
+    grouped = scale.view(kv_heads, -1, head_dim)  # (kv_heads, query heads of each, head_dim)
+    return grouped.amax(1, keepdim=True).expand_as(grouped).reshape(-1)
+
+
+def exact_fold(
+    gain: Float[Tensor, " channels"], scale: Float[Tensor, " channels"]
+) -> tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]]:
+    """Return (folded gain in the gain's dtype, the scale that was really folded, float32).
+
+    The quotient gain / scale is rounded to the gain's dtype (bfloat16, say); the scale is then redefined as gain /
+    folded, so that weights multiplied by it cancel the folded gain exactly instead of up to rounding.
+    """
+    folded = (gain.float() / scale).to(gain.dtype)
+    usable = (folded != 0) & torch.isfinite(folded)
+    folded = torch.where(usable, folded, gain)
+    real = torch.where(usable & (gain != 0), gain.float() / folded.float(), 1.0)
+    return folded, real

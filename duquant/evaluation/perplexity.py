@@ -1,0 +1,115 @@
+"""Perplexity over consecutive windows, as the literature measures it."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from duquant.artifact.layout import MANIFEST
+from duquant.calibration.text import consecutive_windows, load_tokenizer, read_text, tokenize
+from duquant.config import TextSource
+from duquant.inference import load
+from duquant.models.references import resolve_model
+from duquant.models.source import SourceCheckpoint
+from duquant.pipeline import resolve_device
+
+_LOGIT_ROWS = 512
+"""Rows of logits held at once: a whole window of a large vocabulary would take gigabytes."""
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """A perplexity and what it was measured on."""
+
+    perplexity: float
+    tokens: int
+    """Predicted tokens: windows * (seq_len - 1)."""
+    windows: int
+    seq_len: int
+    seconds: float
+    model_bytes: int
+    """Bytes of all parameters in memory."""
+
+
+def evaluate(
+    model: str,
+    text: TextSource,
+    *,
+    seq_len: int = 2048,
+    windows: int | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    allow_hub: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> PerplexityResult:
+    """Measure perplexity of an artifact's directory or of an unquantized model (bfloat16).
+
+    The text is tokenized once without special tokens and cut into consecutive windows of `seq_len` without the tail.
+    Artifacts run with their quantized KV cache.
+
+    Raises:
+        DuQuantError: the model or the text cannot be used.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    target = resolve_device(device)
+    path = resolve_model(model, allow_hub=allow_hub)
+    if (path / MANIFEST).exists():
+        loaded, tokenizer = load(path, device=str(target))
+    else:
+        SourceCheckpoint(path)
+        tokenizer = load_tokenizer(path)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.bfloat16, trust_remote_code=False, use_safetensors=True, local_files_only=True
+        ).to(target)
+        loaded.eval()
+    cut = consecutive_windows(tokenize(tokenizer, read_text(text)), seq_len=seq_len, limit=windows)
+    started = time.perf_counter()
+    value = perplexity(loaded, cut, on_progress=on_progress)
+    return PerplexityResult(
+        perplexity=value,
+        tokens=cut.shape[0] * (seq_len - 1),
+        windows=cut.shape[0],
+        seq_len=seq_len,
+        seconds=time.perf_counter() - started,
+        model_bytes=sum(p.numel() * p.element_size() for p in loaded.parameters()),
+    )
+
+
+@torch.no_grad()
+def perplexity(
+    model: Any, windows: Int64[Tensor, "windows seq_len"], *, on_progress: Callable[[int, int], None] | None = None
+) -> float:
+    """Return exp of the mean negative log-likelihood of every token but each window's first."""
+    total, count = 0.0, 0
+    for index, window in enumerate(windows):
+        ids = window[None].to(model.device)
+        # use_cache on purpose: keys and values then pass through the artifact's quantized cache.
+        hidden = model.model(input_ids=ids, use_cache=True).last_hidden_state[0, :-1]
+        total += _negative_log_likelihood(model.lm_head, hidden, ids[0, 1:])
+        count += ids.shape[1] - 1
+        if on_progress:
+            on_progress(index + 1, windows.shape[0])
+    return math.exp(total / count)
+
+
+def _negative_log_likelihood(
+    head: torch.nn.Module, hidden: Float[Tensor, "tokens hidden"], targets: Int64[Tensor, " tokens"]
+) -> float:
+    total = 0.0
+    for first in range(0, hidden.shape[0], _LOGIT_ROWS):
+        logits = head(hidden[first : first + _LOGIT_ROWS]).float()
+        total += float(torch.nn.functional.cross_entropy(logits, targets[first : first + _LOGIT_ROWS], reduction="sum"))
+    return total
+
+
+def directory_bytes(path: Path) -> int:
+    """Return the size of all files directly in a directory."""
+    return sum(file.stat().st_size for file in path.iterdir() if file.is_file())

@@ -1,0 +1,116 @@
+"""The transformers quantizer: swaps linears for packed ones before weights load, and gives the model its KV cache."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from duquant.artifact.layout import FORMAT, SCHEMA_VERSION
+from duquant.config import Recipe
+from duquant.errors import ArtifactError
+from duquant.inference.cache import DuQuantCache
+from duquant.inference.modules import DuQuantLinear, SiteModule
+from duquant.models.architecture import architecture_of
+
+
+@register_quantization_config(FORMAT)
+class DuQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here
+    """The `quantization_config` entry of an artifact's config.json."""
+
+    def __init__(self, recipe: dict[str, Any], schema_version: int = SCHEMA_VERSION, **_kwargs: Any) -> None:
+        self.quant_method = FORMAT
+        self.schema_version = schema_version
+        self.recipe = recipe
+        self.parsed()
+
+    def parsed(self) -> Recipe:
+        """Return the recipe.
+
+        Raises:
+            ArtifactError: the schema version is not the one this duquant reads.
+        """
+        if self.schema_version != SCHEMA_VERSION:
+            raise ArtifactError(
+                f"config.json has duquant schema version {self.schema_version}; this duquant reads {SCHEMA_VERSION}"
+            )
+        return Recipe.from_dict(self.recipe)
+
+
+@register_quantizer(FORMAT)
+class DuQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is untyped here
+    """Loads packed checkpoints; weights stay packed in memory."""
+
+    requires_calibration = True
+    serialized_names = {  # noqa: RUF012  # transformers reads a plain class attribute
+        "weight": ["weight_packed", "weight_scale", "weight_zero_point", "weight_shape"]
+    }
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_kwargs: Any) -> None:
+        recipe = self.quantization_config.parsed()
+        architecture = architecture_of(model.config.to_dict())
+        layers = model.get_submodule(architecture.layers_prefix)
+        assert isinstance(layers, nn.ModuleList)
+        for layer in layers:
+            for site in architecture.kept_sites(recipe.skip_linears):
+                first = layer.get_submodule(site.linears[0])
+                assert isinstance(first, nn.Linear)
+                with torch.device(first.weight.device):
+                    module = SiteModule(first.in_features, len(site.linears), recipe)
+                    _set_submodule(layer, site.module, module)
+                    for name in site.linears:
+                        old = layer.get_submodule(name)
+                        assert isinstance(old, nn.Linear)
+                        new = DuQuantLinear(
+                            old.in_features, old.out_features, bias=old.bias is not None, recipe=recipe, site=module
+                        )
+                        _set_submodule(layer, name, new)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_kwargs: Any) -> None:
+        attach_cache(model, self.quantization_config.parsed())
+
+    def is_serializable(self, *_args: Any, **_kwargs: Any) -> bool:
+        """Packed weights are saved as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights have no gradients."""
+        return False
+
+
+def attach_cache(model: Any, recipe: Recipe) -> None:
+    """Make forward passes and `generate` use the recipe's KV cache wherever they would make a cache of their own."""
+    if recipe.kv_cache.bits == 16:
+        return
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def new_cache() -> DuQuantCache:
+        return DuQuantCache(recipe.kv_cache, layers=config.num_hidden_layers, head_dim=head_dim)
+
+    def fill_cache(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        use_cache = kwargs.get("use_cache")
+        wanted = config.use_cache if use_cache is None else use_cache
+        if wanted and kwargs.get("past_key_values") is None:
+            kwargs["past_key_values"] = new_cache()
+        return args, kwargs
+
+    model.model.register_forward_pre_hook(fill_cache, with_kwargs=True)
+    plain_generate = model.generate
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        """Call transformers' generate with an INT4 cache unless the caller brings one or wants none."""
+        if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is not False:
+            kwargs["past_key_values"] = new_cache()
+        return plain_generate(*args, **kwargs)
+
+    model.generate = generate
+    model.duquant_new_cache = new_cache
+
+
+def _set_submodule(root: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, module)

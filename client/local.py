@@ -1,0 +1,223 @@
+"""`duquant quantize | verify | eval | generate`: the algorithm on this machine, without the service.
+
+The algorithm library is imported inside each command, so that the rest of the command line starts without torch.
+"""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from client.errors import EXIT_FAILED, EXIT_OK, BadInputError
+from client.output import JsonFlag, chatter, duration, note, print_json, print_pairs, print_text, size
+from client.recipes import load_recipe
+from duquant.config import DEFAULT_PRESET, TextSource, with_calibration
+
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads. [default: all]")]
+HubOption = Annotated[bool, typer.Option("--allow-hub", help="Let models come from the Hugging Face hub.")]
+
+
+def parse_text(text: str, *, default_part: str) -> TextSource:
+    """Read a text argument: a file's path, or builtin:NAME[:PART].
+
+    Raises:
+        BadInputError: there is no such file.
+        ConfigError: there is no such built-in text, or part of it.
+    """
+    kind, colon, rest = text.partition(":")
+    if colon and kind == "builtin":
+        name, _, part = rest.partition(":")
+        return TextSource(kind="builtin", name=name, part=part or default_part)  # type: ignore[arg-type]  # checked there
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise BadInputError(f"there is no text file {text!r}; give a file or builtin:pydoc-topics")
+    return TextSource(kind="file", name=str(path.resolve()))
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="demo:smollm2-135m, a folder, or hub:OWNER/NAME@COMMIT.")],
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    recipe: Annotated[str, typer.Option(help="A preset, or a recipe file (.json).")] = DEFAULT_PRESET,
+    calibration: Annotated[
+        str | None, typer.Option(help="A text or JSONL file, or builtin:pydoc-topics[:PART].")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Windows of calibration text.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the artifact that is in the folder.")] = False,
+    allow_hub: HubOption = False,
+    *,
+    as_json: JsonFlag = False,
+) -> None:
+    """Quantize a model into a packed checkpoint."""
+    source = None if calibration is None else parse_text(calibration, default_part="calibration")
+    chosen = with_calibration(load_recipe(recipe), source=source, samples=samples, seq_len=seq_len)
+    _check_out(out, force=force)
+    # After the checks: importing torch takes seconds, and a typing error should not cost them.
+    from duquant.pipeline import quantize_model
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the half-made folder is removed then, too
+    target = out.with_name(f".{out.name}.new") if out.exists() and force else out
+    if target is not out:
+        shutil.rmtree(target, ignore_errors=True)
+    with _layer_bar() as report:
+        summary = quantize_model(
+            model, target, chosen, device=device, threads=threads, allow_hub=allow_hub, on_progress=report
+        )
+    if target is not out:
+        shutil.rmtree(out)
+        target.rename(out)
+    if as_json:
+        print_json({**asdict(summary), "artifact": str(out), "model": model, "recipe": chosen.name})
+        return
+    print_pairs(
+        {
+            "artifact": out,
+            "layers": summary.layers,
+            "size": size(summary.size_bytes),
+            "time": duration(summary.seconds),
+            "peak memory": size(summary.peak_rss_bytes),
+        }
+    )
+
+
+def _check_out(out: Path, *, force: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not force:
+        raise BadInputError(f"{out} exists; choose another --out, or replace it with --force")
+    # --force replaces artifacts; a mistyped folder of somebody's own must survive it.
+    if not out.is_dir() or out.is_symlink() or not _is_artifact(out):
+        raise BadInputError(f"{out} is not an artifact of ours; --force does not replace it")
+
+
+def _is_artifact(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == "duquant"
+
+
+@contextmanager
+def _layer_bar() -> Iterator[Callable[[Any], None]]:
+    """Show the library's progress on stderr: a bar for a person, else a line for each phase."""
+    said = ""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total} layers"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=chatter, transient=True, disable=not chatter.is_terminal) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def report(progress: Any) -> None:
+            nonlocal said
+            bar.update(task, description=progress.phase, completed=progress.done, total=progress.total or None)
+            if not chatter.is_terminal and progress.phase != said:
+                said = progress.phase
+                note(f"{progress.phase} ...")
+
+        yield report
+
+
+def verify(
+    artifact: Annotated[Path, typer.Argument(help="The artifact's folder.")], *, as_json: JsonFlag = False
+) -> int:
+    """Check an artifact against its manifest; exit code 1 when anything differs."""
+    if not artifact.is_dir():
+        raise BadInputError(f"there is no folder {artifact}")
+    from duquant.artifact import verify as check
+
+    report = check(artifact)
+    if as_json:
+        print_json({"artifact": str(artifact), "ok": report.ok, "files": report.files, "problems": report.problems})
+    elif report.ok:
+        print_text(f"{artifact} is whole: {report.files} files match the manifest")
+    else:
+        print_text("\n".join([f"{artifact} is damaged:", *(f"  {problem}" for problem in report.problems)]))
+    return EXIT_OK if report.ok else EXIT_FAILED
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="An artifact, a model folder, or demo:smollm2-135m.")],
+    text: Annotated[str, typer.Option(help="A text or JSONL file, or builtin:pydoc-topics[:PART].")] = (
+        "builtin:pydoc-topics:evaluation"
+    ),
+    seq_len: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 2048,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Windows, from the start of the text. [default: all]")
+    ] = 16,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    allow_hub: HubOption = False,
+    *,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure perplexity on a text."""
+    source = parse_text(text, default_part="evaluation")
+    from duquant.evaluation.perplexity import evaluate as measure
+
+    with chatter.status("evaluating") as status:
+
+        def report(done: int, total: int) -> None:
+            status.update(f"evaluating: {done}/{total} windows")
+
+        result = measure(
+            model,
+            source,
+            seq_len=seq_len,
+            windows=windows,
+            device=device,
+            threads=threads,
+            allow_hub=allow_hub,
+            on_progress=report,
+        )
+    if as_json:
+        print_json({**asdict(result), "model": model, "text": text})
+        return
+    print_pairs(
+        {
+            "perplexity": f"{result.perplexity:.4f}",
+            "tokens": result.tokens,
+            "windows": result.windows,
+            "model size": size(result.model_bytes),
+            "time": duration(result.seconds),
+        }
+    )
+
+
+def generate(
+    artifact: Annotated[Path, typer.Argument(help="The artifact's folder.")],
+    prompt: Annotated[str, typer.Option(help="How the text begins.")] = "The capital of France is",
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Tokens to generate.")] = 32,
+    seed: Annotated[int | None, typer.Option(help="Sample with this seed. [default: the likeliest words]")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto to spread it over the devices.")] = "cpu",
+    *,
+    as_json: JsonFlag = False,
+) -> None:
+    """Generate text with a quantized model."""
+    if not artifact.is_dir():
+        raise BadInputError(f"there is no folder {artifact}")
+    if not prompt.strip():
+        raise BadInputError("--prompt is empty")
+    from duquant.inference import generate_text
+
+    with chatter.status("generating"):
+        text = generate_text(artifact, prompt, max_new_tokens=max_new_tokens, seed=seed, device=device)
+    if as_json:
+        print_json({"artifact": str(artifact), "prompt": prompt, "text": text})
+    else:
+        print_text(text)

@@ -1,0 +1,143 @@
+"""Starts processes, watches them, starts them again when they die, and stops them all."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from client.errors import ClientError
+
+_FIRST_PAUSE_S = 1.0
+_LONGEST_PAUSE_S = 30.0
+_STEADY_S = 60.0
+"""A process that ran for this long and then died starts with the shortest pause again."""
+
+
+@dataclass
+class Child:
+    """One process, and how often it had to be started."""
+
+    name: str
+    module: str
+    env: Mapping[str, str]
+    log: Path
+    grace_s: float
+    """How long it may take to stop in good order."""
+    process: subprocess.Popen[bytes] | None = None
+    started_at: float = 0.0
+    restart_at: float | None = None
+    pause_s: float = _FIRST_PAUSE_S
+    restarts: int = field(default=0)
+
+    def start(self) -> None:
+        """Start the process, its output appended to the log."""
+        command = [sys.executable, "-m", "client.child", str(os.getpid()), sys.executable, "-m", self.module]
+        with self.log.open("ab") as stream:
+            # Its own session: a Ctrl-C in the terminal reaches us only, and we stop the parts in the right order.
+            self.process = subprocess.Popen(
+                command,
+                env=dict(self.env),
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                start_new_session=True,
+            )
+        self.started_at = time.monotonic()
+        self.restart_at = None
+
+    @property
+    def status(self) -> int | None:
+        """Its exit status; None while it runs."""
+        return None if self.process is None else self.process.poll()
+
+    def last_words(self) -> str:
+        """Return the last line of its log."""
+        with contextlib.suppress(OSError):
+            size = self.log.stat().st_size
+            with self.log.open("rb") as stream:
+                stream.seek(max(0, size - 4096))
+                lines = stream.read().decode("utf-8", "replace").strip().splitlines()
+            return lines[-1][:400] if lines else ""
+        return ""
+
+
+class Supervisor:
+    """Keeps a list of processes running, in the order in which they need each other."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._children: list[Child] = []
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """The processes that run."""
+        return {each.name: each.process.pid for each in self._children if each.process and each.status is None}
+
+    def start(self, child: Child) -> None:
+        """Start a process and watch it from now on."""
+        child.start()
+        self._children.append(child)
+
+    def require_running(self) -> None:
+        """Raise ClientError if any process has ended; before everything is up that is an error and no accident."""
+        for child in self._children:
+            if child.status is not None:
+                words = child.last_words()
+                raise ClientError(f"{child.name} ended with status {child.status}: {words} (log: {child.log})")
+
+    def tend(self) -> None:
+        """Start again what has died, each after a pause that grows while it keeps dying."""
+        now = time.monotonic()
+        for child in self._children:
+            if child.status is None:
+                continue
+            if child.restart_at is None:
+                child.pause_s = _FIRST_PAUSE_S if now - child.started_at > _STEADY_S else child.pause_s
+                child.restart_at = now + child.pause_s
+                self._say(
+                    f"{child.name} ended with status {child.status} ({child.last_words() or 'no last words'}); "
+                    f"starting it again in {child.pause_s:g} s"
+                )
+                child.pause_s = min(child.pause_s * 2, _LONGEST_PAUSE_S)
+            elif now >= child.restart_at:
+                child.restarts += 1
+                child.start()
+                self._say(f"{child.name} is started again, pid {child.process.pid if child.process else '?'}")
+
+    def stop(self) -> None:
+        """Stop all processes, last started first, and wait until each is gone."""
+        for child in reversed(self._children):
+            _stop(child, self._say)
+
+
+def _stop(child: Child, say: Callable[[str], None]) -> None:
+    process = child.process
+    if process is None:
+        return
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(child.grace_s)
+        except subprocess.TimeoutExpired:
+            say(f"{child.name} did not stop within {child.grace_s:g} s; killing it")
+    # It leads a session of its own; whatever it has left in there goes with it.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def run_once(command: Sequence[str], env: Mapping[str, str], what: str) -> None:
+    """Run a program to its end.
+
+    Raises:
+        ClientError: it failed; the message is its last line.
+    """
+    done = subprocess.run(command, env=dict(env), capture_output=True, check=False)
+    if done.returncode != 0:
+        lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        raise ClientError(f"{what} failed: {lines[-1] if lines else f'status {done.returncode}'}")

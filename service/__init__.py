@@ -1,0 +1,1 @@
+"""HTTP in, jobs out: the REST API and the dashboard. No torch, no Ray."""

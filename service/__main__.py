@@ -1,0 +1,63 @@
+"""`python -m service`: serve the API and the dashboard."""
+
+import socket
+import sys
+from types import FrameType
+
+import uvicorn
+
+from infra.errors import InfraError
+from infra.logging import setup_logging
+from service.app import create_app
+from service.context import Context
+from service.settings import ServiceSettings
+
+EXIT_BAD_CONFIG = 2
+
+
+class _Server(uvicorn.Server):
+    """A server that tells open event streams to end, which would otherwise keep it from stopping."""
+
+    def __init__(self, config: uvicorn.Config, service: Context) -> None:
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._service.stopping.set()
+        super().handle_exit(sig, frame)
+
+
+def main() -> int:
+    """Serve until told to stop; return the exit code."""
+    try:
+        settings = ServiceSettings.load()
+        setup_logging("service", level=settings.log_level, fmt=settings.log_format, secrets=settings.secrets())
+        app = create_app(settings)
+    except InfraError as error:
+        return _refuse(str(error))
+    try:
+        listener = _listen(settings.host, settings.port)
+    except OSError as error:
+        where = f"{settings.host}:{settings.port}"
+        return _refuse(f"cannot listen on {where}: {error.strerror or error}; set DUQUANT_HOST and DUQUANT_PORT")
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=5, timeout_keep_alive=30
+    )
+    with listener:
+        _Server(config, app.state.context).run(sockets=[listener])
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Take the port before anything else starts, so that a taken one is a plain error."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=512)
+
+
+def _refuse(message: str) -> int:
+    print(f"duquant service: {message}", file=sys.stderr)  # noqa: T201  before or without a log, for whoever started us
+    return EXIT_BAD_CONFIG
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""Builds the API: the object graph, the routes, the error handlers. Importing this module does nothing else."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import anyio.to_thread
+import structlog
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from fastapi.staticfiles import StaticFiles
+from fastapi.templating import Jinja2Templates
+
+from infra import migrate
+from infra.database import make_engine
+from infra.errors import InfraError
+from infra.jobs import JobStore
+from infra.keys import KeyStore
+from infra.models import ModelCatalog
+from infra.schema import DEFAULT_TENANT
+from infra.storage import ObjectStore
+from service import errors
+from service.auth import SCOPES
+from service.context import Context
+from service.middleware import BodyLimit, RequestContext
+from service.pages import filters
+from service.routers import artifacts, dashboard, health, jobs, recipes
+from service.settings import ServiceSettings
+
+log = structlog.get_logger(__name__)
+
+_HERE = Path(__file__).parent
+_RETRY_SECONDS = 5.0
+_DESCRIPTION = """Turns Hugging Face language models into packed INT4 checkpoints.
+
+Every call under `/v1` needs an API key. Every error is an `application/problem+json` document of a documented type.
+"""
+
+
+def create_app(settings: ServiceSettings) -> FastAPI:
+    """Build the application. Nothing is connected before it starts, and it starts also when a part is down."""
+    service = build_context(settings)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        is_ready = await anyio.to_thread.run_sync(prepare, service)
+        retry = None if is_ready else asyncio.create_task(_prepare_later(service))
+        yield
+        service.stopping.set()
+        if retry is not None:
+            await retry
+        service.storage.close()
+        service.engine.dispose()
+
+    app = FastAPI(
+        title="duquant",
+        version=version("duquant"),
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        # The bundled pages load scripts from elsewhere, which our content policy forbids.
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.context = service
+    for resource in (jobs, artifacts, recipes, health, dashboard):
+        app.include_router(resource.router)
+    app.mount("/static", StaticFiles(directory=_HERE / "static"), name="static")
+    errors.install(app)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(RequestContext)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
+    return app
+
+
+def build_context(settings: ServiceSettings) -> Context:
+    """Build what the endpoints work with."""
+    engine = make_engine(settings.database_url)
+    pages = Jinja2Templates(directory=_HERE / "templates")
+    pages.env.filters.update(filters())
+    return Context(
+        settings=settings,
+        engine=engine,
+        jobs=JobStore(engine),
+        keys=KeyStore(engine, settings.key_pepper),
+        models=ModelCatalog.from_settings(settings),
+        storage=ObjectStore.from_settings(settings, public_endpoint=settings.s3_public_endpoint),
+        pages=pages,
+    )
+
+
+def prepare(service: Context) -> bool:
+    """Bring the database up to date, make the bucket and the bootstrap key; return whether all of it worked."""
+    parts = {
+        "database": lambda: migrate.upgrade_engine(service.engine),
+        "bootstrap_key": lambda: _make_bootstrap_key(service),
+        "storage": service.storage.ensure_bucket,
+    }
+    failed = []
+    for part, make in parts.items():
+        try:
+            make()
+        except InfraError as error:
+            failed.append(part)
+            log.warning("part_not_ready", part=part, error=str(error))
+    return not failed
+
+
+async def _prepare_later(service: Context) -> None:
+    """Try again until all parts are there: a service that starts before its database must not need a restart."""
+    while not service.stopping.is_set():
+        try:
+            async with asyncio.timeout(_RETRY_SECONDS):
+                await service.stopping.wait()
+        except TimeoutError:
+            if await anyio.to_thread.run_sync(prepare, service):
+                return
+
+
+def _make_bootstrap_key(service: Context) -> None:
+    if service.settings.bootstrap_key is None:
+        return
+    token = service.settings.bootstrap_key.get_secret_value()
+    if service.keys.authenticate(token) is None:
+        service.keys.create(DEFAULT_TENANT, "bootstrap", SCOPES, token=token)
+        log.info("bootstrap_key_created", tenant=DEFAULT_TENANT)
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        components = schema.setdefault("components", {}).setdefault("schemas", {})
+        problem = errors.Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+        components.update(problem.pop("$defs"))
+        components["Problem"] = problem
+        app.openapi_schema = schema
+    return app.openapi_schema

@@ -1,0 +1,163 @@
+"""Who is asking: API keys on /v1, a signed cookie on the dashboard."""
+
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+import time
+from dataclasses import dataclass
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from fastapi import Depends, Request, Response
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from infra.keys import ApiKey
+from service.context import Context, context
+from service.errors import ProblemError
+
+COOKIE = "duquant_session"
+SCOPES = ("jobs:read", "jobs:write", "artifacts:read")
+"""What a key can allow."""
+
+_bearer = HTTPBearer(
+    auto_error=False, scheme_name="ApiKey", description="An API key: `Authorization: Bearer dq_live_...`"
+)
+
+
+@dataclass(frozen=True)
+class Caller:
+    """The key that a request is made with; what it may see is its tenant's."""
+
+    key_id: str
+    tenant_id: str
+    scopes: frozenset[str]
+
+    @classmethod
+    def of(cls, key: ApiKey) -> "Caller":
+        """Return the caller that holds this key."""
+        return cls(key_id=key.id, tenant_id=key.tenant_id, scopes=frozenset(key.scopes))
+
+    @property
+    def actor(self) -> str:
+        """How job events name this caller."""
+        return f"key:{self.key_id}"
+
+
+def authenticate(
+    service: Annotated[Context, Depends(context)],
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+) -> Caller:
+    """Return the caller of an API request.
+
+    Raises:
+        ProblemError: there is no key, or it is not valid.
+    """
+    if credentials is None:
+        raise ProblemError(
+            "unauthorized",
+            "Send an API key: 'Authorization: Bearer dq_live_...'.",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+    key = service.keys.authenticate(credentials.credentials)
+    if key is None:
+        raise ProblemError(
+            "unauthorized",
+            "This API key is not valid; it may be misspelt, revoked or expired.",
+            headers={"WWW-Authenticate": 'Bearer error="invalid_token"'},
+        )
+    return Caller.of(key)
+
+
+def _require(scope: str, caller: Caller) -> Caller:
+    if scope not in caller.scopes:
+        raise ProblemError("missing-scope", f"This API key lacks the scope {scope}; use one that has it.")
+    return caller
+
+
+def _reader(caller: Annotated[Caller, Depends(authenticate)]) -> Caller:
+    return _require("jobs:read", caller)
+
+
+def _writer(caller: Annotated[Caller, Depends(authenticate)]) -> Caller:
+    return _require("jobs:write", caller)
+
+
+def _artifact_reader(caller: Annotated[Caller, Depends(authenticate)]) -> Caller:
+    return _require("artifacts:read", caller)
+
+
+Reader = Annotated[Caller, Depends(_reader)]
+Writer = Annotated[Caller, Depends(_writer)]
+ArtifactReader = Annotated[Caller, Depends(_artifact_reader)]
+
+
+def _session_mac(service: Context, payload: str) -> str:
+    # The pepper also hashes API keys; deriving a key of its own keeps one use from ever standing in for the other.
+    pepper = service.settings.key_pepper.get_secret_value().encode()
+    secret = hmac.digest(pepper, b"duquant dashboard session v1", hashlib.sha256)
+    return hmac.new(secret, payload.encode(), hashlib.sha256).hexdigest()
+
+
+def start_session(request: Request, response: Response, service: Context, key: ApiKey) -> None:
+    """Put a signed session cookie for this key on the response. The key itself is not in it."""
+    lifetime = service.settings.session_seconds
+    facts = {"key": key.id, "tenant": key.tenant_id, "until": int(time.time()) + lifetime}
+    payload = base64.urlsafe_b64encode(json.dumps(facts).encode()).decode()
+    response.set_cookie(
+        COOKIE,
+        f"{payload}.{_session_mac(service, payload)}",
+        max_age=lifetime,
+        httponly=True,
+        samesite="strict",
+        secure=request.url.scheme == "https",
+    )
+
+
+def end_session(response: Response) -> None:
+    """Take the session cookie away."""
+    response.delete_cookie(COOKIE, httponly=True, samesite="strict")
+
+
+def session_caller(request: Request, service: Context) -> Caller | None:
+    """Return who is logged in to the dashboard; None when nobody is, or the key was revoked since."""
+    payload, _, mac = request.cookies.get(COOKIE, "").rpartition(".")
+    if not payload or not hmac.compare_digest(mac.encode(), _session_mac(service, payload).encode()):
+        return None
+    try:
+        facts = json.loads(base64.urlsafe_b64decode(payload))
+    except (binascii.Error, ValueError):  # signed by us, so only a changed format gets here
+        return None
+    if facts["until"] < time.time():
+        return None
+    for key in service.keys.list(facts["tenant"]):
+        if key.id == facts["key"] and is_live(key):
+            return Caller.of(key)
+    return None
+
+
+def is_live(key: ApiKey) -> bool:
+    """Return whether a key is neither revoked nor expired."""
+    now_ms = time.time() * 1000
+    return key.revoked_at is None and (key.expires_at is None or key.expires_at > now_ms)
+
+
+def check_same_site(request: Request) -> None:
+    """Refuse a form post that another site sent.
+
+    SameSite=Strict already keeps the cookie from such a request; this also stops logging someone in from elsewhere.
+
+    Raises:
+        ProblemError: the browser says that the request is not from our own pages.
+    """
+    fetch_site = request.headers.get("sec-fetch-site")
+    origin = request.headers.get("origin")
+    if fetch_site is not None:
+        is_own = fetch_site in ("same-origin", "none")
+    elif origin is not None:
+        is_own = urlsplit(origin).netloc == request.headers.get("host")
+    else:
+        is_own = False
+    if not is_own:
+        raise ProblemError("cross-site-request", "Send this form from the dashboard's own pages.")

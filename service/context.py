@@ -1,0 +1,36 @@
+"""The service's object graph, built once in create_app and handed to endpoints."""
+
+import asyncio
+from dataclasses import dataclass, field
+
+from fastapi import Request
+from fastapi.templating import Jinja2Templates
+from sqlalchemy import Engine
+
+from infra.jobs import JobStore
+from infra.keys import KeyStore
+from infra.models import ModelCatalog
+from infra.storage import ObjectStore
+from service.settings import ServiceSettings
+
+
+@dataclass
+class Context:
+    """What endpoints work with."""
+
+    settings: ServiceSettings
+    engine: Engine
+    jobs: JobStore
+    keys: KeyStore
+    models: ModelCatalog
+    storage: ObjectStore
+    pages: Jinja2Templates
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the server shuts down, so that open event streams end."""
+
+
+def context(request: Request) -> Context:
+    """Return the app's object graph."""
+    service = request.app.state.context
+    assert isinstance(service, Context)
+    return service

@@ -1,0 +1,254 @@
+"""Every error that leaves the API is an RFC 9457 problem; docs/reference/errors.md is its catalogue."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any, Literal
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from pydantic import BaseModel, ConfigDict
+from starlette.exceptions import HTTPException
+
+from duquant.errors import ConfigError, DuQuantError
+from infra.errors import (
+    InfraError,
+    JobConflict,
+    JobNotFound,
+    ModelForbidden,
+    ModelNotFound,
+    ObjectNotFound,
+    TransientError,
+)
+
+log = structlog.get_logger(__name__)
+
+MEDIA_TYPE = "application/problem+json"
+TYPE_PREFIX = "urn:duquant:problem:"
+
+CATALOGUE: dict[str, tuple[int, str]] = {
+    "malformed-request": (400, "The request could not be read"),
+    "unauthorized": (401, "The API key is missing or not valid"),
+    "missing-scope": (403, "The API key does not allow this"),
+    "cross-site-request": (403, "The request came from another site"),
+    "not-found": (404, "There is nothing here"),
+    "job-not-found": (404, "There is no such job"),
+    "method-not-allowed": (405, "This method is not allowed here"),
+    "job-conflict": (409, "The job's state does not allow this"),
+    "artifact-not-ready": (409, "The job has no artifact"),
+    "body-too-large": (413, "The request body is too large"),
+    "unsupported-media-type": (415, "The body must be application/json"),
+    "validation-failed": (422, "A field has a value that is not allowed"),
+    "model-forbidden": (422, "This model may not be used"),
+    "model-not-found": (422, "The model was not found"),
+    "text-forbidden": (422, "This calibration text may not be used"),
+    "text-not-found": (422, "The calibration text was not found"),
+    "internal-error": (500, "Something went wrong on the server"),
+    "service-unavailable": (503, "A part of the service is down"),
+}
+"""Problem name to status and title."""
+
+_BY_STATUS = {404: "not-found", 405: "method-not-allowed", 413: "body-too-large", 415: "unsupported-media-type"}
+
+
+Location = Literal["body", "query", "path", "header"]
+
+
+class FieldProblem(BaseModel):
+    """One thing that is wrong with one field."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    location: Location = "body"
+    """Where the field is."""
+    pointer: str
+    """A JSON pointer (RFC 6901) to it; for a parameter, a slash and its name."""
+    detail: str
+    """What is wrong and what would be right."""
+
+
+class Problem(BaseModel):
+    """An error, as RFC 9457 writes it."""
+
+    type: str
+    """A URN from the catalogue; programs should branch on it."""
+    title: str
+    """The same for every problem of this type."""
+    status: int
+    """The HTTP status again."""
+    detail: str
+    """What happened this time, and what to do."""
+    instance: str
+    """The path that was asked for."""
+    request_id: str
+    """Also in the X-Request-Id header and in the server's log."""
+    errors: list[FieldProblem] = []
+    """The fields that are wrong."""
+
+
+@dataclass
+class ProblemError(Exception):
+    """Raise this to answer with a problem from the catalogue."""
+
+    name: str
+    detail: str
+    errors: list[FieldProblem] = field(default_factory=list)
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def pointer_of(parts: Iterable[object]) -> str:
+    """Return the JSON pointer of a path of keys and indexes.
+
+    >>> pointer_of(["recipe", "a/b", 0])
+    '/recipe/a~1b/0'
+    """
+    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts)
+
+
+def problem_response(request: Request, problem: ProblemError) -> Response:
+    """Write a problem as the response to a request."""
+    status, title = CATALOGUE[problem.name]
+    request_id = str(getattr(request.state, "request_id", ""))
+    body = Problem(
+        type=TYPE_PREFIX + problem.name,
+        title=title,
+        status=status,
+        detail=problem.detail,
+        instance=request.url.path,
+        request_id=request_id,
+        errors=problem.errors,
+    )
+    # A client may send text that is no valid UTF-8 when written out (lone surrogates); it must not break the answer.
+    content = json.dumps(body.model_dump(), ensure_ascii=False).encode("utf-8", "backslashreplace")
+    headers = {"Cache-Control": "no-store", "X-Request-Id": request_id, **problem.headers}
+    return Response(content, status_code=status, media_type=MEDIA_TYPE, headers=headers)
+
+
+def config_problem(error: ConfigError, prefix: str = "") -> ProblemError:
+    """Turn a refused recipe or calibration field into a problem that points at it."""
+    pointer = prefix + pointer_of(str(error.facts.get("field", "")).split("."))
+    return ProblemError("validation-failed", str(error), [FieldProblem(pointer=pointer, detail=str(error))])
+
+
+def _field_problem(error: Mapping[str, Any]) -> FieldProblem:
+    location, *path = error["loc"]
+    cause = error.get("ctx", {}).get("error")
+    detail = error["msg"]
+    if isinstance(cause, ValueError):
+        detail = str(cause)
+    if isinstance(cause, ConfigError):
+        # A dataclass's own check is reported at the dataclass; its fact names the field below it.
+        name = str(cause.facts.get("field", "")).rpartition(".")[2]
+        if name and (not path or path[-1] != name):
+            path = [*path, name]
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        detail = f"unknown field {path[-1]!r}" if path else detail
+    place: Location = location if location in ("query", "path", "header") else "body"
+    return FieldProblem(location=place, pointer=pointer_of(path), detail=detail)
+
+
+def _validation_problem(error: RequestValidationError) -> ProblemError:
+    details = error.errors()
+    if any(each["type"] == "json_invalid" for each in details):
+        reason = details[0].get("ctx", {}).get("error", "")
+        return ProblemError("malformed-request", f"The body is not JSON: {reason}")
+    errors = [_field_problem(each) for each in details][:50]
+    summary = "; ".join(f"{each.pointer or 'the body'}: {each.detail}" for each in errors[:3])
+    return ProblemError("validation-failed", summary, errors)
+
+
+def _http_problem(error: HTTPException) -> ProblemError:
+    name = _BY_STATUS.get(error.status_code)
+    if name is None:
+        name = "malformed-request" if error.status_code < HTTPStatus.INTERNAL_SERVER_ERROR else "internal-error"
+    detail = {
+        "not-found": "There is nothing at this path; GET /openapi.json lists what there is.",
+        "method-not-allowed": "Use one of the methods in the Allow header.",
+    }.get(name, str(error.detail))
+    return ProblemError(name, detail, headers=dict(error.headers or {}))
+
+
+def _domain_problem(error: Exception) -> ProblemError:
+    match error:
+        case JobNotFound():
+            return ProblemError("job-not-found", str(error))
+        case JobConflict():
+            return ProblemError("job-conflict", str(error))
+        case ModelForbidden():
+            return ProblemError("model-forbidden", str(error), [FieldProblem(pointer="/model/name", detail=str(error))])
+        case ModelNotFound():
+            return ProblemError("model-not-found", str(error), [FieldProblem(pointer="/model/name", detail=str(error))])
+        case TransientError():
+            # The message names hosts and drivers, which is for the operator's log and not for a client.
+            log.warning("dependency_unavailable", error=str(error))
+            return ProblemError(
+                "service-unavailable",
+                "A part of the service is down for the moment; GET /readyz names it. Try again.",
+                headers={"Retry-After": "5"},
+            )
+        case ObjectNotFound():
+            return ProblemError("not-found", str(error))
+        case ConfigError():
+            return config_problem(error)
+    return ProblemError("internal-error", "Something went wrong on the server; its log has the request id.")
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of the app with a problem."""
+
+    async def on_problem(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ProblemError)
+        return problem_response(request, error)
+
+    async def on_validation(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return problem_response(request, _validation_problem(error))
+
+    async def on_http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return problem_response(request, _http_problem(error))
+
+    async def on_domain(request: Request, error: Exception) -> Response:
+        return problem_response(request, _domain_problem(error))
+
+    app.add_exception_handler(ProblemError, on_problem)
+    app.add_exception_handler(RequestValidationError, on_validation)
+    app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(InfraError, on_domain)
+    app.add_exception_handler(DuQuantError, on_domain)
+    app.add_exception_handler(Exception, on_domain)
+
+
+def responses(*names: str) -> dict[int | str, dict[str, Any]]:
+    """Describe problems for OpenAPI, with an example of each."""
+    described: dict[int | str, dict[str, Any]] = {}
+    for name in names:
+        status, title = CATALOGUE[name]
+        entry = described.setdefault(
+            status,
+            {
+                "description": HTTPStatus(status).phrase,
+                "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}, "examples": {}}},
+            },
+        )
+        entry["content"][MEDIA_TYPE]["examples"][name] = {"summary": title, "value": _example(name, status, title)}
+    return described
+
+
+def _example(name: str, status: int, title: str) -> dict[str, Any]:
+    errors = []
+    if name == "validation-failed":
+        detail = "unknown field 'block_sise'"
+        errors = [{"location": "body", "pointer": "/recipe/transform/block_sise", "detail": detail}]
+    return {
+        "type": TYPE_PREFIX + name,
+        "title": title,
+        "status": status,
+        "detail": errors[0]["detail"] if errors else title + ".",
+        "instance": "/v1/jobs",
+        "request_id": "5f0c2d8e9a7b4c61",
+        "errors": errors,
+    }

@@ -1,0 +1,114 @@
+"""/healthz, /readyz, /version: for probes and operators; no key needed."""
+
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Annotated
+
+import anyio.to_thread
+import structlog
+from fastapi import APIRouter, Depends, Response
+
+from duquant.config import ALGORITHM_VERSION
+from infra.errors import InfraError, TransientError
+from service.context import Context, context
+from service.errors import responses
+from service.schemas import Check, Health, Readiness, Version
+
+log = structlog.get_logger(__name__)
+
+router = APIRouter(tags=["health"])
+
+BEAT_SECONDS = 60.0
+"""A dispatcher that has been silent for longer is taken for dead."""
+
+_READY = {
+    "ready": False,
+    "checks": {
+        "database": {"ok": True, "detail": "answers"},
+        "storage": {"ok": True, "detail": "answers"},
+        "dispatcher": {"ok": False, "detail": "no dispatcher has reported within 60 s; start `python -m workers`"},
+    },
+}
+
+
+@router.get(
+    "/healthz",
+    operation_id="getHealth",
+    summary="Is the process up?",
+    responses={200: {"content": {"application/json": {"example": {"status": "ok"}}}}, **responses("internal-error")},
+)
+async def get_health() -> Health:
+    """Answer without touching anything else."""
+    return Health()
+
+
+@router.get(
+    "/readyz",
+    operation_id="getReadiness",
+    summary="Can the service do its work?",
+    responses={
+        200: {"description": "All parts work"},
+        503: {
+            "model": Readiness,
+            "description": "Some part is down; `checks` names it",
+            "content": {"application/json": {"example": _READY}},
+        },
+        **responses("internal-error"),
+    },
+)
+async def get_readiness(service: Annotated[Context, Depends(context)], response: Response) -> Readiness:
+    """Check the database, the object store and the dispatchers, and name what is down."""
+    checks: dict[str, Check] = {}
+    for name, check in _CHECKS.items():
+        checks[name] = await anyio.to_thread.run_sync(_run, name, check, service)
+    ready = all(each.ok for each in checks.values())
+    response.status_code = 200 if ready else 503
+    return Readiness(ready=ready, checks=checks)
+
+
+def _run(name: str, check: Callable[[Context], Check], service: Context) -> Check:
+    try:
+        return check(service)
+    except InfraError as error:
+        # Anyone may ask for readiness: addresses and driver messages go to the log only.
+        log.warning("not_ready", part=name, error=str(error))
+        reason = "does not answer" if isinstance(error, TransientError) else "refuses to work"
+        return Check(ok=False, detail=f"{reason}; the server's log says more")
+
+
+def _database(service: Context) -> Check:
+    service.jobs.live_workers(BEAT_SECONDS)
+    return Check(ok=True, detail="answers")
+
+
+def _storage(service: Context) -> Check:
+    service.storage.check()
+    return Check(ok=True, detail="answers")
+
+
+def _dispatcher(service: Context) -> Check:
+    count = len(service.jobs.live_workers(BEAT_SECONDS))
+    if count == 0:
+        detail = f"no dispatcher has reported within {BEAT_SECONDS:.0f} s; start `python -m workers`"
+        return Check(ok=False, detail=detail)
+    return Check(ok=True, detail=f"{count} reporting")
+
+
+_CHECKS = {"database": _database, "storage": _storage, "dispatcher": _dispatcher}
+
+
+@router.get(
+    "/version",
+    operation_id="getVersion",
+    summary="What is running?",
+    responses={
+        200: {
+            "content": {"application/json": {"example": {"version": "0.1.0", "algorithm_version": 1, "python": "3.11"}}}
+        },
+        **responses("internal-error"),
+    },
+)
+async def get_version() -> Version:
+    """Name the versions of the package, the algorithm and Python."""
+    return Version(version=version("duquant"), algorithm_version=ALGORITHM_VERSION, python=platform.python_version())

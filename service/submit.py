@@ -1,0 +1,111 @@
+"""Turns a request into a job: resolves the recipe, checks the model and the text, computes the fingerprint."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from duquant.config import ALGORITHM_VERSION, Recipe, TextSource, with_calibration
+from duquant.errors import ConfigError
+from infra.errors import ObjectNotFound, PathForbidden, PathNotFound
+from infra.jobs import NewJob
+from infra.models import ModelRef
+from infra.paths import find_under
+from service.auth import Caller
+from service.context import Context
+from service.errors import FieldProblem, ProblemError, config_problem
+from service.schemas import JobRequest
+
+_SOURCE_POINTER = "/calibration/source/name"
+
+
+def new_job(service: Context, caller: Caller, request: JobRequest) -> NewJob:
+    """Build the job that a request asks for.
+
+    Raises:
+        ProblemError: a calibration field or text is refused.
+        ModelForbidden: the model reference is not allowed.
+        ModelNotFound: there is no such model.
+    """
+    ref = ModelRef(source=request.model.source, name=request.model.name, revision=request.model.revision)
+    model_identity = service.models.check(ref)
+    recipe = _with_overrides(request)
+    text_identity = _check_text(service, caller, recipe.calibration.source)
+    identity = {
+        "algorithm_version": ALGORITHM_VERSION,
+        "model_identity": model_identity,
+        "recipe": recipe.digest(),
+    }
+    if text_identity is not None:
+        identity["text_identity"] = text_identity
+    spec = {
+        "kind": "quantize",
+        "model": {"source": ref.source, "name": ref.name, "revision": ref.revision},
+        "model_identity": model_identity,
+        "recipe": recipe.to_dict(),
+    }
+    return NewJob(
+        tenant_id=caller.tenant_id,
+        kind="quantize",
+        spec=spec,
+        fingerprint=fingerprint_of(identity),
+        priority=request.priority,
+    )
+
+
+def fingerprint_of(identity: dict[str, Any]) -> str:
+    """Return the sha256 of what decides an artifact's bytes, as canonical JSON."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _with_overrides(request: JobRequest) -> Recipe:
+    if request.calibration is None:
+        return request.recipe
+    changes = {name: getattr(request.calibration, name) for name in request.calibration.model_fields_set}
+    try:
+        return with_calibration(request.recipe, **changes)
+    except ConfigError as error:
+        raise config_problem(error) from error
+
+
+def _check_text(service: Context, caller: Caller, source: TextSource) -> str | None:
+    """Check that the text may be read; return what changes when its bytes do, for texts that can change."""
+    match source.kind:
+        case "file":
+            status = _text_file(service, source).stat()
+            return f"{status.st_size}:{status.st_mtime_ns}"
+        case "object":
+            return _text_object(service, caller, source)
+        case "hub" if not service.settings.allow_hub:
+            raise _text_problem("text-forbidden", "hub data sets are switched off on this server (DUQUANT_ALLOW_HUB)")
+    return None
+
+
+def _text_problem(name: str, detail: str) -> ProblemError:
+    return ProblemError(name, detail, [FieldProblem(pointer=_SOURCE_POINTER, detail=detail)])
+
+
+def _text_file(service: Context, source: TextSource) -> Path:
+    if not service.settings.text_roots:
+        raise _text_problem("text-forbidden", "no text files may be used on this server; it has no DUQUANT_TEXT_ROOTS")
+    try:
+        path = find_under(service.settings.text_roots, source.name)
+    except PathForbidden as error:
+        raise _text_problem("text-forbidden", f"text file {error}") from error
+    except PathNotFound as error:
+        detail = f"there is no text file {source.name!r} under the server's text roots"
+        raise _text_problem("text-not-found", detail) from error
+    if not path.is_file():
+        raise _text_problem("text-not-found", f"{source.name!r} is no file")
+    return path
+
+
+def _text_object(service: Context, caller: Caller, source: TextSource) -> str:
+    prefix = f"texts/{caller.tenant_id}/"
+    if not source.name.startswith(prefix) or ".." in source.name.split("/"):
+        raise _text_problem("text-forbidden", f"text objects of this key's tenant start with {prefix}")
+    try:
+        info = service.storage.head(source.name)
+    except ObjectNotFound as error:
+        raise _text_problem("text-not-found", f"there is no object {source.name!r}") from error
+    return info.sha256 or str(info.size_bytes)

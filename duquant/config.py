@@ -218,8 +218,8 @@ class Recipe:
             raise ConfigError("name must have 1 to 100 characters", field="name")
         _check_choice("recipe", "input_mode", self.input_mode, ("fp",))
         _check_range("recipe", "seed", self.seed, 0, 2**31 - 1)
-        if not isinstance(self.skip_linears, tuple):
-            object.__setattr__(self, "skip_linears", tuple(self.skip_linears))
+        # Callers may give a list; a tuple keeps the recipe hashable.
+        object.__setattr__(self, "skip_linears", tuple(self.skip_linears))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types; `from_dict` takes them back."""

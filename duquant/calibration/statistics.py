@@ -69,7 +69,7 @@ class StatisticsRecorder:
         Raises:
             CalibrationError: activations are NaN or Inf at a site, or nothing was recorded.
         """
-        result = {}
+        result: dict[str, SiteStatistics] = {}
         for site in self._sites:
             if site.name not in self._absmax:
                 raise CalibrationError(f"no activations reached site {site.name}")

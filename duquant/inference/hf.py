@@ -48,7 +48,7 @@ class DuQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         "weight": ["weight_packed", "weight_scale", "weight_zero_point", "weight_shape"]
     }
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **_kwargs: Any) -> None:
         recipe = self.quantization_config.parsed()
         architecture = architecture_of(model.config.to_dict())
         layers = model.get_submodule(architecture.layers_prefix)

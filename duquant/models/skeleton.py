@@ -81,7 +81,8 @@ class Skeleton:
 
     def _mask(self, module: nn.Module, X: Tensor, positions: Tensor) -> Tensor | None:
         """Return None where plain causal attention is right (sdpa then takes its fast path), else the window's mask."""
-        window = getattr(module.self_attn, "sliding_window", None)
+        # Qwen's attention knows its own window (it differs by layer); Mistral's reads the config's.
+        window = getattr(module.self_attn, "sliding_window", getattr(self.config, "sliding_window", None))
         if window is None or window >= X.shape[1]:
             return None
         make = create_sliding_window_causal_mask if window else create_causal_mask

@@ -121,7 +121,7 @@ def _fold_smoothing(
 
     Sites that fold into the rows of a linear come first: the linear's own site then sees the weight it will have.
     """
-    scales = {site.name: torch.ones_like(statistics[site.name].absmax) for site in sites}
+    scales: dict[str, Tensor] = {site.name: torch.ones_like(statistics[site.name].absmax) for site in sites}
     alpha = recipe.transform.smooth_alpha
     if alpha is None:
         return scales

@@ -41,4 +41,5 @@ def unpack(packed: Int32[Tensor, "rows words"], channels: int, *, bits: int) -> 
         return pairs.view(rows, -1)[:, :channels].to(torch.int8).sub_(half)
     shifts = torch.arange(per_word, device=packed.device, dtype=torch.int32) * bits
     unsigned = (packed[..., None] >> shifts) & (2**bits - 1)  # (rows, words, per_word)
-    return (unsigned.view(rows, -1)[:, :channels] - half).to(torch.int8)
+    centred: Tensor = unsigned.view(rows, -1)[:, :channels] - half
+    return centred.to(torch.int8)

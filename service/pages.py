@@ -1,5 +1,6 @@
 """What the dashboard's pages are made of: plain view models, and the words for numbers."""
 
+import json
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
@@ -38,13 +39,39 @@ def layer_cells(layers: Sequence[LayerRow]) -> list[LayerCell]:
     return [
         LayerCell(
             row=row,
-            label="ends" if row.layer < 0 else str(row.layer),
+            label=layer_label(row.layer),
             error=error,
             error_level=error_level,
             seconds_level=seconds_level,
         )
         for row, error, error_level, seconds_level in zip(layers, errors, levels(errors), levels(seconds), strict=True)
     ]
+
+
+def layer_label(layer: int) -> str:
+    """Name a layer; -1 is the shard with both ends of the model."""
+    return "ends" if layer < 0 else str(layer)
+
+
+def recipe_parts(recipe: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Lay a recipe's groups out as names and values, its plain fields first."""
+    plain = {name: value for name, value in recipe.items() if not isinstance(value, Mapping)}
+    groups = {name: value for name, value in recipe.items() if isinstance(value, Mapping)}
+    titles = {"kv_cache": "KV cache"}
+    return [
+        ("General", _flat(plain)),
+        *((titles.get(name, name.capitalize()), _flat(group)) for name, group in groups.items()),
+    ]
+
+
+def _flat(group: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    pairs: list[tuple[str, str]] = []
+    for name, value in group.items():
+        if isinstance(value, Mapping):
+            pairs += _flat(value, f"{prefix}{name}.")
+        else:
+            pairs.append((f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value)))
+    return pairs
 
 
 def error_of(metrics: Mapping[str, Any]) -> float | None:
@@ -124,15 +151,15 @@ def event_text(event: JobEvent) -> str:
         case "progress":
             return f"{data.get('phase')}: {data.get('done')} of {data.get('total')}"
         case "planned":
-            return f"{data.get('layers')} layers planned, {data.get('done')} of them done already"
+            return f"{data.get('layers')} layers, {data.get('done')} of them done already"
         case "layer_started":
-            return f"layer {data.get('layer')} started on {data.get('node')}, attempt {data.get('attempt')}"
+            return f"{layer_label(data['layer'])} on {data.get('node')}, attempt {data.get('attempt')}"
         case "layer_done":
-            return f"layer {data.get('layer')} done in {duration(data.get('seconds'))}"
+            return f"{layer_label(data['layer'])} in {duration(data.get('seconds'))}"
         case "layer_failed":
-            return f"layer {data.get('layer')} failed: {data.get('detail')}"
+            return f"{layer_label(data['layer'])}: {data.get('detail')}"
         case "claimed":
-            return f"claimed by {event.actor}, attempt {data.get('attempt')}"
+            return f"by {event.actor}, attempt {data.get('attempt')}"
         case "lease_lost":
             return f"{data.get('owner')} went silent; back in the queue"
         case "retry_scheduled":

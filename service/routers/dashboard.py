@@ -15,7 +15,7 @@ from service import stream
 from service.auth import Caller, check_same_site, end_session, session_caller, start_session
 from service.context import Context, context
 from service.errors import ProblemError
-from service.pages import STATE_ICONS, layer_cells
+from service.pages import STATE_ICONS, layer_cells, recipe_parts
 from service.routers.artifacts import artifact_view
 from service.schemas import ArtifactView, moment
 from service.views import job_detail, job_summary
@@ -141,7 +141,7 @@ def job_page(request: Request, service: Service, job_id: str) -> Response:
         artifact=artifact,
         artifact_problem=artifact_problem,
         elapsed=_elapsed(job, events),
-        recipe_parts=_recipe_parts(job.spec["recipe"]),
+        recipe_parts=recipe_parts(job.spec["recipe"]),
         may_write="jobs:write" in caller.scopes,
         is_over=job.state.is_terminal,
     )
@@ -174,21 +174,6 @@ def _artifact(service: Context, job: Job, caller: Caller) -> tuple[ArtifactView 
         return None, error.detail
     except InfraError:
         return None, "The object store does not answer; the rest of this page is current."
-
-
-def _recipe_parts(recipe: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Lay the recipe's groups out as name and value, plain fields first."""
-
-    def text(value: object) -> str:
-        return value if isinstance(value, str) else json.dumps(value)
-
-    plain = [(name, text(value)) for name, value in recipe.items() if not isinstance(value, Mapping)]
-    groups = [
-        (name, [(key, text(value)) for key, value in group.items()])
-        for name, group in recipe.items()
-        if isinstance(group, Mapping)
-    ]
-    return [("recipe", plain), *groups]
 
 
 @router.get("/jobs/{job_id}/live")

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, insert, select, update
 from infra.database import read, write
 from infra.errors import JobConflict
 from infra.job_model import Claim, EventType, LayerRow
-from infra.job_rows import JobRows
+from infra.job_rows import JobRows, clean
 from infra.schema import job_layers
 
 
@@ -110,8 +110,8 @@ class JobLayers(JobRows):
         with write(self._engine) as connection:
             self._held(connection, claim)
             row = self._layer_row(connection, claim, layer)
-            failed = self._finish(connection, claim, row, state="failed", detail=detail)
-            data = {"layer": layer, "attempt": row.attempt, "detail": detail}
+            failed = self._finish(connection, claim, row, state="failed", detail=clean(detail))
+            data = {"layer": layer, "attempt": row.attempt, "detail": failed.detail}
             self._event(connection, claim.job.id, EventType.LAYER_FAILED, claim.owner, data)
             return failed
 
@@ -127,13 +127,13 @@ class JobLayers(JobRows):
             statement = (
                 update(job_layers)
                 .where(job_layers.c.job_id == claim.job.id, job_layers.c.layer == layer, job_layers.c.state == "done")
-                .values(state="pending", detail=detail, key=None, sha256=None, size_bytes=None, finished_at=None)
+                .values(state="pending", detail=clean(detail), key=None, sha256=None, size_bytes=None, finished_at=None)
                 .returning(job_layers)
             )
             row = connection.execute(statement).mappings().one_or_none()
             if row is None:
                 raise JobConflict(f"layer {layer} of {claim.job.id} is not done", layer=layer)
-            data = {"layer": layer, "detail": detail}
+            data = {"layer": layer, "detail": row["detail"]}
             self._event(connection, claim.job.id, EventType.LAYER_REOPENED, claim.owner, data)
             return LayerRow.from_row(row)
 

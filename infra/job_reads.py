@@ -38,7 +38,7 @@ class JobReads(JobRows):
         if tenant_id is not None:
             query = query.where(jobs.c.tenant_id == tenant_id)
         with read(self._engine) as connection:
-            found = {JobState(state): count for state, count in connection.execute(query).tuples()}
+            found = {JobState(state): count for state, count in connection.execute(query)}
         return {state: found.get(state, 0) for state in JobState}
 
     def queue_position(self, job: Job) -> int | None:

@@ -11,10 +11,17 @@ from infra.errors import JobConflict, JobNotFound, LeaseLost
 from infra.job_model import HELD, TRANSITIONS, Claim, EventType, Job, JobState
 from infra.schema import job_events, jobs
 
+_MAX_DETAIL = 10_000
+
 
 def state_is(*states: JobState) -> ColumnElement[bool]:
     """A predicate with the states written out: a planner matches partial indexes against text, not parameters."""
     return jobs.c.state.in_([literal_column(f"'{state}'") for state in states])
+
+
+def clean(detail: str) -> str:
+    """Make an error's text fit for the database: PostgreSQL stores no NUL, and nobody reads a megabyte."""
+    return detail.replace("\0", "")[:_MAX_DETAIL]
 
 
 class JobRows:

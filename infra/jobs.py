@@ -31,7 +31,7 @@ from infra.job_model import (
     Worker,
 )
 from infra.job_reads import JobReads
-from infra.job_rows import state_is
+from infra.job_rows import clean, state_is
 from infra.schema import job_layers, jobs, tenants
 
 __all__ = [
@@ -225,6 +225,7 @@ class JobStore(JobReads, JobLayers):
         """
         with write(self._engine) as connection:
             job = self._held(connection, claim)
+            detail = clean(detail)
             if job.state is JobState.CANCELLING:
                 return self._end_cancel(connection, job, claim.owner)
             if retry_in_seconds is not None and job.attempt < job.max_attempts:

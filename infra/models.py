@@ -84,7 +84,7 @@ class ModelCatalog:
             raise ModelForbidden("a local model has no revisions")
         try:
             folder = find_under(self._roots, ref.name)
-            _check_folder(folder, ref.name)
+            _check_folder(folder, self._roots, ref.name)
         except PathForbidden as error:
             raise ModelForbidden(f"model {error}", name=ref.name) from error
         except PathNotFound as error:
@@ -92,13 +92,13 @@ class ModelCatalog:
         return folder
 
 
-def _check_folder(folder: Path, name: str) -> None:
+def _check_folder(folder: Path, roots: Iterable[Path], name: str) -> None:
     if not (folder / "config.json").is_file():
         raise ModelNotFound(f"model {name} has no config.json", name=name)
-    files = list(_files(folder))
-    for file in files:
+    for file in folder.rglob("*"):
         # A link inside the folder could lead to any file of the machine.
-        require_under(folder, file)
+        require_under(roots, file)
+    files = [file for file in folder.iterdir() if file.is_file()]
     if any(file.suffix == ".safetensors" for file in files):
         return
     if pickled := sorted(file.name for file in files if file.suffix in _PICKLED):

@@ -30,12 +30,12 @@ def find_under(roots: Iterable[Path], name: str) -> Path:
     for root in _real_roots(roots):
         path = root.joinpath(*parts)
         if path.exists() or path.is_symlink():
-            require_under(root, path)
+            require_under([root], path)
             return Path(os.path.realpath(path))
     raise PathNotFound(f"there is no {name} under the allowed folders", name=name)
 
 
-def require_under(root: Path, path: Path) -> None:
-    """Raise PathForbidden if `path`, followed through its links, is outside `root`."""
-    if not Path(os.path.realpath(path)).is_relative_to(root):
-        raise PathForbidden(f"{path.relative_to(root)} leads out of its allowed folder", path=str(path))
+def require_under(roots: Iterable[Path], path: Path) -> None:
+    """Raise PathForbidden if `path`, followed through its links, is outside all `roots`."""
+    if not any(Path(os.path.realpath(path)).is_relative_to(root) for root in _real_roots(roots)):
+        raise PathForbidden(f"{path.name} leads out of its allowed folder", path=str(path))

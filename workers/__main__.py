@@ -1,0 +1,5 @@
+"""`python -m workers`: the dispatcher."""
+
+from workers.main import main
+
+main()

@@ -1,0 +1,162 @@
+"""The dispatcher: claims jobs, one at a time, and drives each through an executor."""
+
+import threading
+
+import structlog
+
+from duquant.errors import DuQuantError
+from infra.errors import InfraError, LeaseLost, TransientError
+from infra.jobs import ACTIVE, Claim, FailureReason, JobStore
+from infra.storage import ObjectStore
+from workers.job_run import JobFailed, JobRun, JobStopped
+from workers.lease import LeaseKeeper
+from workers.scratch import Scratch
+from workers.settings import WorkerSettings
+from workers.tasks import Executor
+
+log = structlog.stdlib.get_logger(__name__)
+
+_MAX_IDLE_FACTOR = 5
+
+
+class Dispatcher:
+    """Runs until `stop` is called. It is the only writer of the rows of the job that it holds."""
+
+    def __init__(
+        self, store: JobStore, storage: ObjectStore, executor: Executor, settings: WorkerSettings, *, owner: str
+    ) -> None:
+        self._store, self._storage, self._executor, self._settings = store, storage, executor, settings
+        self._owner = owner
+        self._scratch = Scratch(settings.scratch)
+        self._stopping = threading.Event()
+
+    def stop(self) -> None:
+        """Ask for a graceful end: the running job goes back to the queue. Safe in a signal handler."""
+        self._stopping.set()
+
+    def run(self) -> None:
+        """Claim and run jobs until stopped."""
+        beat = threading.Thread(target=self._say_alive, name="worker-beat", daemon=True)
+        beat.start()
+        idle = 0
+        try:
+            self._clean_scratch()
+            while not self._stopping.is_set():
+                idle = 0 if self._turn() else min(idle + 1, _MAX_IDLE_FACTOR)
+                if idle:
+                    # Polling is the truth; it slows down a little while nothing comes.
+                    self._stopping.wait(self._settings.poll_seconds * (1 + idle / _MAX_IDLE_FACTOR))
+        finally:
+            self._stopping.set()
+            beat.join()
+            self._executor.close()
+
+    def _turn(self) -> bool:
+        """Take back expired jobs, and run one if there is one. Database trouble is waited out."""
+        try:
+            self._store.sweep()
+            claim = self._store.claim(self._owner, lease_seconds=self._settings.lease_seconds, kinds=("quantize",))
+        except TransientError as err:
+            log.warning("queue_unreachable", error=str(err))
+            return False
+        if claim is None:
+            return False
+        self.run_job(claim)
+        return True
+
+    def run_job(self, claim: Claim) -> None:
+        """Run one claimed job to whatever end it comes to."""
+        job = claim.job
+        log.info("job_claimed", job_id=job.id, fence=claim.fence, attempt=job.attempt)
+        lease = LeaseKeeper(
+            self._store, claim, lease_seconds=self._settings.lease_seconds, beat_seconds=self._settings.beat_seconds
+        )
+        try:
+            with lease:
+                self._run_held(claim, lease)
+        except LeaseLost:
+            log.warning("lease_lost", job_id=job.id, fence=claim.fence)
+        except InfraError as err:
+            # The verdict itself could not be written: the lease runs out and the job is taken up again.
+            log.warning("verdict_not_written", job_id=job.id, error=str(err))
+
+    def _run_held(self, claim: Claim, lease: LeaseKeeper) -> None:
+        run = None
+        try:
+            run = JobRun(
+                self._store,
+                self._storage,
+                self._executor,
+                self._settings,
+                claim,
+                lease=lease,
+                stopping=self._stopping,
+                work_dir=self._scratch.take(claim),
+            )
+            result = run.run()
+        except JobStopped:
+            self._stop_job(claim, lease)
+        except LeaseLost:
+            self._executor.abandon()
+            raise
+        except JobFailed as err:
+            self._fail(claim, err.reason, str(err), transient=err.transient)
+        except TransientError as err:
+            self._fail(claim, "error", str(err), transient=True)
+        except OSError as err:
+            self._fail(
+                claim, "error", f"{err.strerror or err}: {err.filename or self._settings.scratch}", transient=True
+            )
+        except (InfraError, DuQuantError) as err:
+            self._fail(claim, "error", str(err), transient=False)
+        except Exception as err:  # the job loop's last resort: a bug must fail its job, not the dispatcher
+            log.exception("job_crashed", job_id=claim.job.id)
+            self._fail(claim, "error", f"unexpected {type(err).__name__}: {err}", transient=False)
+        else:
+            self._store.complete(claim, result)
+            log.info("job_succeeded", job_id=claim.job.id, seconds=result["seconds"])
+            self._scratch.drop(claim.job.id)
+
+    def _stop_job(self, claim: Claim, lease: LeaseKeeper) -> None:
+        """End a job that must not go on: nobody may write its files any more before we let go of it."""
+        self._executor.abandon()
+        if lease.lost.is_set():
+            raise LeaseLost
+        if lease.cancel_requested.is_set():
+            self._store.finish_cancel(claim)
+            self._scratch.drop(claim.job.id)
+            log.info("job_cancelled", job_id=claim.job.id)
+        else:
+            self._store.release(claim)
+            log.info("job_released", job_id=claim.job.id)
+
+    def _fail(self, claim: Claim, reason: FailureReason, detail: str, *, transient: bool) -> None:
+        self._executor.abandon()
+        delay = self._settings.retry_seconds * 2 ** (claim.job.attempt - 1) if transient else None
+        job = self._store.fail(claim, reason, detail, retry_in_seconds=delay)
+        log.warning("job_failed", job_id=job.id, state=job.state, reason=reason, detail=detail)
+        if job.state.is_terminal:
+            self._scratch.drop(job.id)
+
+    def _say_alive(self) -> None:
+        info = {"slots": self._executor.slots, "executor": self._settings.executor, "device": self._settings.device}
+        while True:
+            try:
+                self._store.worker_beat(self._owner, info)
+            except InfraError as err:
+                log.warning("worker_beat_failed", error=str(err))
+            if self._stopping.wait(self._settings.beat_seconds):
+                break
+        try:
+            self._store.worker_gone(self._owner)
+        except InfraError as err:
+            log.warning("worker_sign_off_failed", error=str(err))
+
+    def _clean_scratch(self) -> None:
+        """Delete what jobs that ended elsewhere left behind."""
+        try:
+            active = {job.id for state in ACTIVE for job in self._store.list(None, state=state, limit=1000)}
+        except InfraError as err:
+            log.warning("scratch_not_cleaned", error=str(err))
+            return
+        self._scratch.clean(active)

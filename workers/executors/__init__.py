@@ -1,0 +1,1 @@
+"""Executors: the local one, in this process, and the one on Ray."""

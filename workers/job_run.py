@@ -1,0 +1,266 @@
+"""JobRun: takes one claimed quantize job from plan to manifest, whatever was done before."""
+
+import json
+import tempfile
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from duquant.artifact.layout import MANIFEST
+from duquant.config import Recipe
+from duquant.errors import DuQuantError
+from duquant.models.references import resolve_model
+from duquant.pipeline import ModelRun, ShardOutcome, plan, resolve_device
+from duquant.pipeline.plan import StepId
+from infra.artifact_keys import ArtifactKeys
+from infra.errors import InfraError, ModelForbidden, ModelNotFound, ObjectExists, ObjectNotFound, TransientError
+from infra.jobs import Claim, FailureReason, JobStore, LayerRow
+from infra.models import ModelCatalog, ModelRef
+from infra.paths import find_under
+from infra.storage import ObjectStore
+from workers.lease import LeaseKeeper
+from workers.schedule import Schedule
+from workers.settings import WorkerSettings
+from workers.tasks import Completion, Executor, RunSpec, Task
+
+log = structlog.stdlib.get_logger(__name__)
+
+_MAX_STEP_ATTEMPTS = 3
+_COLLECT_S = 0.5
+
+
+class JobFailed(Exception):  # noqa: N818  # named for what happened, like the rest
+    """The job cannot go on. `transient` asks for a later try."""
+
+    def __init__(self, reason: FailureReason, detail: str, *, transient: bool) -> None:
+        super().__init__(detail)
+        self.reason: FailureReason = reason
+        self.transient = transient
+
+
+class JobStopped(Exception):  # noqa: N818
+    """The lease is lost, a cancel was requested, or this process stops; the caller looks which."""
+
+
+class JobRun:
+    """One claim of one job. All writes to the job go through here, on one thread, with the claim's fence."""
+
+    def __init__(
+        self,
+        store: JobStore,
+        storage: ObjectStore,
+        executor: Executor,
+        settings: WorkerSettings,
+        claim: Claim,
+        *,
+        lease: LeaseKeeper,
+        stopping: threading.Event,
+        work_dir: Path,
+    ) -> None:
+        self._store, self._storage, self._executor = store, storage, executor
+        self._settings, self._claim, self._lease = settings, claim, lease
+        self._stopping = stopping
+        self._work_dir = work_dir
+        self._keys = ArtifactKeys(claim.job.tenant_id, claim.job.id)
+        self._rows: dict[int, LayerRow] = {}
+        self._attempts: dict[StepId, int] = {}
+
+    def run(self) -> dict[str, Any]:
+        """Do everything that is not done yet; return the job's result.
+
+        Raises:
+            JobFailed: it cannot be done (now).
+            JobStopped: it must not be done any further.
+            InfraError: database or object storage failed.
+        """
+        try:
+            spec = self._spec()
+            run = self._model_run(spec)
+        except DuQuantError as err:
+            raise JobFailed("bad_input", str(err), transient=False) from err
+        layers = run.source.layers
+        self._store.progress(self._claim, phase="plan", done=0, total=layers)
+        rows = self._store.plan(self._claim, [-1, *range(layers)])
+        self._rows = {row.layer: self._checked(row) for row in rows}
+        finished = frozenset(layer for layer, row in self._rows.items() if row.state == "done")
+        self._drive(spec, run, Schedule(plan(layers=layers, shards=run.shards, finished_layers=finished)), layers)
+        self._store.progress(self._claim, phase="finish", done=layers, total=layers)
+        return self._publish(run)
+
+    def _spec(self) -> RunSpec:
+        job, settings = self._claim.job, self._settings
+        recipe = Recipe.from_dict(job.spec["recipe"])
+        reference = ModelRef(**job.spec["model"])
+        catalog = ModelCatalog.from_settings(settings)
+        try:
+            identity = catalog.check(reference)
+        except (ModelForbidden, ModelNotFound) as err:
+            raise JobFailed("bad_input", str(err), transient=False) from err
+        if identity != job.spec["model_identity"]:
+            detail = f"model {reference.name} has changed since the job was submitted; submit it again"
+            raise JobFailed("bad_input", detail, transient=False)
+        match reference.source:
+            case "local":
+                model = str(catalog.local_path(reference))
+            case "hub":
+                model = f"hub:{reference.name}@{reference.revision}"
+            case _:
+                model = f"demo:{reference.name}"
+        text_key, text_file = self._text(recipe)
+        return RunSpec(
+            job_id=job.id,
+            model=model,
+            recipe=recipe.to_dict(),
+            work_dir=self._work_dir,
+            model_cache=settings.models,
+            allow_hub=settings.allow_hub,
+            device=settings.device,
+            text_key=text_key,
+            text_file=text_file,
+        )
+
+    def _text(self, recipe: Recipe) -> tuple[str | None, Path | None]:
+        """Return the object key or the file that the calibration text is in, checked once more."""
+        source = recipe.calibration.source
+        try:
+            if source.kind == "file":
+                return None, find_under(self._settings.text_roots, source.name)
+            if source.kind == "object":
+                prefix = f"texts/{self._claim.job.tenant_id}/"
+                if not source.name.startswith(prefix) or ".." in source.name:
+                    raise JobFailed("bad_input", f"text objects of this tenant begin with {prefix}", transient=False)
+                self._storage.head(source.name)
+                return source.name, None
+        except ObjectNotFound as err:
+            raise JobFailed("bad_input", f"there is no text object {source.name}", transient=False) from err
+        except TransientError:
+            raise
+        except InfraError as err:
+            raise JobFailed("bad_input", f"calibration text: {err}", transient=False) from err
+        if source.kind == "hub" and not self._settings.allow_hub:
+            raise JobFailed("bad_input", "data sets from the hub are switched off", transient=False)
+        return None, None
+
+    def _model_run(self, spec: RunSpec) -> ModelRun:
+        path = resolve_model(spec.model, cache=spec.model_cache, allow_hub=spec.allow_hub)
+        recipe = Recipe.from_dict(spec.recipe)
+        return ModelRun(path, recipe, spec.work_dir, device=resolve_device(spec.device))
+
+    def _checked(self, row: LayerRow) -> LayerRow:
+        """Return a layer's row, reopened when its object is not what was committed."""
+        if row.state != "done":
+            return row
+        assert row.key is not None
+        try:
+            info = self._storage.head(row.key)
+        except ObjectNotFound:
+            return self._store.reopen_layer(self._claim, row.layer, "its object is gone")
+        if (info.sha256, info.size_bytes) != (row.sha256, row.size_bytes):
+            return self._store.reopen_layer(self._claim, row.layer, "its object has other bytes")
+        return row
+
+    def _drive(self, spec: RunSpec, run: ModelRun, schedule: Schedule, layers: int) -> None:
+        """Keep the executor busy until every step is done."""
+        while not schedule.is_over:
+            if self._lease.lost.is_set() or self._lease.cancel_requested.is_set() or self._stopping.is_set():
+                raise JobStopped
+            while self._executor.has_room() and (step := schedule.next_ready()) is not None:
+                self._executor.submit(self._task(spec, step))
+            for completion in self._executor.collect(_COLLECT_S):
+                step = completion.task.step
+                if completion.kind != "ok":
+                    self._handle_failure(completion)
+                    schedule.retry(step)
+                    continue
+                if step.kind in ("quantize", "extra"):
+                    self._commit(completion, run, layers)
+                schedule.finish(step)
+
+    def _task(self, spec: RunSpec, step: StepId) -> Task:
+        attempt = self._attempts[step] = self._attempts.get(step, 0) + 1
+        if step.kind not in ("quantize", "extra"):
+            return Task(spec, step, attempt=attempt)
+        row = self._rows[step.layer] = self._store.start_layer(self._claim, step.layer, node=self._claim.owner)
+        key = self._keys.layer(step.layer, fence=self._claim.fence, attempt=row.attempt)
+        return Task(spec, step, key=key, attempt=attempt)
+
+    def _handle_failure(self, completion: Completion) -> None:
+        """Note a failed attempt; raise when there is no point in another."""
+        step = completion.task.step
+        where = f"layer {step.layer}: " if step.layer >= 0 else ""
+        detail = where + (completion.error or "")
+        if step.kind in ("quantize", "extra"):
+            self._rows[step.layer] = self._store.fail_layer(self._claim, step.layer, completion.error or "")
+        log.warning(
+            "step_failed", job_id=self._claim.job.id, step=tuple(step), kind=completion.kind, error=completion.error
+        )
+        if completion.kind == "bad_input":
+            raise JobFailed("bad_input", detail, transient=False)
+        if self._attempts[step] >= _MAX_STEP_ATTEMPTS:
+            raise JobFailed("error", detail, transient=completion.kind == "transient")
+
+    def _commit(self, completion: Completion, run: ModelRun, layers: int) -> None:
+        """Make a finished shard count: object in place, then the row."""
+        assert completion.result is not None
+        assert completion.task.key is not None
+        outcome = ShardOutcome.from_dict(completion.result)
+        errors = [site["output_nmse"] for site in outcome.metrics.values()]
+        metrics: dict[str, Any] = {"outcome": completion.result}
+        if errors:
+            metrics["output_error"] = sum(errors) / len(errors)
+        row = replace(
+            self._rows[outcome.layer],
+            key=completion.task.key,
+            sha256=outcome.shard.sha256,
+            size_bytes=outcome.shard.size_bytes,
+            metrics=metrics,
+            seconds=outcome.seconds,
+        )
+        self._rows[outcome.layer] = self._store.commit_layer(self._claim, row)
+        if outcome.layer >= 0:
+            run.forget(outcome.layer)
+            done = sum(row.state == "done" for layer, row in self._rows.items() if layer >= 0)
+            self._store.progress(self._claim, phase="layers", done=done, total=layers)
+
+    def _publish(self, run: ModelRun) -> dict[str, Any]:
+        """Write the small files and, last, the manifest; return the job's result."""
+        outcomes = [ShardOutcome.from_dict(row.metrics["outcome"]) for row in self._rows.values()]
+        keys = {outcome.shard.name: self._rows[outcome.layer].key for outcome in outcomes}
+        model = self._claim.job.spec["model"]
+        with tempfile.TemporaryDirectory(prefix="small-", dir=self._work_dir) as scratch:
+            manifest = run.finish(Path(scratch), outcomes, name=f"{model['source']}:{model['name']}")
+            for entry in manifest.files:
+                if entry.name not in keys:
+                    keys[entry.name] = self._keys.file(entry.name, fence=self._claim.fence)
+                    self._storage.put_file(keys[entry.name] or "", Path(scratch) / entry.name)
+        document = manifest.to_dict()
+        document["files"] = [{**asdict(entry), "key": keys[entry.name]} for entry in manifest.files]
+        document = self._put_manifest(document)
+        return {
+            "artifact": {
+                "manifest_key": self._keys.manifest,
+                "files": len(document["files"]) + 1,
+                "size_bytes": sum(entry["size_bytes"] for entry in document["files"]),
+                "fingerprint": document["fingerprint"],
+                "summary": document["summary"],
+            },
+            "layers": run.source.layers,
+            "seconds": sum(outcome.seconds for outcome in outcomes),
+        }
+
+    def _put_manifest(self, document: Mapping[str, Any]) -> dict[str, Any]:
+        """Put the manifest unless an earlier claim already did; return the one that counts."""
+        data = (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+        try:
+            self._storage.put_bytes(self._keys.manifest, data, if_none_match=True)
+        except ObjectExists:
+            existing: dict[str, Any] = json.loads(self._storage.get_bytes(self._keys.manifest))
+            if existing["fingerprint"] != document["fingerprint"]:
+                detail = f"{MANIFEST} of this job exists with another fingerprint"
+                raise JobFailed("error", detail, transient=False) from None
+            return existing
+        return dict(document)

@@ -1,0 +1,89 @@
+"""LayerWorker: does tasks. A plain class that touches only files and object storage; executors wrap it."""
+
+import errno
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from duquant.config import Recipe
+from duquant.errors import DuQuantError, KernelUnavailableError
+from duquant.models.references import resolve_model
+from duquant.pipeline import ModelRun, ShardOutcome, resolve_device
+from infra.errors import InfraError, TransientError
+from infra.storage import ObjectStore
+from workers.tasks import Completion, RunSpec, Task
+
+
+class LayerWorker:
+    """Runs one task after the other with a fixed number of threads."""
+
+    def __init__(self, storage: ObjectStore, *, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._storage = storage
+        self._spec: RunSpec | None = None
+        self._run: ModelRun | None = None
+
+    def do(self, task: Task) -> Completion:
+        """Run a task; every foreseeable error becomes a completion that says whether another try makes sense."""
+        try:
+            return Completion(task, result=self._do(task))
+        except KernelUnavailableError as err:
+            return Completion(task, error=str(err), kind="error")
+        except DuQuantError as err:
+            return Completion(task, error=str(err), kind="bad_input")
+        except TransientError as err:
+            return Completion(task, error=str(err), kind="transient")
+        except InfraError as err:
+            return Completion(task, error=str(err), kind="error")
+        except torch.OutOfMemoryError as err:
+            return Completion(task, error=f"out of device memory: {err}", kind="error")
+        except OSError as err:
+            full = err.errno in (errno.ENOSPC, errno.EDQUOT)
+            what = "the disk is full" if full else (err.strerror or str(err))
+            return Completion(task, error=f"{what}: {err.filename or task.run.work_dir}", kind="transient")
+
+    def _do(self, task: Task) -> dict[str, Any]:
+        run = self._run_for(task.run)
+        kind, layer, shard = task.step
+        if kind == "tokenize":
+            run.tokenize()
+        elif kind == "embed":
+            run.embed(shard)
+        elif kind == "sweep":
+            run.sweep(layer, shard)
+        else:
+            return self._store_shard(run, task)
+        return {}
+
+    def _store_shard(self, run: ModelRun, task: Task) -> dict[str, Any]:
+        """Make a shard and put it into object storage under the task's key."""
+        assert task.key is not None
+        with tempfile.TemporaryDirectory(prefix="shard-", dir=task.run.work_dir) as scratch:
+            out = Path(scratch)
+            outcome: ShardOutcome = (
+                run.quantize(task.step.layer, out) if task.step.kind == "quantize" else run.embeddings(out)
+            )
+            sha256, size = self._storage.put_file(task.key, out / outcome.shard.name)
+            if (sha256, size) != (outcome.shard.sha256, outcome.shard.size_bytes):
+                raise TransientError(f"{outcome.shard.name} changed on the way to object storage")
+        return outcome.to_dict()
+
+    def _run_for(self, spec: RunSpec) -> ModelRun:
+        """Return the run of a spec; the last one is kept, with its open model skeleton."""
+        if self._run is None or self._spec != spec:
+            text_file = spec.text_file
+            if spec.text_key is not None:
+                text_file = spec.work_dir / "calibration-text"
+                if not text_file.exists():
+                    self._storage.get_file(spec.text_key, text_file)
+            self._run = ModelRun(
+                resolve_model(spec.model, cache=spec.model_cache, allow_hub=spec.allow_hub),
+                Recipe.from_dict(spec.recipe),
+                spec.work_dir,
+                device=resolve_device(spec.device),
+                text_file=text_file,
+            )
+            self._spec = spec
+        return self._run

@@ -1,0 +1,75 @@
+"""Builds the dispatcher from its settings and runs it until a signal."""
+
+import os
+import signal
+import socket
+import sys
+from types import FrameType
+
+from ray.exceptions import RayError
+
+from duquant.errors import DuQuantError
+from duquant.pipeline import resolve_device
+from infra.database import make_engine
+from infra.errors import InfraError
+from infra.jobs import JobStore
+from infra.logging import fail_with, setup_logging
+from infra.migrate import upgrade_engine
+from infra.storage import ObjectStore
+from workers.dispatcher import Dispatcher
+from workers.executors.local import LocalExecutor
+from workers.executors.on_ray import RayExecutor
+from workers.layer_worker import LayerWorker
+from workers.settings import WorkerSettings
+from workers.tasks import Executor
+
+
+def build_executor(settings: WorkerSettings, storage: ObjectStore) -> Executor:
+    """Return the executor that the settings ask for.
+
+    Raises:
+        RayError: the Ray cluster cannot be reached.
+        DuQuantError: the device is not there.
+    """
+    if settings.executor == "local":
+        return LocalExecutor(LayerWorker(storage, threads=settings.threads_per_slot))
+    # On a cluster this machine may have no GPU although the workers do: only "auto" looks at it.
+    cuda = settings.device.startswith("cuda") or (
+        settings.device == "auto" and resolve_device(settings.device).type == "cuda"
+    )
+    return RayExecutor(
+        slots=settings.slots,
+        threads_per_slot=settings.threads_per_slot,
+        gpus_per_slot=1.0 if cuda else 0.0,
+        address=settings.ray_address,
+    )
+
+
+def main() -> None:
+    """Run a dispatcher. Exit status: 0 after a signal, 2 for bad settings, 5 when something it needs is down."""
+    try:
+        settings = WorkerSettings.load()
+        secrets = (settings.s3_access_key, settings.s3_secret_key, settings.key_pepper)
+        log = setup_logging("workers", level=settings.log_level, fmt=settings.log_format, secrets=secrets)
+        engine = make_engine(settings.database_url)
+        upgrade_engine(engine)
+        storage = ObjectStore.from_settings(settings)
+    except InfraError as err:
+        fail_with(err)
+    try:
+        executor = build_executor(settings, storage)
+    except (RayError, DuQuantError, ConnectionError) as err:
+        log.error("executor_not_started", executor=settings.executor, error=str(err))
+        sys.exit(5)
+    owner = f"{socket.gethostname()}-{os.getpid()}"
+    dispatcher = Dispatcher(JobStore(engine), storage, executor, settings, owner=owner)
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        dispatcher.stop()
+
+    # After the executor: ray.init puts a SIGTERM handler of its own in place.
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    log.info("dispatcher_started", owner=owner, executor=settings.executor, slots=executor.slots)
+    dispatcher.run()
+    engine.dispose()

@@ -1,5 +1,6 @@
 """What is kept of the activations at a site: the largest magnitude per channel, and a sample of whole rows."""
 
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -106,7 +107,7 @@ def save_statistics(path: Path, statistics: Mapping[str, SiteStatistics]) -> Non
     for name, entry in statistics.items():
         tensors[f"{name}.absmax"] = entry.absmax.cpu().contiguous()
         tensors[f"{name}.rows"] = entry.rows.cpu().contiguous()
-    staged = path.with_name(f".{path.name}.part")
+    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     save_file(tensors, staged)
     staged.rename(path)
 

@@ -6,6 +6,7 @@ parallel on any number of workers; a file that exists is complete (it is renamed
 exist is not done again after a crash.
 """
 
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -58,7 +59,7 @@ def shard_windows(config: CalibrationConfig) -> list[range]:
 def write_tokens(work: WorkDir, windows: Int64[Tensor, "samples seq_len"]) -> None:
     """Store the token windows."""
     work.root.mkdir(parents=True, exist_ok=True)
-    staged = work.tokens.with_suffix(".part")
+    staged = work.root / f".{work.tokens.name}.{uuid.uuid4().hex}.part"
     windows.numpy().tofile(staged)
     staged.rename(work.tokens)
 
@@ -140,7 +141,8 @@ class _Writer:
 
     def __init__(self, target: Path) -> None:
         self._target = target
-        self._staged = target.with_suffix(".part")
+        # A name of its own: a worker that was given up may still be writing its copy.
+        self._staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
         self.keep = True
 
     def __enter__(self) -> "_Writer":

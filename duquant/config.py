@@ -20,7 +20,7 @@ ALGORITHM_VERSION = 1
 """Part of every fingerprint. Raise it when the same recipe would give other bytes than before."""
 
 
-def _check_range(owner: str, name: str, value: float, low: float, high: float) -> None:
+def _check_range(owner: str, name: str, value: int | float, low: int | float, high: int | float) -> None:
     if not (math.isfinite(value) and low <= value <= high):
         raise ConfigError(f"{owner}.{name} is {value}; it must be between {low} and {high}", field=f"{owner}.{name}")
 

@@ -58,12 +58,11 @@ def _spreading_pool(n: int, generator: torch.Generator) -> Float[Tensor, "pool n
     The paper multiplies in the other order, which leaves the first row random (up to 4.3 times its flat value); this
     order keeps it flat, so that one step really divides the outlier evenly over its block.
     """
-    index = torch.arange(n, dtype=torch.float64)
     helmert = torch.zeros(n, n, dtype=torch.float64)
     helmert[0] = 1 / math.sqrt(n)
     for row in range(1, n):
         norm = math.sqrt(row * (row + 1))
-        helmert[row] = torch.where(index < row, 1 / norm, 0.0)
+        helmert[row, :row] = 1 / norm
         helmert[row, row] = -row / norm
     if n == 1:
         return helmert[None]

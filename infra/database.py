@@ -73,8 +73,8 @@ def _to_json(value: object) -> str:
 
 
 def _make_sqlite_engine(url: URL) -> Engine:
-    if not url.database or url.database == ":memory:":
-        raise SettingsError("DUQUANT_DATABASE_URL needs a file: an in-memory SQLite database has only one user")
+    if not url.database or url.database == ":memory:" or url.database.startswith("file:"):
+        raise SettingsError("DUQUANT_DATABASE_URL needs a plain file path: in-memory databases have only one user")
     folder = Path(url.database).expanduser().resolve().parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,7 @@ def _translate_sqlite(where: str, cause: str) -> InfraError:
     if "locked" in cause or "busy" in cause:
         return TransientError(f"the database {where} is busy: {cause}", database=where)
     if "full" in cause or "disk I/O error" in cause:
-        return TransientError(f"the disk under the database {where} is full or failing: {cause}", database=where)
+        return TransientError(f"the disk of the database {where} is full or failing: {cause}", database=where)
     if "readonly" in cause or "unable to open" in cause:
         return DatabaseUnusable(f"the database {where} cannot be written: {cause}", database=where)
     return DatabaseUnusable(f"the database {where} failed: {cause}", database=where)

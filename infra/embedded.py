@@ -253,7 +253,7 @@ def _die_with_parent() -> Callable[[], object] | None:
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None)
-    return lambda: libc.prctl(_PROCESS_DEATH_SIGNAL, signal.SIGTERM)
+    return lambda: libc.prctl(_PROCESS_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def main() -> None:

@@ -106,3 +106,9 @@ def worker_write(request: pytest.FixtureRequest) -> Callable[[JobStore, Claim], 
 def worker_writes() -> dict[str, Callable[[JobStore, Claim], object]]:
     """All writes that a worker makes under its claim, by name."""
     return WORKER_WRITES
+
+
+@pytest.fixture
+def desk_job() -> NewJob:
+    """A job to enqueue where a test brings its own store."""
+    return NewJob(tenant_id="default", kind="quantize", spec={"model": "m"}, fingerprint="f")

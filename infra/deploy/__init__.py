@@ -1,0 +1,1 @@
+"""What containers are built from, and the two small programs that the compose file needs."""

@@ -214,6 +214,8 @@ class Client:
                 if is_last:
                     reason = str(error) or type(error).__name__
                     raise UnavailableError(f"{self.url} did not answer: {reason}") from error
+            except ValueError as error:
+                raise BadInputError(f"this cannot be sent as JSON: {error}") from error
             else:
                 if answer.is_success:
                     return _decoded(answer)

@@ -133,6 +133,17 @@ def config_problem(error: ConfigError, prefix: str = "") -> ProblemError:
     return ProblemError("validation-failed", str(error), [FieldProblem(pointer=pointer, detail=str(error))])
 
 
+def _joined(path: list[Any], field: str) -> list[Any]:
+    """Append the field that a recipe's own check names to the place where pydantic met it; they may overlap.
+
+    >>> _joined(["recipe", "weight"], "weight.bits")
+    ['recipe', 'weight', 'bits']
+    """
+    parts = field.split(".") if field else []
+    overlap = next(n for n in range(min(len(path), len(parts)), -1, -1) if path[len(path) - n :] == parts[:n])
+    return [*path, *parts[overlap:]]
+
+
 def _field_problem(error: Mapping[str, Any]) -> FieldProblem:
     location, *path = error["loc"]
     cause = error.get("ctx", {}).get("error")
@@ -140,10 +151,7 @@ def _field_problem(error: Mapping[str, Any]) -> FieldProblem:
     if isinstance(cause, ValueError):
         detail = str(cause)
     if isinstance(cause, ConfigError):
-        # A dataclass's own check is reported at the dataclass; its fact names the field below it.
-        name = str(cause.facts.get("field", "")).rpartition(".")[2]
-        if name and (not path or path[-1] != name):
-            path = [*path, name]
+        path = _joined(path, str(cause.facts.get("field", "")))
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         detail = f"unknown field {path[-1]!r}" if path else detail
     place: Location = location if location in ("query", "path", "header") else "body"

@@ -13,8 +13,7 @@ from infra.jobs import JobEvent, JobState, LayerRow
 HEAT_LEVELS = 8
 NONE = "\N{EN DASH}"
 """How a table says that there is no value."""
-_ERROR_NAMES = ("relative_error", "output_error", "normalized_mse", "mse", "error")
-"""What a layer's error may be called among its metrics, the most telling first."""
+_SITE_ERROR = "output_nmse"
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -24,7 +23,10 @@ class LayerCell:
 
     row: LayerRow
     label: str
+    sites: Mapping[str, float]
+    """Squared error of the quantized outputs over their power, by site."""
     error: float | None
+    """The mean over the sites."""
     error_level: int | None
     seconds_level: int | None
 
@@ -34,17 +36,21 @@ def layer_cells(layers: Sequence[LayerRow]) -> list[LayerCell]:
 
     A level is a rank and no fraction of the largest value: one outlier must not make all the rest look alike.
     """
-    errors = [error_of(row.metrics) if row.state == "done" else None for row in layers]
+    sites = [site_errors(row.metrics) if row.state == "done" else {} for row in layers]
+    errors = [sum(by_site.values()) / len(by_site) if by_site else None for by_site in sites]
     seconds = [row.seconds if row.state == "done" else None for row in layers]
     return [
         LayerCell(
             row=row,
             label=layer_label(row.layer),
+            sites=by_site,
             error=error,
             error_level=error_level,
             seconds_level=seconds_level,
         )
-        for row, error, error_level, seconds_level in zip(layers, errors, levels(errors), levels(seconds), strict=True)
+        for row, by_site, error, error_level, seconds_level in zip(
+            layers, sites, errors, levels(errors), levels(seconds), strict=True
+        )
     ]
 
 
@@ -74,13 +80,14 @@ def _flat(group: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return pairs
 
 
-def error_of(metrics: Mapping[str, Any]) -> float | None:
-    """Return a layer's error, if its metrics hold one."""
-    for name in _ERROR_NAMES:
-        value = metrics.get(name)
+def site_errors(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return each site's relative output error from a layer's metrics; sites without a finite one are left out."""
+    errors = {}
+    for site, report in metrics.items():
+        value = report.get(_SITE_ERROR) if isinstance(report, Mapping) else None
         if isinstance(value, int | float) and math.isfinite(value):
-            return float(value)
-    return None
+            errors[site] = float(value)
+    return errors
 
 
 def levels(values: Sequence[float | None]) -> list[int | None]:

@@ -129,6 +129,7 @@ def job_page(request: Request, service: Service, job_id: str) -> Response:
     except JobNotFound:
         return _page(request, service, "missing.html", 404, job_id=job_id)
     layers = service.jobs.layers(job.id)
+    cells = layer_cells(layers)
     events = _last_events(service, job)
     artifact, artifact_problem = _artifact(service, job, caller)
     return _page(
@@ -136,7 +137,8 @@ def job_page(request: Request, service: Service, job_id: str) -> Response:
         service,
         "job.html",
         job=job_detail(service, job),
-        cells=layer_cells(layers),
+        cells=cells,
+        sites=list(dict.fromkeys(site for cell in cells for site in cell.sites)),
         events=[(moment(event.at), event) for event in reversed(events)],
         artifact=artifact,
         artifact_problem=artifact_problem,

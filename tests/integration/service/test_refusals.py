@@ -1,0 +1,185 @@
+"""Everything that is wrong gets a problem document that names it, and nothing is queued."""
+
+import http.client
+import json
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+pytestmark = pytest.mark.integration
+MODEL = {"source": "demo", "name": "smollm2-135m"}
+
+
+def refused(service: Any, body: Any) -> dict[str, Any]:
+    # By hand: the client library refuses to send some of these.
+    answer = service.http.post("/v1/jobs", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    problem = answer.json()
+    assert problem["status"] == answer.status_code
+    assert problem["request_id"] == answer.headers["X-Request-Id"]
+    assert service.http.get("/v1/jobs").json()["items"] == []
+    return problem
+
+
+@pytest.mark.parametrize(
+    ("change", "pointer", "words"),
+    [
+        ({"recipe": "duqant"}, "/recipe", "presets are: rtn"),
+        ({"recipe": {"wieght": {}}}, "/recipe/wieght", "unknown field 'wieght'"),
+        ({"recipe": {"weight": {"bits": 5}}}, "/recipe/weight/bits", "one of: 4, 8"),
+        ({"recipe": {"weight": {"bits": "4"}}}, "/recipe/weight/bits", "must be int"),
+        ({"recipe": {"activation": {"bits": 1}}}, "/recipe/activation/bits", "2, 3, 4"),
+        ({"recipe": {"transform": {"block_size": 1}}}, "/recipe/transform/block_size", "between 2 and"),
+        ({"recipe": {"transform": {"rotation": "spin"}}}, "/recipe/transform/rotation", "greedy"),
+        ({"recipe": {"seed": 2**80}}, "/recipe/seed", ""),
+        ({"recipe": {"name": ""}}, "/recipe/name", "1 to 100"),
+        ({"recipe": 7}, "/recipe", ""),
+        ({"recipe": None}, "/recipe", ""),
+        ({"calibration": {"sample": 3}}, "/calibration/sample", "unknown field"),
+        ({"calibration": {"samples": 0}}, "/calibration/samples", "between 1 and"),
+        ({"calibration": {"samples": 2.0}}, "/calibration/samples", "integer"),
+        ({"calibration": {"source": {"kind": "tape"}}}, "/calibration/source/kind", "'builtin'"),
+        ({"priority": -1}, "/priority", "greater than"),
+        ({"priority": True}, "/priority", "integer"),
+        ({"force": "yes"}, "/force", "boolean"),
+        ({"modle": {}}, "/modle", "unknown field"),
+        ({"model": {"source": "demo"}}, "/model/name", "required"),
+        ({"model": {**MODEL, "url": "http://x"}}, "/model/url", "unknown field"),
+        ({"model": {"source": "s3", "name": "x"}}, "/model/source", "'demo'"),
+        ({"recipe": {"name": "a\u0000b"}}, "", "NUL"),
+        ({"recipe": {"name": "\ud800"}}, "", "surrogates"),
+        ({"\ud800": 1}, "", "surrogates"),
+    ],
+)
+def test_a_wrong_field_is_named(service: Any, change: dict[str, Any], pointer: str, words: str) -> None:
+    problem = refused(service, {"model": MODEL, **change})
+    assert (problem["status"], problem["type"]) == (422, "urn:duquant:problem:validation-failed")
+    assert pointer in [error["pointer"] for error in problem["errors"]]
+    assert words in json.dumps(problem["errors"], ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret",
+        "/etc",
+        "a/../../b",
+        "//proc/self/root",
+        "http:///#/../../etc/",
+        "%2e%2e/etc",
+        "file:///etc/passwd",
+        "a?b",
+        "a#b",
+        "x; rm -rf /",
+        "\u00a0",
+        "a\\b",
+        "link-out",
+        "only-pickle",
+    ],
+)
+def test_a_model_outside_the_roots_or_unsafe_is_forbidden(service: Any, name: str) -> None:
+    root = service.settings.model_roots[0]
+    (root / "link-out").symlink_to("/etc")
+    pickled = root / "only-pickle"
+    pickled.mkdir()
+    (pickled / "config.json").write_text("{}")
+    (pickled / "pytorch_model.bin").write_bytes(b"x")
+    problem = refused(service, {"model": {"source": "local", "name": name}})
+    assert (problem["status"], problem["type"]) == (422, "urn:duquant:problem:model-forbidden")
+    assert problem["errors"][0]["pointer"] == "/model/name"
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        ({"source": "local", "name": "absent"}, "model-not-found"),
+        ({"source": "demo", "name": "gpt-5"}, "model-not-found"),
+        ({"source": "hub", "name": "org/model", "revision": "0" * 40}, "model-forbidden"),
+    ],
+)
+def test_a_model_that_cannot_be_had_is_named(service: Any, model: dict[str, Any], kind: str) -> None:
+    assert refused(service, {"model": model})["type"] == f"urn:duquant:problem:{kind}"
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [
+        ({"kind": "file", "name": "../../etc/passwd"}, "text-forbidden"),
+        ({"kind": "file", "name": "/etc/passwd"}, "text-forbidden"),
+        ({"kind": "file", "name": "link-out"}, "text-forbidden"),
+        ({"kind": "file", "name": "absent.txt"}, "text-not-found"),
+        ({"kind": "object", "name": "artifacts/other/job/manifest.json"}, "text-forbidden"),
+        ({"kind": "object", "name": "texts/default/../other/a"}, "text-forbidden"),
+        ({"kind": "object", "name": "texts/default/absent"}, "text-not-found"),
+        ({"kind": "hub", "name": "wikitext"}, "text-forbidden"),
+    ],
+)
+def test_a_text_that_may_not_or_cannot_be_read_is_named(service: Any, source: dict[str, Any], kind: str) -> None:
+    (service.settings.text_roots[0] / "link-out").symlink_to("/etc/passwd")
+    problem = refused(service, {"model": MODEL, "calibration": {"source": source}})
+    assert problem["type"] == f"urn:duquant:problem:{kind}"
+    assert problem["errors"][0]["pointer"] == "/calibration/source/name"
+
+
+def test_a_recipes_own_text_source_is_checked_as_well(service: Any) -> None:
+    recipe = {"calibration": {"source": {"kind": "file", "name": "/etc/passwd"}}}
+    assert refused(service, {"model": MODEL, "recipe": recipe})["type"] == "urn:duquant:problem:text-forbidden"
+
+
+def test_a_declared_body_over_the_limit_is_refused_unread(service: Any) -> None:
+    where = urlsplit(service.url)
+    connection = http.client.HTTPConnection(where.hostname or "", where.port, timeout=10)
+    connection.putrequest("POST", "/v1/jobs")
+    headers = {"Authorization": f"Bearer {service.token}", "Content-Type": "application/json"}
+    for name, value in {**headers, "Content-Length": "2000000"}.items():
+        connection.putheader(name, value)
+    connection.endheaders()  # and never a byte of the body
+    answer = connection.getresponse()
+    assert answer.status == 413
+    assert json.loads(answer.read())["type"] == "urn:duquant:problem:body-too-large"
+    connection.close()
+
+
+def test_a_streamed_body_over_the_limit_is_refused(service: Any) -> None:
+    chunks = (b" " * 100_000 for _ in range(20))
+    answer = service.http.post("/v1/jobs", content=chunks, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["type"]) == (413, "urn:duquant:problem:body-too-large")
+
+
+@pytest.mark.parametrize("body", [b"{", b"", b"\xff", b'{"model": ' + b"[" * 100_000, b"9" * 5000])
+def test_a_body_that_is_no_json_is_refused(service: Any, body: bytes) -> None:
+    answer = service.http.post("/v1/jobs", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (400, 422)
+    assert answer.headers["Content-Type"] == "application/problem+json"
+
+
+def test_a_body_of_another_type_is_refused(service: Any) -> None:
+    answer = service.http.post("/v1/jobs", content=b"a=b", headers={"Content-Type": "text/plain"})
+    assert (answer.status_code, answer.json()["type"]) == (415, "urn:duquant:problem:unsupported-media-type")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "name"),
+    [
+        ("GET", "/v1/nothing", 404, "not-found"),
+        ("GET", "/nothing.html", 404, "not-found"),
+        ("GET", "/static/../app.py", 404, "not-found"),
+        ("DELETE", "/v1/jobs", 405, "method-not-allowed"),
+        ("GET", "/v1/jobs/job_none", 404, "job-not-found"),
+        ("GET", "/v1/jobs/%00", 404, "job-not-found"),
+        ("GET", "/v1/jobs/" + "x" * 65, 422, "validation-failed"),
+        ("GET", "/v1/jobs?limit=0", 422, "validation-failed"),
+        ("GET", "/v1/jobs?state=lost", 422, "validation-failed"),
+    ],
+)
+def test_every_refusal_is_a_problem(service: Any, method: str, path: str, status: int, name: str) -> None:
+    answer = service.http.request(method, path)
+    assert (answer.status_code, answer.headers["Content-Type"]) == (status, "application/problem+json")
+    assert answer.json()["type"] == f"urn:duquant:problem:{name}"
+
+
+def test_a_sane_request_id_comes_back_and_another_is_replaced(service: Any) -> None:
+    assert service.http.get("/healthz", headers={"X-Request-Id": "abc-123"}).headers["X-Request-Id"] == "abc-123"
+    given = 'x"; evil' + "y" * 100
+    assert service.http.get("/healthz", headers={"X-Request-Id": given}).headers["X-Request-Id"] != given

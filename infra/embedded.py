@@ -4,6 +4,7 @@ import ctypes
 import fcntl
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -31,6 +32,7 @@ _STOP_TIMEOUT_S = 2
 _MIN_FREE_BYTES = 256 << 20
 _VOLUME_MB = 256
 _TAIL_LINES = 15
+_OWN_PORTS = range(20_000, 32_000)
 _PROCESS_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
@@ -225,21 +227,39 @@ def _find_weed() -> Path:
 
 def _free_ports(count: int, *, first: int) -> list[int]:
     """Return distinct ports that were free a moment ago; `first` is taken as it is unless it is 0."""
+    # Below the range from which the system takes the local ports of outgoing connections, so that none of those can
+    # come between this look and the server's start.
+    candidates = random.sample(_OWN_PORTS, 50 * count)
     sockets: list[socket.socket] = []
     try:
-        for port in [first] + [0] * (count - 1):
-            probe = socket.socket()
-            sockets.append(probe)
-            # As the server will: a port whose last connections are still fading away is free.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, port))
-            except OSError as error:
-                raise StartupError(f"port {port} on {HOST} is already taken", port=port) from error
+        sockets.append(_bind(first) if first else _bind_any(candidates))
+        while len(sockets) < count:
+            sockets.append(_bind_any(candidates))
         return [probe.getsockname()[1] for probe in sockets]
     finally:
         for probe in sockets:
             probe.close()
+
+
+def _bind_any(candidates: list[int]) -> socket.socket:
+    while candidates:
+        try:
+            return _bind(candidates.pop())
+        except StartupError:
+            continue
+    raise StartupError(f"no free ports on {HOST}")
+
+
+def _bind(port: int) -> socket.socket:
+    probe = socket.socket()
+    # As the server will: a port whose last connections are still fading away is free.
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        probe.bind((HOST, port))
+    except OSError as error:
+        probe.close()
+        raise StartupError(f"port {port} on {HOST} is already taken", port=port) from error
+    return probe
 
 
 def _is_listening(port: int) -> bool:

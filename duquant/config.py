@@ -6,7 +6,6 @@ every unknown field is an error, and equal recipes have equal digests on every m
 
 import hashlib
 import json
-import math
 import types
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -21,7 +20,7 @@ ALGORITHM_VERSION = 1
 
 
 def _check_range(owner: str, name: str, value: int | float, low: int | float, high: int | float) -> None:
-    if not (math.isfinite(value) and low <= value <= high):
+    if not low <= value <= high:  # NaN is not, either
         raise ConfigError(f"{owner}.{name} is {value}; it must be between {low} and {high}", field=f"{owner}.{name}")
 
 
@@ -228,7 +227,7 @@ class Recipe:
         return plain
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
+    def from_dict(cls, values: object) -> "Recipe":
         """Build a recipe from JSON types.
 
         Raises:
@@ -240,7 +239,8 @@ class Recipe:
 
     def digest(self) -> str:
         """Return the sha256, in hex, of everything but the name."""
-        plain = self.to_dict()
+        # Through from_dict: 1 and 1.0 make equal recipes and must not differ in JSON.
+        plain = Recipe.from_dict(self.to_dict()).to_dict()
         del plain["name"]
         return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -248,7 +248,8 @@ class Recipe:
 def _build(cls: type, values: object, path: str) -> object:
     """Build dataclass `cls` from a mapping, checking names and JSON types strictly."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{path or 'recipe'} must be an object, not {type(values).__name__}", field=path or "recipe")
+        name = path.removesuffix(".") or "recipe"
+        raise ConfigError(f"{name} must be an object, not {type(values).__name__}", field=name)
     hints = get_type_hints(cls)
     known = {f.name: hints[f.name] for f in fields(cls)}
     for name in values:
@@ -278,7 +279,10 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
     accepted = (int, float) if hint is float else (hint,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
         raise ConfigError(f"{path} is {value!r}; it must be {hint.__name__}", field=path)
-    return float(value) if hint is float else value
+    try:
+        return float(value) if hint is float else value
+    except OverflowError as err:
+        raise ConfigError(f"{path} is too large for a number with a fraction", field=path) from err
 
 
 _ROTATED_KV = KVCacheConfig(bits=4, rotate=True, clip_ratio=0.95)

@@ -12,7 +12,7 @@ _FLOOR = 1e-5
 
 def smoothing_scale(
     act_absmax: Float[Tensor, " channels"],
-    weights: Sequence[Float[Tensor, "out_features channels"]],
+    weights: Sequence[Float[Tensor, "_ channels"]],
     alpha: float,
 ) -> Float[Tensor, " channels"]:
     """Return smooth_scale = max|X|^alpha / max|W|^(1 - alpha) per channel, float32, at least 0.01.

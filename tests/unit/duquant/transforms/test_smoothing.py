@@ -1,0 +1,106 @@
+"""Smoothing scales and their folds."""
+
+import pytest
+import torch
+
+from duquant.transforms.smoothing import MIN_SCALE, exact_fold, share_over_heads, smoothing_scale
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
+def test_scale_is_the_formula_over_all_consumers(alpha: float) -> None:
+    absmax = normal(12).abs() + 0.1
+    weights = [normal(5, 12, seed=1), 9 * normal(3, 12, seed=2), normal(4, 12, seed=3)]
+    w_max = torch.cat(weights).double().abs().amax(0)
+    expected = (absmax.double() ** alpha / w_max ** (1 - alpha)).clamp_min(MIN_SCALE)
+    torch.testing.assert_close(smoothing_scale(absmax, weights, alpha).double(), expected, rtol=1e-5, atol=0)
+
+
+def test_every_consumer_counts() -> None:
+    absmax, small, large = torch.ones(4), torch.ones(2, 4), 100 * torch.ones(2, 4)
+    first, second = smoothing_scale(absmax, [small, large], 0.5), smoothing_scale(absmax, [large, small], 0.5)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, smoothing_scale(absmax, [small], 0.5))
+
+
+def test_dead_channels_keep_one() -> None:
+    absmax = torch.tensor([0.0, 2.0, 0.0, 2.0])
+    W = torch.tensor([[1.0, 0.0, 0.0, 1.0]])
+    scale = smoothing_scale(absmax, [W], 0.5)
+    assert scale[:3].tolist() == [1.0, 1.0, 1.0]
+    assert float(scale[3]) == pytest.approx(2**0.5)
+
+
+def test_scale_is_finite_and_bounded_below_for_extreme_channels() -> None:
+    absmax = torch.tensor([1e-30, 1e30, 1e-30, 1e30])
+    W = torch.tensor([[1e-30, 1e-30, 1e30, 1e30]])
+    scale = smoothing_scale(absmax, [W], 0.5)
+    assert bool(torch.isfinite(scale).all())
+    assert bool((scale >= MIN_SCALE * (1 - torch.finfo(torch.float32).eps)).all())
+
+
+HEADS = [(4, 4, 8), (4, 2, 8), (9, 3, 64), (8, 1, 16), (6, 2, 5), (1, 1, 96), (12, 4, 80)]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+def test_shared_scale_is_equal_over_the_query_heads_of_a_kv_head(heads: int, kv_heads: int, head_dim: int) -> None:
+    scale = normal(heads * head_dim).abs() + 0.01
+    shared = share_over_heads(scale, kv_heads=kv_heads, head_dim=head_dim)
+    per_head = heads // kv_heads
+    for head in range(heads):
+        for d in range(head_dim):
+            first = head // per_head * per_head
+            same = [float(scale[other * head_dim + d]) for other in range(first, first + per_head)]
+            assert float(shared[head * head_dim + d]) == max(same)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+def test_fold_into_values_is_exact_under_grouped_query_attention(heads: int, kv_heads: int, head_dim: int) -> None:
+    """o(attention(v)) is unchanged when v's rows are divided and o's columns multiplied by the shared scale."""
+    tokens, hidden = 5, 16
+    X = normal(tokens, hidden).double()
+    V, out = normal(kv_heads * head_dim, hidden, seed=1).double(), normal(hidden, heads * head_dim, seed=2).double()
+    bias = normal(kv_heads * head_dim, seed=3).double()
+    attention = normal(heads, tokens, tokens, seed=4).double().softmax(-1)
+    scale = share_over_heads(normal(heads * head_dim, seed=5).exp(), kv_heads=kv_heads, head_dim=head_dim).double()
+    per_kv_channel = scale.view(kv_heads, -1, head_dim)[:, 0].reshape(-1)
+
+    def run(V: torch.Tensor, bias: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        values = (X @ V.T + bias).view(tokens, kv_heads, head_dim).repeat_interleave(heads // kv_heads, dim=1)
+        mixed = torch.einsum("hst,thd->shd", attention, values)
+        return mixed.reshape(tokens, -1) @ out.T
+
+    folded = run(V / per_kv_channel[:, None], bias / per_kv_channel, out * scale)
+    torch.testing.assert_close(folded, run(V, bias, out), rtol=1e-12, atol=1e-12 * float(out.abs().sum()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_folded_gain_times_its_scale_is_the_gain(dtype: torch.dtype) -> None:
+    gain = (normal(4096) * 3).to(dtype)
+    folded, real = exact_fold(gain, normal(4096, seed=1).exp())
+    assert folded.dtype == dtype
+    # `real` is the float32 quotient of two values: one rounding, and one more of the product.
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(folded.double() * real.double(), gain.double(), rtol=eps, atol=0)
+
+
+def test_real_scale_is_within_a_rounding_of_the_wanted_one() -> None:
+    gain, wanted = normal(4096).bfloat16(), normal(4096, seed=1).exp()
+    _, real = exact_fold(gain, wanted)
+    live = gain != 0
+    torch.testing.assert_close(real[live], wanted[live], rtol=torch.finfo(torch.bfloat16).eps, atol=0)
+
+
+def test_gain_that_would_vanish_or_overflow_stays_as_it_is() -> None:
+    gain = torch.tensor([0.0, 1.0, 1e-38, 3e38]).bfloat16()
+    folded, real = exact_fold(gain, torch.tensor([2.0, 1e38, 1e38, 1e-2]))
+    assert bool(torch.isfinite(folded).all())
+    assert bool(torch.isfinite(real).all())
+    torch.testing.assert_close(folded.double() * real.double(), gain.double(), rtol=1e-6, atol=0)
+    assert folded[0] == 0
+    assert real[0] == 1
+    assert real[2] == 1
+    assert real[3] == 1

@@ -56,8 +56,8 @@ class StatisticsRecorder:
 
     def add(self, site: str, X: Float[Tensor, "batch seq channels"]) -> None:
         """Add one micro-batch of a site's inputs."""
-        low, high = torch.aminmax(X.reshape(-1, X.shape[-1]), dim=0)
-        absmax = torch.maximum(low.abs(), high.abs()).float()
+        # Not aminmax: over the first axis it is five times slower than this.
+        absmax = X.reshape(-1, X.shape[-1]).abs().amax(0).float()
         known = self._absmax.get(site)
         self._absmax[site] = absmax if known is None else torch.maximum(known, absmax)
         for window in X:

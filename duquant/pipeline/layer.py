@@ -19,6 +19,8 @@ from duquant.quantizers.weight import QuantizedWeight, quantize_weight
 from duquant.transforms.site import SiteTransform, search_transform
 from duquant.transforms.smoothing import exact_fold, share_over_heads, smoothing_scale
 
+_ERROR_ROW_STRIDE = 4
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -152,6 +154,8 @@ class _SiteError:
     """Sums the output error of a site's linears on the sampled rows, activations rounded as at run time."""
 
     def __init__(self, transformed: Float[Tensor, "sample channels"], recipe: Recipe) -> None:
+        # A quarter of the rows tells the error well enough, at a quarter of the products.
+        transformed = transformed[::_ERROR_ROW_STRIDE]
         self._X = transformed
         self._rounded = transformed
         if recipe.activation.bits < 16:

@@ -100,7 +100,7 @@ ARCHITECTURES: dict[str, Architecture] = {"llama": LLAMA, "mistral": LLAMA, "qwe
 """By `model_type`. Qwen2's biases and Qwen3's q/k norms need nothing of their own: a bias folds with its rows, and the
 norms act after the linears, on values that no transform changes."""
 
-MAX_LAYERS, MAX_HIDDEN, MAX_VOCAB = 512, 65_536, 2_000_000
+MAX_LAYERS, MAX_HIDDEN, MAX_VOCAB, MAX_HEAD_DIM = 512, 65_536, 2_000_000, 4096
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
@@ -128,4 +128,23 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         value = config.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
             raise SourceError(f"config.json: {name} is {value!r}; it must be a whole number from 1 to {limit}")
+    _check_heads(config)
     return ARCHITECTURES[model_type]
+
+
+def _check_heads(config: Mapping[str, Any]) -> None:
+    """Check the optional sizes; where they are absent, transformers has a default for each family."""
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    kv_heads = config.get("num_key_value_heads")
+    if kv_heads is not None and (type(kv_heads) is not int or kv_heads < 1 or heads % kv_heads):
+        raise SourceError(
+            f"config.json: num_key_value_heads is {kv_heads!r}; it must divide num_attention_heads, {heads}"
+        )
+    head_dim = config.get("head_dim")
+    if head_dim is None and config["model_type"] != "qwen3":  # Qwen3 does not derive it from the hidden size
+        if hidden % (2 * heads):
+            raise SourceError(
+                f"config.json: head_dim is missing, and hidden_size {hidden} is no even multiple of the {heads} heads"
+            )
+    elif head_dim is not None and (type(head_dim) is not int or head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM):
+        raise SourceError(f"config.json: head_dim is {head_dim!r}; it must be an even number from 2 to {MAX_HEAD_DIM}")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -23,14 +24,22 @@ class Skeleton:
     """The decoder layers of a model without their weights.
 
     `layer(index, tensors)` lends one layer its tensors; nothing is kept after the `with` block.
+
+    Raises:
+        UnsupportedModelError: transformers cannot build a model from config.json.
     """
 
     def __init__(self, source: SourceCheckpoint, device: torch.device) -> None:
         self.architecture: Architecture = source.architecture
         self.device = device
         self.config = load_config(source)
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(self.config, dtype=COMPUTE_DTYPE, attn_implementation="sdpa")
+        try:
+            with init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(self.config, dtype=COMPUTE_DTYPE, attn_implementation="sdpa")
+        except (ValueError, KeyError, TypeError, AttributeError) as err:
+            raise UnsupportedModelError(
+                f"{source.path / 'config.json'}: transformers cannot build the model: {err}"
+            ) from err
         model.eval()
         self._model = model
         self._rotary = model.model.rotary_emb.to(device)
@@ -47,13 +56,31 @@ class Skeleton:
         """
         shapes = self.layer_names(layer)
         tensors = source.layer_tensors(layer, shapes)
-        for name, tensor in tensors.items():
-            if tensor.shape != shapes[name]:
-                raise SourceError(
-                    f"{source.path}: layer {layer} {name} has shape {tuple(tensor.shape)}; "
-                    f"config.json asks for {tuple(shapes[name])}"
-                )
+        _check_shapes(f"{source.path}: layer {layer} ", tensors, shapes)
         return tensors
+
+    def load_extra(self, source: SourceCheckpoint) -> dict[str, Tensor]:
+        """Read what is outside the layers: embeddings, final norm, and the head unless it is tied.
+
+        Raises:
+            SourceError: a tensor is missing, has another shape than the config says, or is not finite.
+        """
+        names = [self.architecture.embeddings, self.architecture.final_norm]
+        if not self.config.tie_word_embeddings:
+            names.append(self.architecture.head)
+        tensors = source.tensors(names)
+        _check_shapes(f"{source.path}: ", tensors, {name: self._model.get_parameter(name).shape for name in names})
+        return tensors
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key and value heads; transformers knows each family's default."""
+        return int(self.config.num_key_value_heads)
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads)
 
     @contextmanager
     def layer(self, index: int, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
@@ -93,6 +120,14 @@ class Skeleton:
         return mask
 
 
+def _check_shapes(where: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.shape != shapes[name]:
+            raise SourceError(
+                f"{where}{name} has shape {tuple(tensor.shape)}; config.json asks for {tuple(shapes[name])}"
+            )
+
+
 def load_config(source: SourceCheckpoint) -> Any:
     """Return the transformers config of a source.
 
@@ -101,7 +136,7 @@ def load_config(source: SourceCheckpoint) -> Any:
     """
     try:
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=False, local_files_only=True)
-    except (ValueError, KeyError, OSError, TypeError) as err:
+    except (StrictDataclassError, ValueError, KeyError, OSError, TypeError) as err:
         raise UnsupportedModelError(f"{source.path / 'config.json'}: transformers cannot read it: {err}") from err
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError(f"{source.path} is already quantized; start from the unquantized model")

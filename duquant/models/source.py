@@ -13,6 +13,7 @@ from torch import Tensor
 from duquant.errors import SourceError
 from duquant.models.architecture import Architecture, architecture_of
 
+_WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -49,11 +50,6 @@ class SourceCheckpoint:
         """Number of decoder layers."""
         return int(self.config["num_hidden_layers"])
 
-    @property
-    def has_head(self) -> bool:
-        """Whether the head is stored (false when it is tied to the embeddings)."""
-        return self.architecture.head in self._file_of
-
     def tensor_names(self) -> list[str]:
         """Return the names of all tensors, sorted."""
         return sorted(self._file_of)
@@ -72,7 +68,7 @@ class SourceCheckpoint:
         """Return the named tensors on the CPU, checked for NaN and Inf.
 
         Raises:
-            SourceError: a tensor is missing, cannot be read, or holds NaN or Inf.
+            SourceError: a tensor is missing, cannot be read, is no floating-point weight, or holds NaN or Inf.
         """
         by_file: dict[str, list[str]] = {}
         for name in names:
@@ -87,6 +83,10 @@ class SourceCheckpoint:
                         tensor = reader.get_tensor(name)
                     except (SafetensorError, OSError) as err:
                         raise SourceError(f"{self.path / file}: cannot read {name}: {err}") from err
+                    if tensor.dtype not in _WEIGHT_DTYPES:
+                        raise SourceError(
+                            f"{self.path / file}: {name} has dtype {tensor.dtype}; is the model already quantized?"
+                        )
                     if not bool(torch.isfinite(tensor).all()):
                         raise SourceError(f"{self.path / file}: {name} holds NaN or Inf")
                     found[name] = tensor
@@ -107,10 +107,10 @@ class SourceCheckpoint:
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise SourceError(f"{index} has no weight_map")
-            files = sorted(set(weight_map.values()))
-            for file in files:
+            for file in weight_map.values():
                 if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
                     raise SourceError(f"{index} names {file!r}, which is not a safetensors file beside it")
+            files = sorted(set(weight_map.values()))
         elif (self.path / "model.safetensors").exists():
             files = ["model.safetensors"]
         else:

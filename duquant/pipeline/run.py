@@ -103,11 +103,7 @@ class ModelRun:
         files = [self.work.statistics(layer, shard) for shard in range(self.shards)]
         statistics = merge([load_statistics(file, self.device) for file in files])
         stored = self._skeleton.load(self.source, layer)
-        heads = int(self.source.config["num_attention_heads"])
-        shape = LayerShape(
-            kv_heads=int(self.source.config.get("num_key_value_heads") or heads),
-            head_dim=int(self.source.config.get("head_dim") or self.source.config["hidden_size"] // heads),
-        )
+        shape = LayerShape(kv_heads=self._skeleton.kv_heads, head_dim=self._skeleton.head_dim)
         tensors = {name: tensor.to(self.device) for name, tensor in stored.items()}
         quantized = quantize_layer(tensors, statistics, self.source.architecture, shape, self.recipe, layer=layer)
         prefix = f"{self.source.architecture.layers_prefix}.{layer}."
@@ -128,13 +124,13 @@ class ModelRun:
             self.work.statistics(layer, shard).unlink(missing_ok=True)
 
     def embeddings(self, out: Path) -> ShardOutcome:
-        """Write embeddings, final norm and head, in 16 bits, into their shard in directory `out`."""
+        """Write embeddings, final norm and head, in 16 bits, into their shard in directory `out`.
+
+        Raises:
+            SourceError: one of them is missing, has the wrong shape or is not finite.
+        """
         started = time.perf_counter()
-        architecture = self.source.architecture
-        names = [architecture.embeddings, architecture.final_norm]
-        if self.source.has_head:
-            names.append(architecture.head)
-        stored = self.source.tensors(names)
+        stored = self._skeleton.load_extra(self.source)
         shard = write_shard(out / EXTRA_SHARD, {name: t.to(torch.bfloat16) for name, t in stored.items()})
         return ShardOutcome(
             layer=-1,

@@ -86,6 +86,14 @@ def safe_target(out: Path, name: str) -> Path:
     return target
 
 
+def part_name(file: ArtifactFile) -> str:
+    """Return what an unfinished file is called.
+
+    By content, so that a part of another version is never continued; and by name, since two files may be equal.
+    """
+    return f"{file.sha256[:32]}-{hashlib.sha256(file.name.encode()).hexdigest()[:16]}.part"
+
+
 def _in_parallel(
     transfer: "_Transfer",
     http: httpx.Client,
@@ -128,8 +136,7 @@ class _Transfer:
         if target.is_file() and target.stat().st_size == file.size_bytes and _sha256(target) == file.sha256:
             self._count(file.size_bytes, is_fetched=False)
             return
-        # Named by content: a part of another version of the file is never continued.
-        part = folder / f"{file.sha256}.part"
+        part = folder / part_name(file)
         for attempt in range(1, _TRIES + 1):
             if self.is_stopped.is_set():
                 return

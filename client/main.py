@@ -3,11 +3,11 @@
 import os
 import sys
 from collections.abc import Sequence
+from typing import cast
 
-import click
 import typer
 
-from client import doctor, jobs, local, recipes, up
+from client import demo, doctor, jobs, local, recipes, up
 from client.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILED,
@@ -44,7 +44,12 @@ app.command()(local.verify)
 app.command("eval")(local.evaluate)
 app.command()(local.generate)
 app.command()(doctor.doctor)
+app.command()(demo.demo)
 
+# Some versions of typer carry click inside, others import it; the base of its errors has no name common to both.
+_UsageError = cast(
+    "type[typer.BadParameter]", next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+)
 _BAD_INPUT = (ConfigError, ShapeError, SourceError, UnsupportedModelError, CalibrationError)
 
 
@@ -59,12 +64,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
         status = app(list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        return EXIT_BAD_INPUT
-    except click.ClickException as error:
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            return EXIT_BAD_INPUT
         return _fail(error.format_message(), EXIT_BAD_INPUT)
-    except (click.Abort, EOFError):
+    except (typer.Abort, EOFError):
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has gone; Python would complain again when it flushes at exit.

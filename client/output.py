@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 chatter = Console(stderr=True, highlight=False)
 """For people: progress, notes, errors."""
@@ -28,13 +27,11 @@ def print_text(text: str) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table for people on stdout."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*("" if cell is None else str(cell) for cell in row))
-    Console(highlight=False, markup=False).print(table)
+    """Print a table for people on stdout. Nothing is cut or folded, so that `grep` and `cut` work on it."""
+    cells = [list(columns), *([("" if cell is None else str(cell)) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(columns))]
+    for row in cells:
+        print_text("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def print_pairs(values: Mapping[str, Any]) -> None:
@@ -47,7 +44,7 @@ def print_pairs(values: Mapping[str, Any]) -> None:
 
 def note(text: str) -> None:
     """Say something to a person."""
-    chatter.print(text, markup=False)
+    chatter.print(text, markup=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

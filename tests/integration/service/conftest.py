@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import random
 import socket
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 import uvicorn
 from pydantic import SecretStr
 from sqlalchemy import insert
@@ -172,6 +174,14 @@ def run_service(tmp_path: Path, database_url: str, storage: ObjectStore, s3: Any
         engine = app.state.context.engine
         keys = KeyStore(engine, settings.key_pepper)
         yield Harness(served.url, token, http, JobStore(engine), keys, storage, settings, app)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_logs() -> Iterator[None]:
+    """Keep the service's log lines out of the output of the commands that run in the same process."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,17 @@ def test_a_beat_is_no_change_that_readers_see(desk, store: JobStore) -> None:
     assert store.get(taken.job.id).version == taken.job.version
 
 
+def test_a_lease_holds_through_its_last_millisecond(desk, store: JobStore, clock) -> None:
+    """The sweep and the worker agree on the moment: there is none at which both or neither may act."""
+    desk.add()
+    taken = desk.claim()
+    clock.advance(LEASE)
+    assert store.sweep() == 0
+    assert not store.heartbeat(taken, lease_seconds=LEASE)
+    clock.advance(LEASE + 0.001)
+    assert store.sweep() == 1
+
+
 def test_an_expired_lease_is_never_renewed_even_when_nobody_has_noticed(desk, store: JobStore, clock) -> None:
     desk.add()
     taken = desk.claim()

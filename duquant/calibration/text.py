@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from duquant.config import TextSource
-from duquant.errors import CalibrationError, SourceError
+from duquant.errors import CalibrationError, ConfigError, SourceError
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def load_tokenizer(model_path: Path) -> Any:
     """
     try:
         return AutoTokenizer.from_pretrained(model_path, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError) as err:
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as err:
         raise SourceError(f"{model_path} has no tokenizer that transformers can read: {err}") from err
 
 
@@ -73,13 +73,17 @@ def _read_file(path: Path, text_field: str) -> str:
     if path.suffix not in (".jsonl", ".ndjson"):
         return raw
     documents = []
-    for number, line in enumerate(raw.splitlines(), start=1):
+    # Not splitlines: characters such as U+2028 may stand inside a JSON string.
+    for number, line in enumerate(raw.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            documents.append(str(json.loads(line)[text_field]))
+            document = json.loads(line)[text_field]
         except (ValueError, KeyError, TypeError) as err:
-            raise CalibrationError(f"{path} line {number}: no JSON object with a field {text_field!r}") from err
+            raise CalibrationError(f"{path} line {number}: no JSON object with a text in field {text_field!r}") from err
+        if not isinstance(document, str):
+            raise CalibrationError(f"{path} line {number}: no JSON object with a text in field {text_field!r}")
+        documents.append(document)
     return "\n\n".join(documents)
 
 
@@ -129,7 +133,12 @@ def consecutive_windows(
 
     Raises:
         CalibrationError: the text has fewer tokens than one window.
+        ConfigError: windows of that length or number predict nothing.
     """
+    if seq_len < 2:
+        raise ConfigError(f"seq_len is {seq_len}; a window needs two tokens to predict one", field="seq_len")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"windows is {limit}; it must be at least 1", field="windows")
     count = tokens.shape[0] // seq_len
     if count == 0:
         raise CalibrationError(f"the text has {tokens.shape[0]} tokens; one window of {seq_len} needs more text")

@@ -1,0 +1,157 @@
+"""How the service starts, and what it says when a part is down."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+pytestmark = pytest.mark.integration
+SECRETS = {"S3_ACCESS_KEY": "access-key-1", "S3_SECRET_KEY": "secret-canary-1", "KEY_PEPPER": "pepper-canary-1"}
+
+
+def environment(home: Path, **values: Any) -> dict[str, str]:
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("DUQUANT_")}
+    given = {"HOME": home, "S3_ENDPOINT": "http://127.0.0.1:9", **SECRETS, **values}
+    return plain | {f"DUQUANT_{name}": str(value) for name, value in given.items() if value is not None}
+
+
+def start(env: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-m", "service"], env=env, stderr=subprocess.PIPE, text=True)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"KEY_PEPPER": None}, "DUQUANT_KEY_PEPPER"),
+        ({"PORT": "http"}, "DUQUANT_PORT"),
+        ({"DATABASE_URL": "mysql://x"}, "DUQUANT_DATABASE_URL"),
+        ({"S3_ENDPOINT": "not a url"}, "S3"),
+    ],
+)
+def test_bad_settings_are_one_line_and_exit_code_2(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    process = start(environment(tmp_path, **change))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert len(err.strip().splitlines()) == 1, err
+    assert words in err
+    assert "canary" not in err
+
+
+def test_a_taken_port_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        process = start(environment(tmp_path, PORT=port))
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert len(err.strip().splitlines()) == 1, err
+    assert f"127.0.0.1:{port}" in err
+
+
+@pytest.fixture
+def running(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    port = free_port()
+    log = (tmp_path / "log").open("w")
+    env = environment(tmp_path, PORT=port, **request.param)
+    process = subprocess.Popen([sys.executable, "-m", "service"], env=env, stderr=log, text=True)
+    url = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            httpx.get(f"{url}/healthz", timeout=5)
+            break
+        except httpx.HTTPError:
+            time.sleep(0.1)
+    yield url, process
+    process.kill()
+    process.wait()
+    log.close()
+
+
+@pytest.mark.parametrize("running", [{}], indirect=True)
+def test_it_starts_without_storage_and_says_what_is_down(running: Any, tmp_path: Path) -> None:
+    url, process = running
+    answer = httpx.get(f"{url}/readyz", timeout=30)
+    checks = answer.json()["checks"]
+    assert answer.status_code == 503
+    assert {name: check["ok"] for name, check in checks.items()} == {
+        "database": True,
+        "storage": False,
+        "dispatcher": False,
+    }
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) in (0, -signal.SIGTERM)
+    assert "canary" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize(
+    "running", [{"DATABASE_URL": "postgresql://user:secret-canary-2@127.0.0.1:9/none"}], indirect=True
+)
+def test_it_starts_without_a_database_and_answers_503(running: Any, tmp_path: Path) -> None:
+    url, _ = running
+    assert httpx.get(f"{url}/healthz").status_code == 200
+    assert httpx.get(f"{url}/readyz", timeout=30).json()["checks"]["database"]["ok"] is False
+    token = "Bearer dq_live_" + "0" * 49
+    refused = httpx.get(f"{url}/v1/jobs", headers={"Authorization": token}, timeout=30)
+    assert refused.status_code == 401  # its checksum is wrong; no database is asked
+    from client.home import load_secrets
+
+    good = load_secrets(tmp_path / "other").api_key
+    answer = httpx.get(f"{url}/v1/jobs", headers={"Authorization": f"Bearer {good}"}, timeout=30)
+    assert (answer.status_code, answer.json()["type"]) == (503, "urn:duquant:problem:service-unavailable")
+    assert "Retry-After" in answer.headers
+    assert "127.0.0.1" not in answer.text
+    assert "canary" not in (tmp_path / "log").read_text()
+
+
+def test_readiness_follows_the_dispatcher(service: Any) -> None:
+    assert service.http.get("/readyz").status_code == 503
+    service.jobs.worker_beat("dispatcher-1", {})
+    answer = service.http.get("/readyz")
+    assert (answer.status_code, answer.json()["ready"]) == (200, True)
+    service.jobs.worker_gone("dispatcher-1")
+    assert service.http.get("/readyz").json()["checks"]["dispatcher"]["ok"] is False
+
+
+def test_the_description_has_stable_names_examples_and_problems(service: Any) -> None:
+    described = service.http.get("/openapi.json").json()
+    operations = {
+        operation["operationId"]: operation for methods in described["paths"].values() for operation in methods.values()
+    }
+    assert set(operations) == {
+        "submitJob",
+        "listJobs",
+        "getJob",
+        "cancelJob",
+        "listJobLayers",
+        "followJob",
+        "getArtifact",
+        "listRecipes",
+        "getHealth",
+        "getReadiness",
+        "getVersion",
+    }
+    for name, operation in operations.items():
+        assert operation["summary"], name
+        assert operation["description"], name
+        for status, answer in operation["responses"].items():
+            for media_type, content in answer.get("content", {}).items():
+                if int(status) >= 400 and name != "getReadiness":
+                    assert media_type == "application/problem+json", (name, status)
+                    assert content["examples"], (name, status)
+    text = str(described)
+    assert "Largest side of a rotation block" in text  # the recipe's own words
+    assert "HTTPValidationError" not in text

@@ -1,5 +1,6 @@
 """quantize_model: the whole run in one process, one step after the other."""
 
+import re
 import resource
 import shutil
 import tempfile
@@ -51,10 +52,9 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as err:
-        raise ConfigError(f"device {name!r} is not one of: auto, cpu, cuda, cuda:N", field="device") from err
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"device {name!r} is not one of: auto, cpu, cuda, cuda:N", field="device")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise KernelUnavailableError(f"device {name!r} was asked for, but torch finds no CUDA device here")
     return device

@@ -170,11 +170,11 @@ def tiny_artifact(
     tiny_model: ModelFactory, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
 ) -> ArtifactFactory:
     """Factory of artifacts: tiny_artifact(model, recipe). Equal calls share one directory: do not change it."""
-    made: dict[tuple[Path, str], QuantizeSummary] = {}
+    made: dict[tuple[Path, str, str], QuantizeSummary] = {}
 
     def make(model: Path | None = None, with_recipe: Recipe | None = None) -> QuantizeSummary:
         source, chosen = model or tiny_model(), with_recipe or recipe
-        key = (source, chosen.digest())
+        key = (source, chosen.name, chosen.digest())
         if key not in made:
             out = tmp_path_factory.mktemp("artifact") / "out"
             made[key] = quantize_model(str(source), out, chosen, device="cpu")

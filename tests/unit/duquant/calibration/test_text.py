@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -125,7 +126,7 @@ def test_windows_are_evenly_spaced_over_the_whole_text(total: int, samples: int)
     assert starts[0] == 0
     if samples > 1:
         assert starts[-1] == total - 20
-        gaps = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+        gaps = [b - a for a, b in pairwise(starts)]
         assert max(gaps) - min(gaps) <= 1
 
 

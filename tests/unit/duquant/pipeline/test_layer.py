@@ -1,0 +1,302 @@
+"""quantize_layer: exact before rounding, pure, and bound by the laws of its parts."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from duquant.calibration.statistics import SiteStatistics, StatisticsRecorder
+from duquant.config import ActivationConfig, Recipe, TransformConfig, WeightConfig
+from duquant.errors import CalibrationError, ConfigError
+from duquant.models.architecture import LLAMA
+from duquant.models.skeleton import Skeleton
+from duquant.models.source import SourceCheckpoint
+from duquant.pipeline import layer as layer_module
+from duquant.pipeline.layer import LayerShape, QuantizedLayer, quantize_layer, site_seed
+from duquant.quantizers.packing import unpack
+from duquant.transforms.site import SiteTransform, search_transform
+
+CPU = torch.device("cpu")
+MODELS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"num_key_value_heads": 4}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 72}),
+    ("mistral", {}),
+    ("qwen2", {}),
+    ("qwen2", {"num_key_value_heads": 1}),
+    ("qwen3", {}),
+]
+TRANSFORMS = {
+    "smoothing": TransformConfig(smooth_alpha=0.5),
+    "greedy": TransformConfig(smooth_alpha=0.6, rotation="greedy", permutation="zigzag", block_size=16, greedy_steps=8),
+    "per-block": TransformConfig(
+        rotation="greedy", permutation="zigzag", block_size=16, shared_rotation=False, greedy_steps=4
+    ),
+    "hadamard": TransformConfig(smooth_alpha=0.9, rotation="hadamard", permutation="zigzag", block_size=24),
+}
+
+
+@dataclass
+class Layer:
+    """One layer's tensors, statistics and shape, and the module in float32."""
+
+    tensors: dict[str, Tensor]
+    statistics: dict[str, SiteStatistics]
+    shape: LayerShape
+    skeleton: Skeleton
+    path: Path
+
+    def quantize(self, recipe: Recipe, index: int = 0) -> QuantizedLayer:
+        return quantize_layer(self.tensors, self.statistics, LLAMA, self.shape, recipe, layer=index)
+
+
+@pytest.fixture
+def make_layer(tiny_model: Callable[..., Path]) -> Callable[..., Layer]:
+    """Factory of layers with statistics of random inputs."""
+
+    def make(model_type: str = "llama", **changes: Any) -> Layer:
+        path = tiny_model(model_type, **changes)
+        source = SourceCheckpoint(path)
+        skeleton = Skeleton(source, CPU)
+        tensors = skeleton.load(source, 0)
+        recorder = StatisticsRecorder(LLAMA.sites, row_stride=2)
+        hidden = source.config["hidden_size"]
+        with torch.no_grad(), skeleton.layer(0, tensors) as module, recorder.attached(module):
+            skeleton.forward(module, torch.randn(2, 20, hidden, generator=torch.Generator().manual_seed(1)).bfloat16())
+        shape = LayerShape(kv_heads=skeleton.kv_heads, head_dim=skeleton.head_dim)
+        return Layer(tensors, recorder.finish(), shape, skeleton, path)
+
+    return make
+
+
+def run_in_float32(
+    layer: Layer, state: Mapping[str, Tensor], transforms: Mapping[str, SiteTransform], X: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run the layer in float32 on these tensors, every linear's input transformed; return also all linears' outputs."""
+    model = AutoModelForCausalLM.from_pretrained(layer.path, dtype=torch.float32).eval()
+    module: nn.Module = model.model.layers[0]
+    module.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    outputs: dict[str, Tensor] = {}
+    for site in LLAMA.sites:
+        for linear in site.linears:
+            target = module.get_submodule(linear)
+            if site.name in transforms:
+                T = transforms[site.name]
+                target.register_forward_pre_hook(lambda _m, inputs, T=T: (T.apply(inputs[0]),))
+            target.register_forward_hook(
+                lambda _m, _inputs, output, linear=linear: outputs.__setitem__(linear, output.clone())
+            )
+    with torch.no_grad():
+        positions = torch.arange(X.shape[1])[None]
+        result = module(X, position_ids=positions, position_embeddings=model.model.rotary_emb(X, positions))
+    return (result[0] if isinstance(result, tuple) else result), outputs
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=list(TRANSFORMS))
+@pytest.mark.parametrize(("model_type", "changes"), MODELS, ids=str)
+def test_nothing_changes_before_rounding(
+    make_layer: Callable[..., Layer],
+    recipe: Recipe,
+    model_type: str,
+    changes: dict[str, Any],
+    transform: TransformConfig,
+) -> None:
+    """Smoothing folds (norms, v and up rows, biases), rotations and permutation leave every linear's output alone."""
+    layer = make_layer(model_type, **changes)
+    recipe = replace(recipe, transform=transform)
+    state = dict(layer.tensors)
+    scales = layer_module._fold_smoothing(state, layer.statistics, LLAMA.sites, layer.shape, recipe)
+    transforms = {}
+    for site in LLAMA.sites:
+        rows = layer.statistics[site.name].rows.float() / scales[site.name]
+        transforms[site.name] = search_transform(rows, transform, torch.Generator().manual_seed(0))
+        for linear in site.linears:
+            state[f"{linear}.weight"] = transforms[site.name].apply(state[f"{linear}.weight"].float())
+    X = torch.randn(2, 9, layer.tensors["input_layernorm.weight"].shape[0], generator=torch.Generator().manual_seed(2))
+    expected, exact = run_in_float32(layer, layer.tensors, {}, X)
+    result, outputs = run_in_float32(layer, state, transforms, X)
+    # What is folded into v and up divides their own outputs; all the others are as they were.
+    divided = {"self_attn.v_proj", "mlp.up_proj"} if transform.smooth_alpha is not None else set()
+    for linear in set(LLAMA.linears) - divided:
+        error = (outputs[linear] - exact[linear]).norm() / exact[linear].norm()
+        assert float(error) <= 1e-5, linear
+    assert float((result - expected).norm() / expected.norm()) <= 1e-5
+
+
+def test_smoothing_does_something(make_layer: Callable[..., Layer], recipe: Recipe) -> None:
+    """Guards the test above."""
+    layer = make_layer()
+    state = dict(layer.tensors)
+    scales = layer_module._fold_smoothing(state, layer.statistics, LLAMA.sites, layer.shape, recipe)
+    for site in LLAMA.sites:
+        assert float(scales[site.name].max() / scales[site.name].min()) > 1.5
+        assert not torch.equal(
+            state[f"{site.fold_into}.weight"].float(), layer.tensors[f"{site.fold_into}.weight"].float()
+        )
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_shard_holds_exactly_what_the_quantized_layer_needs(
+    make_layer: Callable[..., Layer], recipe: Recipe, model_type: str
+) -> None:
+    layer = make_layer(model_type)
+    result = layer.quantize(recipe)
+    parts = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+    expected = {f"{linear}.{part}" for linear in LLAMA.linears for part in parts}
+    expected |= {f"{site.module}.{part}" for site in LLAMA.sites for part in ("R1", "perm", "R2", "act_clip_ratio")}
+    expected |= {name for name in layer.tensors if name.removesuffix(".weight") not in LLAMA.linears}
+    assert set(result.tensors) == expected
+    assert result.quantized_weights == sum(layer.tensors[f"{name}.weight"].numel() for name in LLAMA.linears)
+    assert set(result.report) == {site.name for site in LLAMA.sites}
+
+
+def test_everything_in_the_shard_is_finite_and_of_its_type(make_layer: Callable[..., Layer], recipe: Recipe) -> None:
+    for name, tensor in make_layer("qwen2").quantize(recipe).tensors.items():
+        assert tensor.is_contiguous()
+        expected = {
+            "weight_packed": torch.int32,
+            "weight_scale": torch.float32,
+            "weight_zero_point": torch.int32,
+            "weight_shape": torch.int64,
+            "R1": torch.float32,
+            "R2": torch.float32,
+            "perm": torch.int16,
+            "act_clip_ratio": torch.float32,
+        }.get(name.rsplit(".", 1)[1], torch.bfloat16)
+        assert tensor.dtype == expected, name
+        assert bool(torch.isfinite(tensor).all()), name
+
+
+def test_codes_stand_for_the_transformed_weight_within_half_a_step(
+    make_layer: Callable[..., Layer], recipe: Recipe
+) -> None:
+    layer = make_layer()
+    recipe = replace(
+        recipe, transform=replace(recipe.transform, smooth_alpha=None), weight=WeightConfig(bits=8, group_size=16)
+    )
+    tensors = layer.quantize(recipe).tensors
+    for site in LLAMA.sites:
+        T = SiteTransform(
+            R1=tensors[f"{site.module}.R1"], perm=tensors[f"{site.module}.perm"].long(), R2=tensors[f"{site.module}.R2"]
+        )
+        for linear in site.linears:
+            W = T.apply(layer.tensors[f"{linear}.weight"].float())
+            rows, width = tensors[f"{linear}.weight_shape"].tolist()
+            assert (rows, width) == tuple(W.shape)
+            codes = unpack(tensors[f"{linear}.weight_packed"], width, bits=8)
+            zero_point = unpack(tensors[f"{linear}.weight_zero_point"].T.contiguous(), rows, bits=8).T
+            step = tensors[f"{linear}.weight_scale"].repeat_interleave(16, dim=1)
+            restored = (codes - zero_point.repeat_interleave(16, dim=1).float()) * step
+            assert bool(((restored - W).abs() <= step / 2 * (1 + 1e-4)).all())
+
+
+def test_arguments_are_left_alone(make_layer: Callable[..., Layer], recipe: Recipe) -> None:
+    layer = make_layer("qwen2")
+    tensors = {name: tensor.clone() for name, tensor in layer.tensors.items()}
+    statistics = {
+        name: SiteStatistics(absmax=entry.absmax.clone(), rows=entry.rows.clone())
+        for name, entry in layer.statistics.items()
+    }
+    layer.quantize(recipe)
+    assert set(layer.tensors) == set(tensors)
+    assert all(torch.equal(layer.tensors[name], tensor) for name, tensor in tensors.items())
+    for name, entry in statistics.items():
+        assert torch.equal(layer.statistics[name].absmax, entry.absmax)
+        assert torch.equal(layer.statistics[name].rows, entry.rows)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=list(TRANSFORMS))
+def test_global_generator_is_neither_read_nor_moved(
+    make_layer: Callable[..., Layer], recipe: Recipe, transform: TransformConfig
+) -> None:
+    layer, recipe = make_layer(), replace(recipe, transform=transform)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = layer.quantize(recipe).tensors
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    second = layer.quantize(recipe).tensors
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_result_depends_on_seed_and_layer_but_not_on_what_ran_before(
+    make_layer: Callable[..., Layer], recipe: Recipe
+) -> None:
+    layer = make_layer()
+    forward = [layer.quantize(recipe, index).tensors for index in (0, 1)]
+    backward = [layer.quantize(recipe, index).tensors for index in (1, 0)][::-1]
+    for first, second in zip(forward, backward, strict=True):
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    name = "self_attn.attn_in.R1"
+    assert not torch.equal(forward[0][name], forward[1][name])
+    assert not torch.equal(forward[0][name], layer.quantize(replace(recipe, seed=99)).tensors[name])
+
+
+def test_every_site_of_every_layer_has_its_own_seed() -> None:
+    seeds = {site_seed(s, layer, site.name) for s in range(5) for layer in range(40) for site in LLAMA.sites}
+    assert len(seeds) == 5 * 40 * 4
+
+
+@pytest.mark.parametrize(
+    "skipped",
+    [
+        ("mlp.down_proj",),
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        LLAMA.linears,
+    ],
+    ids=len,
+)
+def test_left_out_linears_keep_16_bits(
+    make_layer: Callable[..., Layer], recipe: Recipe, skipped: tuple[str, ...]
+) -> None:
+    layer = make_layer()
+    result = layer.quantize(replace(recipe, skip_linears=skipped))
+    for linear in LLAMA.linears:
+        assert (f"{linear}.weight" in result.tensors) is (linear in skipped)
+        assert (f"{linear}.weight_packed" in result.tensors) is (linear not in skipped)
+    for linear in skipped:
+        assert result.tensors[f"{linear}.weight"].dtype == torch.bfloat16
+    if skipped == LLAMA.linears:
+        assert all(torch.equal(result.tensors[name], tensor) for name, tensor in layer.tensors.items())
+        assert result.quantized_weights == 0
+
+
+def test_report_tells_a_lower_peak_and_a_small_error(make_layer: Callable[..., Layer], recipe: Recipe) -> None:
+    layer = make_layer()
+    fine = layer.quantize(replace(recipe, weight=WeightConfig(bits=8), activation=ActivationConfig(bits=16))).report
+    coarse = layer.quantize(recipe).report
+    for site in LLAMA.sites:
+        # Each of the greedy searches keeps the prefix with the least peak, doing nothing included.
+        assert coarse[site.name].peak_after <= coarse[site.name].peak_before * (1 + 1e-5)
+        assert 0 < fine[site.name].output_nmse < 1e-3 < coarse[site.name].output_nmse < 0.2
+
+
+def test_rotation_lowers_the_output_error_at_the_outlier_sites(
+    make_layer: Callable[..., Layer], recipe: Recipe
+) -> None:
+    layer = make_layer()
+    plain = layer.quantize(replace(recipe, transform=TransformConfig())).report
+    turned = layer.quantize(recipe).report
+    for site in ("attn_in", "mlp_in"):  # where the tiny models have outlier channels
+        assert turned[site].output_nmse < plain[site].output_nmse
+
+
+def test_non_finite_scale_names_the_layer(make_layer: Callable[..., Layer], recipe: Recipe) -> None:
+    layer = make_layer()
+    W = layer.tensors["mlp.down_proj.weight"].float()
+    W[0, 0], W[0, 1] = 3e38, -3e38  # finite, but their distance is not
+    layer.tensors["mlp.down_proj.weight"] = W
+    with pytest.raises(CalibrationError, match=r"layer 7 mlp\.down_proj: the weight's scale is NaN or Inf"):
+        layer.quantize(replace(recipe, transform=TransformConfig()), 7)
+
+
+def test_group_size_that_does_not_fit_is_named(make_layer: Callable[..., Layer], recipe: Recipe) -> None:
+    with pytest.raises(ConfigError, match=r"weight\.group_size 40 does not divide 64"):
+        make_layer().quantize(replace(recipe, weight=WeightConfig(group_size=40)))

@@ -28,7 +28,7 @@ from client.output import JsonFlag, chatter, duration, note, print_json, size
 from client.sdk import Client
 
 MODEL = "demo:smollm2-135m"
-EVALUATION_TEXT = "builtin:pydoc-topics, second half"
+EVALUATION_TEXT = "held-out text"
 PROMPT = "What is the capital of France?"
 _PREFERRED_PORT = 8000
 _STOP_SECONDS = 90
@@ -198,16 +198,11 @@ def _follow(client: Client, job_id: str, recipe: str) -> Job:
             nonlocal said
             left = "" if job.eta_seconds is None else f"about {duration(job.eta_seconds)} left"
             phase = f" ({job.phase})" if job.phase else ""
-            bar.update(
-                task,
-                description=f"{recipe}: {job.state}{phase}",
-                completed=job.layers_done,
-                total=job.layers_total or None,
-                left=left,
-            )
-            if not chatter.is_terminal and job.layers_total and job.layers_done // 5 != said:
-                said = job.layers_done // 5
-                note(" ".join(f"{recipe}: {job.layers_done}/{job.layers_total} layers {left}".split()))
+            title = f"{recipe}: {job.state}{phase}"
+            bar.update(task, description=title, completed=job.done, total=job.total or None, left=left)
+            if not chatter.is_terminal and not job.has_ended and job.total and job.done // 5 != said:
+                said = job.done // 5
+                note(" ".join(f"{recipe}: {job.done}/{job.total} layers {left}".split()))
 
         return client.wait(job_id, on_update=on_update)
 
@@ -219,9 +214,12 @@ def _source_model(home: Path) -> Path:
 
 
 def _evaluate(name: str, model: str, seq_len: int, windows: int, made: _Made | None) -> Row:
+    from transformers.utils import logging
+
     from duquant.config import TextSource
     from duquant.evaluation.perplexity import evaluate
 
+    logging.disable_progress_bar()
     with chatter.status(f"perplexity of {name}"):
         result = evaluate(model, TextSource(part="evaluation"), seq_len=seq_len, windows=windows)
     note(f"{name}: perplexity {result.perplexity:.2f} on {result.tokens} held-out tokens")
@@ -263,9 +261,9 @@ def _as_json(rows: list[Row], artifact: Path, text: str, seconds: float) -> dict
 
 
 def _show(rows: list[Row], artifact: Path, text: str, seconds: float) -> None:
-    table = Table(title=f"SmolLM2-135M, held-out text ({EVALUATION_TEXT})", title_justify="left")
-    table.add_column("")
-    for column in ("perplexity", "weights", "time to make"):
+    table = Table()
+    table.add_column("SmolLM2-135M")
+    for column in (f"perplexity on {EVALUATION_TEXT}", "weights", "time to make"):
         table.add_column(column, justify="right")
     for row in rows:
         made = "" if row.seconds is None else duration(row.seconds) + (" (reused)" if row.reused else "")

@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from client.sdk import Client
 from duquant.artifact import verify
 
-pytestmark = [pytest.mark.integration, pytest.mark.e2e, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.integration, pytest.mark.e2e, pytest.mark.timeout(400)]
 
 _MARK = "DUQUANT_TEST_RUN"
 

@@ -65,15 +65,20 @@ def int4_linear(X: QuantizedActivation, W: PackedWeight) -> Float[Tensor, "token
     codes = unpack(W.packed, W.in_features, bits=W.bits)
     groups = W.scale.shape[1]
     width = W.in_features // groups
-    result = torch.zeros(X.codes.shape[0], codes.shape[0], dtype=torch.float32, device=codes.device)
+    result: Tensor | None = None
     for group in range(groups):
         columns = slice(group * width, (group + 1) * width)
         q_x, q_w = X.codes[:, columns], codes[:, columns]
         z_w, s_w = W.zero_point[:, group], W.scale[:, group]
         row_sum = X.row_sum if groups == 1 else q_x.sum(-1, keepdim=True, dtype=torch.int32).float()
         weight_sum = q_w.sum(-1, dtype=torch.int32).float() - width * z_w
-        exact = _int_matmul(q_x, q_w) - row_sum * z_w
-        result += (exact - X.zero_point * weight_sum) * s_w
+        # Both corrections are one product of rank two, added where the whole numbers are: one pass over the output.
+        term = _int_matmul(q_x, q_w).addmm_(
+            torch.cat((row_sum, X.zero_point), dim=1), torch.stack((z_w, weight_sum)), alpha=-1
+        )
+        term.mul_(s_w)
+        result = term if result is None else result.add_(term)
+    assert result is not None
     return result.mul_(X.scale)
 
 

@@ -1,0 +1,147 @@
+"""A whole workers' side: store, storage, settings, a tiny model under a model root."""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import Engine
+from support.tiny_models import make_tiny_model, tiny_text
+
+from duquant.config import (
+    ALGORITHM_VERSION,
+    ActivationConfig,
+    CalibrationConfig,
+    KVCacheConfig,
+    Recipe,
+    TextSource,
+    TransformConfig,
+    WeightConfig,
+)
+from infra.database import make_engine
+from infra.jobs import Job, JobStore, NewJob
+from infra.models import ModelCatalog, ModelRef
+from infra.storage import ObjectStore
+from workers.dispatcher import Dispatcher
+from workers.executors.local import LocalExecutor
+from workers.layer_worker import LayerWorker
+from workers.settings import WorkerSettings
+from workers.tasks import Executor
+
+
+@dataclass
+class Side:
+    """What a test needs to submit jobs and run dispatchers on them."""
+
+    settings: WorkerSettings
+    engine: Engine
+    store: JobStore
+    storage: ObjectStore
+    recipe: Recipe
+    dispatchers: list[tuple[Dispatcher, threading.Thread]] = field(default_factory=list)
+
+    def submit(self, recipe: Recipe | None = None, *, model: str = "tiny", **changes: Any) -> Job:
+        chosen = recipe or self.recipe
+        reference = ModelRef(source="local", name=model)
+        identity = ModelCatalog.from_settings(self.settings).check(reference)
+        spec = {
+            "kind": "quantize",
+            "model": {"source": "local", "name": model, "revision": None},
+            "model_identity": identity,
+            "recipe": chosen.to_dict(),
+            **changes,
+        }
+        fingerprint = f"{identity}-{chosen.digest()}-{ALGORITHM_VERSION}"
+        job, _ = self.store.enqueue(
+            NewJob(tenant_id="default", kind="quantize", spec=spec, fingerprint=fingerprint), force=True, actor="test"
+        )
+        return job
+
+    def executor(self) -> Executor:
+        return LocalExecutor(LayerWorker(self.storage, threads=1))
+
+    def dispatcher(self, executor: Executor | None = None) -> Dispatcher:
+        return Dispatcher(self.store, self.storage, executor or self.executor(), self.settings, owner="test-1")
+
+    def run_one(self, executor: Executor | None = None) -> Job:
+        """Claim and run one job to its end, in this thread."""
+        dispatcher = self.dispatcher(executor)
+        claim = self.store.claim("test-1", lease_seconds=60)
+        assert claim is not None
+        dispatcher.run_job(claim)
+        return self.store.get(claim.job.id)
+
+
+@pytest.fixture(scope="session")
+def model_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("roots")
+    make_tiny_model(root / "tiny", num_hidden_layers=4)
+    (root / "text.txt").write_text(tiny_text(), encoding="utf-8")
+    return root
+
+
+@pytest.fixture
+def side(migrated_sqlite_url: str, object_store: ObjectStore, model_root: Path, tmp_path: Path) -> Iterator[Side]:
+    endpoint = object_store.endpoint
+    settings = WorkerSettings(
+        home=tmp_path,
+        database_url=migrated_sqlite_url,
+        s3_endpoint=endpoint,
+        s3_bucket=object_store.bucket,
+        s3_access_key=SecretStr("unused"),
+        s3_secret_key=SecretStr("unused"),
+        key_pepper=SecretStr("unused"),
+        model_roots=(model_root,),
+        text_roots=(model_root,),
+        executor="local",
+        threads_per_slot=1,
+        device="cpu",
+        retry_seconds=0,
+        poll_seconds=0.05,
+        beat_seconds=0.2,
+        lease_seconds=30,
+    )
+    recipe = Recipe(
+        name="tiny",
+        transform=TransformConfig(
+            smooth_alpha=0.5, rotation="greedy", permutation="zigzag", block_size=16, greedy_steps=8
+        ),
+        weight=WeightConfig(clip="search"),
+        activation=ActivationConfig(clip_ratio=0.9),
+        kv_cache=KVCacheConfig(bits=4, rotate=True),
+        calibration=CalibrationConfig(
+            source=TextSource(kind="file", name="text.txt"),
+            samples=6,
+            seq_len=32,
+            shards=3,
+            micro_batch=2,
+            search_tokens=48,
+        ),
+    )
+    engine = make_engine(migrated_sqlite_url)
+    yield Side(settings, engine, JobStore(engine), object_store, recipe)
+    engine.dispose()
+
+
+Pull = Callable[[Job, Path], Path]
+
+
+@pytest.fixture
+def pull(object_store: ObjectStore) -> Pull:
+    """Fetch an artifact as the client does, by its manifest's keys."""
+    import json
+
+    def fetch(job: Job, target: Path) -> Path:
+        assert job.result is not None, job
+        raw = object_store.get_bytes(job.result["artifact"]["manifest_key"])
+        target.mkdir()
+        for entry in json.loads(raw)["files"]:
+            sha256, size = object_store.get_file(entry["key"], target / entry["name"])
+            assert (sha256, size) == (entry["sha256"], entry["size_bytes"])
+        (target / "manifest.json").write_bytes(raw)
+        return target
+
+    return fetch

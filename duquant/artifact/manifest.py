@@ -83,7 +83,7 @@ def read_manifest(directory: Path) -> Manifest:
     return parse_manifest(values, str(path))
 
 
-def parse_manifest(values: Mapping[str, Any], where: str) -> Manifest:
+def parse_manifest(values: object, where: str) -> Manifest:
     """Build a manifest from JSON types.
 
     Raises:
@@ -106,12 +106,12 @@ def parse_manifest(values: Mapping[str, Any], where: str) -> Manifest:
             summary=dict(values["summary"]),
             evaluation=dict(values.get("evaluation", {})),
         )
-    except (KeyError, TypeError, ValueError) as err:
+    except (KeyError, TypeError, ValueError, OverflowError) as err:
         problem = str(err) if isinstance(err, ConfigError) else f"{type(err).__name__} {err}"
         raise ArtifactError(f"{where} is malformed: {problem}") from err
 
 
-def _file_entry(values: Mapping[str, Any]) -> FileEntry:
+def _file_entry(values: Any) -> FileEntry:
     name = str(values["name"])
     if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise ValueError(f"file name {name!r} leaves the artifact's directory")

@@ -69,6 +69,8 @@ class DuQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
                         _set_submodule(layer, name, new)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_kwargs: Any) -> None:
+        # Loading marks every float parameter as trainable; a forward pass would then keep all activations.
+        model.requires_grad_(False)
         attach_cache(model, self.quantization_config.parsed())
 
     def is_serializable(self, *_args: Any, **_kwargs: Any) -> bool:

@@ -35,6 +35,7 @@ def load(path: str | Path, *, device: str = "cpu", check_hashes: bool = True) ->
         dtype=torch.bfloat16,
         device_map=None if device == "cpu" else device,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are reported, and refused below
         trust_remote_code=False,
         use_safetensors=True,
         local_files_only=True,

@@ -134,7 +134,7 @@ def test_empty_out_is_filled_and_parents_are_made(
         assert verify(quantize_model(str(tiny_model()), out, recipe, device="cpu").artifact).ok
 
 
-class Stop(Exception):
+class StopHereError(Exception):
     """Stands for a kill in the middle."""
 
 
@@ -145,9 +145,9 @@ def test_run_that_stops_in_the_middle_leaves_nothing(
     def stop(progress: Progress) -> None:
         assert not (tmp_path / "out").exists()
         if progress.message == stop_at:
-            raise Stop
+            raise StopHereError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopHereError):
         quantize_model(str(tiny_model()), tmp_path / "out", recipe, device="cpu", on_progress=stop)
     assert list(tmp_path.iterdir()) == []
 

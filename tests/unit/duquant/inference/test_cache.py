@@ -1,0 +1,120 @@
+"""The packed KV cache as transformers uses caches."""
+
+import pytest
+import torch
+
+from duquant.config import KVCacheConfig
+from duquant.inference.cache import DuQuantCache, DuQuantCacheLayer
+from duquant.quantizers.kv import KVQuantizer
+
+HEAD_DIM = 16
+
+
+def states(tokens: int, *, batch: int = 3, seed: int = 0) -> torch.Tensor:
+    return torch.randn(batch, 2, tokens, HEAD_DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def filled(tokens: int = 5) -> tuple[DuQuantCacheLayer, torch.Tensor, torch.Tensor]:
+    layer = DuQuantCacheLayer(KVQuantizer(KVCacheConfig(rotate=True), HEAD_DIM))
+    keys, values = layer.update(states(tokens), states(tokens, seed=1))
+    return layer, keys, values
+
+
+def contents(layer: DuQuantCacheLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """All that is cached, dequantized."""
+    assert layer._keys is not None
+    assert layer._values is not None
+    keys, values = (layer._quantizer.dequantize(part, torch.float32) for part in (layer._keys, layer._values))
+    return keys, values
+
+
+def test_tokens_one_by_one_equal_tokens_at_once() -> None:
+    layer, keys, values = filled()
+    stepwise = DuQuantCacheLayer(KVQuantizer(KVCacheConfig(rotate=True), HEAD_DIM))
+    for token in range(5):
+        result = stepwise.update(states(5)[:, :, token : token + 1], states(5, seed=1)[:, :, token : token + 1])
+    # The codes are equal; rotating back is one matrix product of another height.
+    torch.testing.assert_close(result[0], keys, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result[1], values, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(stepwise._keys, layer._keys, strict=True))  # type: ignore[arg-type]
+
+
+def test_new_tokens_leave_the_old_ones_alone() -> None:
+    layer, keys, values = filled()
+    more = layer.update(states(2, seed=2), states(2, seed=3))
+    assert more[0].shape[2] == layer.get_seq_length() == 7
+    torch.testing.assert_close(more[0][:, :, :5], keys, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(more[1][:, :, :5], values, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_states_come_back_in_their_dtype(dtype: torch.dtype) -> None:
+    layer = DuQuantCacheLayer(KVQuantizer(KVCacheConfig(), HEAD_DIM))
+    keys, values = layer.update(states(3).to(dtype), states(3).to(dtype))
+    assert keys.dtype == values.dtype == layer.dtype == dtype
+
+
+def test_sizes_are_those_that_masks_are_made_of() -> None:
+    layer = DuQuantCacheLayer(KVQuantizer(KVCacheConfig(), HEAD_DIM))
+    assert (layer.get_seq_length(), layer.get_mask_sizes(4)) == (0, (4, 0))
+    layer.update(states(5), states(5))
+    assert (layer.get_seq_length(), layer.get_mask_sizes(1)) == (5, (6, 0))
+    assert layer.get_max_cache_shape() == layer.get_max_length() == -1
+
+
+def test_crop_drops_the_last_tokens() -> None:
+    layer, keys, values = filled()
+    layer.crop(-2)
+    assert layer.get_seq_length() == 3
+    left = contents(layer)
+    torch.testing.assert_close(left[0], keys[:, :, :3], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(left[1], values[:, :, :3], rtol=1e-5, atol=1e-5)
+    layer.crop(0)
+    assert layer.get_seq_length() == 3
+
+
+def test_positive_crop_is_refused_as_by_transformers() -> None:
+    layer, _, _ = filled()
+    with pytest.raises(ValueError, match="minus the number of tokens"):
+        layer.crop(2)
+
+
+@pytest.mark.parametrize("order", [[2, 0, 1], [0, 0, 2], [1, 1, 1]])
+def test_beams_are_reordered(order: list[int]) -> None:
+    layer, keys, values = filled()
+    layer.reorder_cache(torch.tensor(order))
+    left = contents(layer)
+    torch.testing.assert_close(left[0], keys[order], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(left[1], values[order], rtol=1e-5, atol=1e-5)
+
+
+def test_rows_are_repeated_and_selected() -> None:
+    layer, keys, _ = filled()
+    layer.batch_repeat_interleave(2)
+    torch.testing.assert_close(contents(layer)[0], keys.repeat_interleave(2, dim=0), rtol=1e-5, atol=1e-5)
+    layer.batch_select_indices(torch.tensor([5, 0]))
+    torch.testing.assert_close(contents(layer)[0], keys[[2, 0]], rtol=1e-5, atol=1e-5)
+
+
+def test_operations_on_an_empty_cache_do_nothing() -> None:
+    layer = DuQuantCacheLayer(KVQuantizer(KVCacheConfig(), HEAD_DIM))
+    layer.reorder_cache(torch.tensor([0]))
+    layer.crop(-1)
+    layer.batch_repeat_interleave(2)
+    assert layer.size_bytes() == 0
+
+
+def test_reset_forgets_everything() -> None:
+    layer, _, _ = filled()
+    layer.reset()
+    assert (layer.get_seq_length(), layer.size_bytes(), layer.is_initialized) == (0, 0, False)
+
+
+@pytest.mark.parametrize(("bits", "code_bytes"), [(2, 4), (4, 8), (8, 16)])
+def test_cache_holds_packed_codes(bits: int, code_bytes: int) -> None:
+    cache = DuQuantCache(KVCacheConfig(bits=bits), layers=2, head_dim=HEAD_DIM)
+    for index in range(2):
+        cache.update(states(5), states(5), index)
+    rows = 3 * 2 * 5
+    assert cache.size_bytes() == 2 * 2 * rows * (code_bytes + 2 + 2)  # layers, K and V, float16 scale and low end
+    assert cache.get_seq_length() == 5

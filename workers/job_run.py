@@ -87,7 +87,8 @@ class JobRun:
         rows = self._store.plan(self._claim, [-1, *range(layers)])
         self._rows = {row.layer: self._checked(row) for row in rows}
         finished = frozenset(layer for layer, row in self._rows.items() if row.state == "done")
-        self._drive(spec, run, Schedule(plan(layers=layers, shards=run.shards, finished_layers=finished)), layers)
+        steps = plan(layers=layers, shards=run.shards, finished_layers=finished, found=run.found())
+        self._drive(spec, run, Schedule(steps), layers)
         self._store.progress(self._claim, phase="finish", done=layers, total=layers)
         return self._publish(run)
 

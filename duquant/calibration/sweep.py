@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -42,6 +43,11 @@ class WorkDir:
     def statistics(self, layer: int, shard: int) -> Path:
         """Statistics of `layer` over one shard."""
         return self.root / f"statistics-{layer:04d}-{shard:04d}.safetensors"
+
+    def found(self, kind: Literal["boundary", "statistics"]) -> frozenset[tuple[int, int]]:
+        """Return the (layer, shard) pairs of the complete files of a kind."""
+        names = (path.name.split(".")[0].split("-") for path in self.root.glob(f"{kind}-*"))
+        return frozenset((int(layer), int(shard)) for _, layer, shard in names)
 
 
 def shard_windows(config: CalibrationConfig) -> list[range]:

@@ -1,5 +1,6 @@
 """The transformers quantizer: swaps linears for packed ones before weights load, and gives the model its KV cache."""
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -101,15 +102,15 @@ def attach_cache(model: Any, recipe: Recipe) -> None:
         return args, kwargs
 
     model.model.register_forward_pre_hook(fill_cache, with_kwargs=True)
-    plain_generate = model.generate
 
-    def generate(*args: Any, **kwargs: Any) -> Any:
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Call transformers' generate with an INT4 cache unless the caller brings one or wants none."""
         if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is not False:
             kwargs["past_key_values"] = new_cache()
-        return plain_generate(*args, **kwargs)
+        return type(self).generate(self, *args, **kwargs)
 
-    model.generate = generate
+    # A bound method, so that a deep copy of the model gets one bound to the copy.
+    model.generate = MethodType(generate, model)
     model.duquant_new_cache = new_cache
 
 

@@ -37,6 +37,7 @@ class SiteModule(nn.Module):
                 self.perm = _frozen((width,), torch.int16 if width <= 2**15 else torch.int32)
                 self.R2 = _frozen(shape, torch.float32)
         self._seen: weakref.ref[Tensor] | None = None
+        self._version = 0
         self._uses = 0
         self._result: QuantizedActivation | Tensor | None = None
 
@@ -46,9 +47,11 @@ class SiteModule(nn.Module):
         q, k and v (gate and up) call this one after the other with the same tensor; the work is done for the first and
         forgotten after the last. The tensor is recognised by identity, held weakly.
         """
-        if self._seen is None or self._seen() is not X or self._result is None:
+        # In inference mode tensors count no versions, and in-place changes of an input are not done there.
+        version = 0 if X.is_inference() else X._version
+        if self._seen is None or self._seen() is not X or self._version != version or self._result is None:
             self._result = self._compute(X.reshape(-1, X.shape[-1]))
-            self._seen = weakref.ref(X)
+            self._seen, self._version = weakref.ref(X), version
             self._uses = 0
         result = self._result
         self._uses += 1

@@ -54,8 +54,8 @@ def int4_linear(X: QuantizedActivation, W: PackedWeight) -> Float[Tensor, "token
     """Return X W.T in float32 from integer codes.
 
     With x = s_x (q_x - z_x) and w = s_w (q_w - z_w) per group:
-    x.w = s_x s_w [ (q_x.q_w - z_w sum(q_x)) - z_x (sum(q_w) - K z_w) ]. Both brackets are whole numbers; the first is
-    formed exactly (int32 accumulation), the second is rank one.
+    x.w = s_x s_w [ (q_x.q_w - z_w sum(q_x)) - z_x (sum(q_w) - K z_w) ]. Both brackets are whole numbers. The products
+    accumulate in int32; for 4-bit codes they stay below 2^24 and are exact in float32, too.
 
     Raises:
         ShapeError: the activation and the weight have different widths, or the pack is corrupt.

@@ -2,10 +2,11 @@
 
 from duquant.pipeline.layer import QuantizedLayer, quantize_layer
 from duquant.pipeline.model import Progress, QuantizeSummary, quantize_model, resolve_device
-from duquant.pipeline.plan import Step, StepId, plan
+from duquant.pipeline.plan import Found, Step, StepId, plan
 from duquant.pipeline.run import ModelRun, ShardOutcome
 
 __all__ = [
+    "Found",
     "ModelRun",
     "Progress",
     "QuantizeSummary",

@@ -21,6 +21,7 @@ from duquant.config import Recipe
 from duquant.models.skeleton import Skeleton
 from duquant.models.source import SourceCheckpoint, hash_tensors
 from duquant.pipeline.layer import LayerShape, quantize_layer
+from duquant.pipeline.plan import Found
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,10 @@ class ModelRun:
     @cached_property
     def _skeleton(self) -> Skeleton:
         return Skeleton(self.source, self.device)
+
+    def found(self) -> Found:
+        """Return what an earlier try left in the work directory."""
+        return Found(boundaries=self.work.found("boundary"), statistics=self.work.found("statistics"))
 
     def tokenize(self) -> None:
         """Write the calibration windows, unless they are there."""

@@ -117,6 +117,11 @@ def greedy_rotation(
     for step in range(int(kept.max())):
         longer = R @ _swapped(pool[step % len(pool)], outliers[step])
         R = torch.where((step < kept)[:, None, None], longer, R)
+    # The search saw the largest rows only; over all rows, too, the result must not be worse than doing nothing.
+    everything = X.float().view(X.shape[0], -1, n)
+    everything = everything.reshape(1, -1, n) if shared else everything.transpose(0, 1)
+    worse = (everything @ R.float()).abs().flatten(1).amax(1) > everything.abs().flatten(1).amax(1)
+    R = torch.where(worse[:, None, None], torch.eye(n, dtype=R.dtype, device=R.device), R)
     return R[0] if shared else R
 
 

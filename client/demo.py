@@ -57,7 +57,7 @@ def demo(
     home: Annotated[Path, typer.Option(help="Folder for the service's data and the artifacts.")] = Path(".duquant"),
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows of the DuQuant job.")] = 16,
     seq_len: Annotated[int, typer.Option(min=64, help="Tokens in a window.")] = 2048,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of held-out text to evaluate on.")] = 4,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of held-out text to evaluate on.")] = 2,
     *,
     as_json: JsonFlag = False,
 ) -> None:

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from duquant.artifact.layout import INDEX
+from duquant.models.tensor_files import save_tensors
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,14 @@ def sha256_file(path: Path) -> str:
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> ShardInfo:
     """Write tensors as one safetensors file; it appears whole or not at all. Equal tensors give equal bytes."""
-    ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    staged = path.with_name(f".{path.name}.part")
-    try:
-        # The metadata entry is what transformers insists on to recognise a torch checkpoint.
-        save_file(ordered, staged, metadata={"format": "pt"})
-        staged.rename(path)
-    finally:
-        staged.unlink(missing_ok=True)
+    # The metadata entry is what transformers insists on to recognise a torch checkpoint.
+    save_tensors(path, tensors, metadata={"format": "pt"})
     return ShardInfo(
         name=path.name,
         sha256=sha256_file(path),
         size_bytes=path.stat().st_size,
-        tensors=tuple(ordered),
-        tensor_bytes=sum(tensor.numel() * tensor.element_size() for tensor in ordered.values()),
+        tensors=tuple(sorted(tensors)),
+        tensor_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
     )
 
 

@@ -1,6 +1,5 @@
 """What is kept of the activations at a site: the largest magnitude per channel, and a sample of whole rows."""
 
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,11 +8,11 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from duquant.errors import CalibrationError
 from duquant.models.architecture import Site
+from duquant.models.tensor_files import save_tensors
 
 
 @dataclass(frozen=True)
@@ -105,11 +104,9 @@ def save_statistics(path: Path, statistics: Mapping[str, SiteStatistics]) -> Non
     """Write one shard's statistics; the file appears whole or not at all."""
     tensors: dict[str, Tensor] = {}
     for name, entry in statistics.items():
-        tensors[f"{name}.absmax"] = entry.absmax.cpu().contiguous()
-        tensors[f"{name}.rows"] = entry.rows.cpu().contiguous()
-    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    save_file(tensors, staged)
-    staged.rename(path)
+        tensors[f"{name}.absmax"] = entry.absmax
+        tensors[f"{name}.rows"] = entry.rows
+    save_tensors(path, tensors)
 
 
 def load_statistics(path: Path, device: torch.device) -> dict[str, SiteStatistics]:

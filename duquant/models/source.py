@@ -1,6 +1,5 @@
 """SourceCheckpoint: one layer's tensors at a time out of a Hugging Face directory of safetensors."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -143,13 +142,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise SourceError(f"{path} must hold a JSON object")
     return value
-
-
-def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Return the sha256, in hex, of names, dtypes, shapes and bytes, in name order."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

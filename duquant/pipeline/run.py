@@ -19,7 +19,8 @@ from duquant.calibration.sweep import WorkDir, embed_shard, shard_windows, sweep
 from duquant.calibration.text import calibration_windows
 from duquant.config import Recipe
 from duquant.models.skeleton import Skeleton
-from duquant.models.source import SourceCheckpoint, hash_tensors
+from duquant.models.source import SourceCheckpoint
+from duquant.models.tensor_files import hash_tensors
 from duquant.pipeline.layer import LayerShape, quantize_layer
 from duquant.pipeline.plan import Found
 

@@ -1,5 +1,6 @@
 """RayExecutor: one actor per slot, at most two tasks in flight each. Ray's own retries are off: we count them."""
 
+import socket
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ log = structlog.stdlib.get_logger(__name__)
 _OBJECT_STORE_BYTES = 128 * 2**20
 """Only task descriptions and small results pass through it; Ray would take 30 % of memory."""
 _IN_FLIGHT_PER_SLOT = 2
+_CONNECT_S = 5.0
 
 
 class _LayerActor:
@@ -59,6 +61,7 @@ class RayExecutor:
                 namespace="duquant",
             )
         else:
+            _require_reachable(address)
             ray.init(address=address, log_to_driver=False, configure_logging=False, namespace="duquant")
         self._actors = [self._new_actor() for _ in range(slots)]
         self._in_flight: dict[Any, _InFlight] = {}
@@ -122,6 +125,21 @@ class RayExecutor:
         for actor in self._actors:
             ray.kill(actor, no_restart=True)
         ray.shutdown()
+
+
+def _require_reachable(address: str) -> None:
+    """Connect once: Ray itself waits for minutes on an address where nothing listens.
+
+    Raises:
+        ConnectionError: nothing listens there.
+    """
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        return  # "auto" and client addresses are Ray's to judge
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+    except OSError as err:
+        raise ConnectionError(f"no Ray cluster answers at {address}: {err}") from err
 
 
 def _first_line(err: object) -> str:

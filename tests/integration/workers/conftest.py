@@ -1,8 +1,7 @@
 """A whole workers' side: store, storage, settings, a tiny model under a model root."""
 
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,6 @@ class Side:
     store: JobStore
     storage: ObjectStore
     recipe: Recipe
-    dispatchers: list[tuple[Dispatcher, threading.Thread]] = field(default_factory=list)
 
     def submit(self, recipe: Recipe | None = None, *, model: str = "tiny", **changes: Any) -> Job:
         chosen = recipe or self.recipe
@@ -63,8 +61,9 @@ class Side:
     def executor(self) -> Executor:
         return LocalExecutor(LayerWorker(self.storage, threads=1))
 
-    def dispatcher(self, executor: Executor | None = None) -> Dispatcher:
-        return Dispatcher(self.store, self.storage, executor or self.executor(), self.settings, owner="test-1")
+    def dispatcher(self, executor: Executor | None = None, **changes: Any) -> Dispatcher:
+        settings = self.settings.model_copy(update=changes)
+        return Dispatcher(self.store, self.storage, executor or self.executor(), settings, owner="test-1")
 
     def run_one(self, executor: Executor | None = None) -> Job:
         """Claim and run one job to its end, in this thread."""

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from duquant.errors import SourceError, UnsupportedModelError
 from duquant.models.skeleton import Skeleton, load_config
-from duquant.models.source import SourceCheckpoint, hash_tensors, read_json
+from duquant.models.source import SourceCheckpoint, read_json
+from duquant.models.tensor_files import hash_tensors
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 CPU = torch.device("cpu")
@@ -257,24 +258,6 @@ def test_config_that_transformers_refuses_is_our_error(own_model: Callable[..., 
     source = SourceCheckpoint(model)
     with pytest.raises(UnsupportedModelError, match=r"config\.json"):
         Skeleton(source, CPU)
-
-
-def test_hash_depends_on_names_dtypes_shapes_and_bytes() -> None:
-    base = {"a": torch.zeros(2, 3), "b": torch.ones(4)}
-    others = [
-        {"a": torch.zeros(3, 2), "b": torch.ones(4)},
-        {"a": torch.zeros(2, 3), "c": torch.ones(4)},
-        {"a": torch.zeros(2, 3, dtype=torch.int32), "b": torch.ones(4)},
-        {"a": torch.zeros(2, 3), "b": torch.full((4,), 2.0)},
-    ]
-    assert len({hash_tensors(base), *(hash_tensors(other) for other in others)}) == 5
-    assert hash_tensors(base) == hash_tensors(dict(reversed(base.items())))
-
-
-def test_hash_takes_empty_and_strided_tensors() -> None:
-    t = torch.arange(6.0).view(2, 3)
-    assert hash_tensors({"a": t.T}) == hash_tensors({"a": t.T.contiguous()})
-    assert hash_tensors({"a": torch.empty(0)}) != hash_tensors({})
 
 
 def test_directory_in_place_of_a_json_file_is_our_error(tmp_path: Path) -> None:

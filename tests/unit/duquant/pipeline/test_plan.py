@@ -4,7 +4,7 @@ from itertools import combinations
 
 import pytest
 
-from duquant.pipeline import StepId, plan
+from duquant.pipeline import Found, StepId, plan
 
 SHAPES = [(1, 1), (1, 3), (3, 1), (4, 2)]
 
@@ -55,3 +55,24 @@ def test_nothing_is_left_of_a_finished_run() -> None:
 
 def test_only_the_extra_shard_is_left_when_all_layers_are_finished() -> None:
     assert [step.id for step in plan(layers=2, shards=2, finished_layers=frozenset({0, 1}))] == [StepId("extra")]
+
+
+def test_a_resumed_sweep_starts_at_the_last_boundary_before_the_first_missing_statistics():
+    found = Found(
+        boundaries=frozenset({(3, 0), (1, 1)}), statistics=frozenset({(1, 0), (2, 0), (0, 1), (3, 1), (4, 1)})
+    )
+    steps = plan(layers=5, shards=3, finished_layers=frozenset({-1, 0}), found=found)
+    sweeps = [(step.id.layer, step.id.shard) for step in steps if step.id.kind == "sweep"]
+    assert [layer for layer, shard in sweeps if shard == 0] == [3, 4]
+    assert [layer for layer, shard in sweeps if shard == 1] == [1, 2]
+    assert [layer for layer, shard in sweeps if shard == 2] == [0, 1, 2, 3, 4]
+    assert [step.id.shard for step in steps if step.id.kind == "embed"] == [2]
+    needs = {step.id: step.needs for step in steps}
+    assert needs[StepId("sweep", 3, 0)] == ()
+    assert needs[StepId("quantize", 3)] == (StepId("sweep", 3, 0), StepId("sweep", 3, 2))
+
+
+def test_nothing_is_swept_when_all_statistics_are_there():
+    found = Found(statistics=frozenset({(0, 0), (1, 0)}))
+    kinds = [step.id.kind for step in plan(layers=2, shards=1, found=found)]
+    assert kinds == ["extra", "quantize", "quantize"]

@@ -1,0 +1,46 @@
+"""Writing safetensors files whole or not at all, and hashing tensors."""
+
+import hashlib
+import os
+import re
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+_OS_ERROR = re.compile(r"os error (\d+)")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors, sorted by name, to a scratch file and rename it to `path`. Equal tensors give equal bytes.
+
+    Raises:
+        OSError: the disk is full or not writable; safetensors' own error hides the number that says so.
+    """
+    ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        save_file(ordered, staged, metadata=metadata)
+        staged.rename(path)
+    except SafetensorError as err:
+        number = _OS_ERROR.search(str(err))
+        if number is None:
+            raise
+        code = int(number.group(1))
+        raise OSError(code, os.strerror(code), str(path)) from err
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256, in hex, of names, dtypes, shapes and bytes, in name order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

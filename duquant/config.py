@@ -174,7 +174,7 @@ class CalibrationConfig:
     """Tokens in a window."""
     shards: int = 4
     """Independent groups of windows; the unquantized sweep runs them in parallel."""
-    micro_batch: int = 2
+    micro_batch: int = 1
     """Windows in one forward pass."""
     search_tokens: int = 2048
     """Tokens per site, evenly spread, that rotation and permutation are searched on."""

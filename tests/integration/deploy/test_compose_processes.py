@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from client.sdk import Client
 from duquant.artifact import verify
 
-pytestmark = [pytest.mark.integration, pytest.mark.e2e, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.e2e, pytest.mark.timeout(600)]
 
 _MARK = "DUQUANT_TEST_RUN"
 
@@ -81,6 +81,16 @@ class Stack:
             self.processes[name] = subprocess.Popen(
                 self.command(name), env=self.environment(name), stdout=log, stderr=log, stdin=subprocess.DEVNULL
             )
+        if self.services[name]["command"][0] == "ray":
+            # Nodes that start at the same moment under one address, as no two containers do, take each other's files.
+            self._wait_until_said(name, "Ray runtime started.")
+
+    def _wait_until_said(self, name: str, text: str, seconds: float = 90) -> None:
+        deadline = time.monotonic() + seconds
+        while text not in (self.folder / f"{name}.log").read_text(errors="replace"):
+            assert self.processes[name].poll() is None, f"{name} ended:\n{self.log(name)}"
+            assert time.monotonic() < deadline, f"{name} did not start:\n{self.log(name)}"
+            time.sleep(0.2)
 
     def wait_until_healthy(self, name: str, seconds: float = 90) -> None:
         """Run the service's own health check until it passes."""

@@ -112,8 +112,9 @@ def _memory(field: str) -> int:
 def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Do a worker's steps in this process and watch its high-water mark."""
     from duquant.config import preset, with_calibration
+    from duquant.models.devices import resolve_device
     from duquant.models.references import resolve_model
-    from duquant.pipeline import ModelRun, plan, resolve_device
+    from duquant.pipeline import ModelRun, plan
 
     changes = {"samples": arguments.samples, "seq_len": arguments.seq_len}
     recipe = with_calibration(preset(arguments.recipe), **changes)
@@ -160,7 +161,8 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def _warm_up(model: Path, recipe: "Recipe", folder: Path) -> None:
     """Do layer 0 over one short window, so that everything that is loaded or made once is there."""
     from duquant.config import with_calibration
-    from duquant.pipeline import ModelRun, resolve_device
+    from duquant.models.devices import resolve_device
+    from duquant.pipeline import ModelRun
 
     tiny = with_calibration(recipe, samples=1, seq_len=32, shards=1)
     folder.mkdir()
@@ -182,7 +184,8 @@ def _settled_memory() -> int:
 def _prepare(arguments: argparse.Namespace, work: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from duquant.config import preset, with_calibration; "
-        "from duquant.models.references import resolve_model; from duquant.pipeline import ModelRun, resolve_device; "
+        "from duquant.models.references import resolve_model; from duquant.pipeline import ModelRun; "
+        "from duquant.models.devices import resolve_device; "
         "model, recipe, samples, seq_len, work = sys.argv[1:]; "
         "recipe = with_calibration(preset(recipe), samples=int(samples), seq_len=int(seq_len)); "
         "run = ModelRun(resolve_model(model), recipe, Path(work), device=resolve_device('cpu')); "

@@ -176,7 +176,7 @@ class CalibrationConfig:
     """Independent groups of windows; the unquantized sweep runs them in parallel."""
     micro_batch: int = 1
     """Windows in one forward pass."""
-    search_tokens: int = 2048
+    search_tokens: int = 1024
     """Tokens per site, evenly spread, that rotation and permutation are searched on."""
 
     def __post_init__(self) -> None:

@@ -29,6 +29,10 @@ class CalibrationError(DuQuantError):
     """Calibration met data it cannot use: too little text, or non-finite values."""
 
 
+class ScratchError(CalibrationError):
+    """A scratch file of this run is missing or broken; the next try makes it again."""
+
+
 class ArtifactError(DuQuantError):
     """The artifact does not match its manifest."""
 

@@ -215,9 +215,18 @@ class JobStore(JobReads, JobLayers):
                 connection, job, JobState.SUCCEEDED, EventType.SUCCEEDED, actor=claim.owner, result=dict(result)
             )
 
-    def fail(self, claim: Claim, reason: FailureReason, detail: str, *, retry_in_seconds: float | None = None) -> Job:
+    def fail(
+        self,
+        claim: Claim,
+        reason: FailureReason,
+        detail: str,
+        *,
+        retry_in_seconds: float | None = None,
+        has_progressed: bool = False,
+    ) -> Job:
         """End this try badly: with a retry time and tries left the job waits for the next, otherwise it has failed.
 
+        A try that committed a layer starts the count again: a long job may meet more short outages than `max_attempts`.
         A job whose cancelling was requested becomes cancelled instead.
 
         Raises:
@@ -228,7 +237,8 @@ class JobStore(JobReads, JobLayers):
             detail = clean(detail)
             if job.state is JobState.CANCELLING:
                 return self._end_cancel(connection, job, claim.owner)
-            if retry_in_seconds is not None and job.attempt < job.max_attempts:
+            attempt = 1 if has_progressed else job.attempt
+            if retry_in_seconds is not None and attempt < job.max_attempts:
                 return self._transition(
                     connection,
                     job,
@@ -237,6 +247,7 @@ class JobStore(JobReads, JobLayers):
                     actor=claim.owner,
                     data={"reason": reason, "detail": detail, "in_seconds": retry_in_seconds},
                     run_at=self._after(retry_in_seconds),
+                    attempt=attempt,
                     reason=reason,
                     detail=detail,
                 )

@@ -11,12 +11,15 @@ from infra.errors import ObjectNotFound, PathForbidden, PathNotFound
 from infra.jobs import NewJob
 from infra.models import ModelRef
 from infra.paths import find_under
+from infra.texts import file_identity, object_identity
 from service.auth import Caller
 from service.context import Context
 from service.errors import FieldProblem, ProblemError, config_problem
 from service.schemas import JobRequest
 
 _SOURCE_POINTER = "/calibration/source/name"
+_MAX_ATTEMPTS = 6
+"""With pauses that double from 10 s, an outage of five minutes costs no job."""
 
 
 def new_job(service: Context, caller: Caller, request: JobRequest) -> NewJob:
@@ -42,6 +45,7 @@ def new_job(service: Context, caller: Caller, request: JobRequest) -> NewJob:
         "kind": "quantize",
         "model": {"source": ref.source, "name": ref.name, "revision": ref.revision},
         "model_identity": model_identity,
+        "text_identity": text_identity,
         "recipe": recipe.to_dict(),
     }
     return NewJob(
@@ -50,6 +54,7 @@ def new_job(service: Context, caller: Caller, request: JobRequest) -> NewJob:
         spec=spec,
         fingerprint=fingerprint_of(identity),
         priority=request.priority,
+        max_attempts=_MAX_ATTEMPTS,
     )
 
 
@@ -72,8 +77,7 @@ def _check_text(service: Context, caller: Caller, source: TextSource) -> str | N
     """Check that the text may be read; return what changes when its bytes do, for texts that can change."""
     match source.kind:
         case "file":
-            status = _text_file(service, source).stat()
-            return f"{status.st_size}:{status.st_mtime_ns}"
+            return file_identity(_text_file(service, source))
         case "object":
             return _text_object(service, caller, source)
         case "hub" if not service.settings.allow_hub:
@@ -108,4 +112,4 @@ def _text_object(service: Context, caller: Caller, source: TextSource) -> str:
         info = service.storage.head(source.name)
     except ObjectNotFound as error:
         raise _text_problem("text-not-found", f"there is no object {source.name!r}") from error
-    return info.sha256 or str(info.size_bytes)
+    return object_identity(info)

@@ -1,11 +1,13 @@
 """The dispatcher: claims jobs, one at a time, and drives each through an executor."""
 
 import threading
+from collections.abc import Mapping
+from typing import Any
 
 import structlog
 
 from duquant.errors import DuQuantError
-from infra.errors import InfraError, LeaseLost, TransientError
+from infra.errors import InfraError, JobConflict, LeaseLost, TransientError
 from infra.jobs import ACTIVE, Claim, FailureReason, JobStore
 from infra.storage import ObjectStore
 from workers.job_run import JobFailed, JobRun, JobStopped
@@ -17,6 +19,7 @@ from workers.tasks import Executor
 log = structlog.stdlib.get_logger(__name__)
 
 _MAX_IDLE_FACTOR = 5
+_MAX_RETRY_S = 300.0
 
 
 class Dispatcher:
@@ -100,12 +103,16 @@ class Dispatcher:
             self._executor.abandon()
             raise
         except JobFailed as err:
-            self._fail(claim, err.reason, str(err), transient=err.transient)
+            self._fail(claim, err.reason, str(err), transient=err.transient, run=run)
         except TransientError as err:
-            self._fail(claim, "error", str(err), transient=True)
+            self._fail(claim, "error", str(err), transient=True, run=run)
         except OSError as err:
             self._fail(
-                claim, "error", f"{err.strerror or err}: {err.filename or self._settings.scratch}", transient=True
+                claim,
+                "error",
+                f"{err.strerror or err}: {err.filename or self._settings.scratch}",
+                transient=True,
+                run=run,
             )
         except (InfraError, DuQuantError) as err:
             self._fail(claim, "error", str(err), transient=False)
@@ -113,9 +120,18 @@ class Dispatcher:
             log.exception("job_crashed", job_id=claim.job.id)
             self._fail(claim, "error", f"unexpected {type(err).__name__}: {err}", transient=False)
         else:
-            self._store.complete(claim, result)
-            log.info("job_succeeded", job_id=claim.job.id, seconds=result["seconds"])
+            self._complete(claim, result)
             self._scratch.drop(claim.job.id)
+
+    def _complete(self, claim: Claim, result: Mapping[str, Any]) -> None:
+        try:
+            self._store.complete(claim, result)
+        except JobConflict:
+            # A cancel that came while the manifest was written; without one this raises, too.
+            self._store.finish_cancel(claim)
+            log.info("job_cancelled", job_id=claim.job.id)
+        else:
+            log.info("job_succeeded", job_id=claim.job.id, seconds=result["seconds"])
 
     def _stop_job(self, claim: Claim, lease: LeaseKeeper) -> None:
         """End a job that must not go on: nobody may write its files any more before we let go of it."""
@@ -130,10 +146,14 @@ class Dispatcher:
             self._store.release(claim)
             log.info("job_released", job_id=claim.job.id)
 
-    def _fail(self, claim: Claim, reason: FailureReason, detail: str, *, transient: bool) -> None:
+    def _fail(
+        self, claim: Claim, reason: FailureReason, detail: str, *, transient: bool, run: JobRun | None = None
+    ) -> None:
         self._executor.abandon()
-        delay = self._settings.retry_seconds * 2 ** (claim.job.attempt - 1) if transient else None
-        job = self._store.fail(claim, reason, detail, retry_in_seconds=delay)
+        has_progressed = run is not None and run.has_progressed
+        tries = 1 if has_progressed else claim.job.attempt
+        delay = min(self._settings.retry_seconds * 2 ** (tries - 1), _MAX_RETRY_S) if transient else None
+        job = self._store.fail(claim, reason, detail, retry_in_seconds=delay, has_progressed=has_progressed)
         log.warning("job_failed", job_id=job.id, state=job.state, reason=reason, detail=detail)
         if job.state.is_terminal:
             self._scratch.drop(job.id)

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+import torch
 
 from duquant.artifact.layout import MANIFEST
 from duquant.config import Recipe
 from duquant.errors import DuQuantError
 from duquant.models.references import resolve_model
-from duquant.pipeline import ModelRun, ShardOutcome, plan, resolve_device
+from duquant.pipeline import ModelRun, ShardOutcome, plan
 from duquant.pipeline.plan import StepId
 from infra.artifact_keys import ArtifactKeys
 from infra.errors import InfraError, ModelForbidden, ModelNotFound, ObjectExists, ObjectNotFound, TransientError
@@ -22,6 +23,7 @@ from infra.jobs import Claim, FailureReason, JobStore, LayerRow
 from infra.models import ModelCatalog, ModelRef
 from infra.paths import find_under
 from infra.storage import ObjectStore
+from infra.texts import file_identity, object_identity
 from workers.lease import LeaseKeeper
 from workers.schedule import Schedule
 from workers.settings import WorkerSettings
@@ -68,6 +70,8 @@ class JobRun:
         self._keys = ArtifactKeys(claim.job.tenant_id, claim.job.id)
         self._rows: dict[int, LayerRow] = {}
         self._attempts: dict[StepId, int] = {}
+        self.has_progressed = False
+        """Whether this claim has committed a layer."""
 
     def run(self) -> dict[str, Any]:
         """Do everything that is not done yet; return the job's result.
@@ -111,7 +115,10 @@ class JobRun:
                 model = f"hub:{reference.name}@{reference.revision}"
             case _:
                 model = f"demo:{reference.name}"
-        text_key, text_file = self._text(recipe)
+        text_key, text_file, text_identity = self._text(recipe)
+        if text_identity != job.spec.get("text_identity", text_identity):
+            detail = "the calibration text has changed since the job was submitted; submit it again"
+            raise JobFailed("bad_input", detail, transient=False)
         return RunSpec(
             job_id=job.id,
             model=model,
@@ -124,18 +131,18 @@ class JobRun:
             text_file=text_file,
         )
 
-    def _text(self, recipe: Recipe) -> tuple[str | None, Path | None]:
-        """Return the object key or the file that the calibration text is in, checked once more."""
+    def _text(self, recipe: Recipe) -> tuple[str | None, Path | None, str | None]:
+        """Return the object key or the file that the calibration text is in, checked once more, and its identity."""
         source = recipe.calibration.source
         try:
             if source.kind == "file":
-                return None, find_under(self._settings.text_roots, source.name)
+                path = find_under(self._settings.text_roots, source.name)
+                return None, path, file_identity(path)
             if source.kind == "object":
                 prefix = f"texts/{self._claim.job.tenant_id}/"
                 if not source.name.startswith(prefix) or ".." in source.name:
                     raise JobFailed("bad_input", f"text objects of this tenant begin with {prefix}", transient=False)
-                self._storage.head(source.name)
-                return source.name, None
+                return source.name, None, object_identity(self._storage.head(source.name))
         except ObjectNotFound as err:
             raise JobFailed("bad_input", f"there is no text object {source.name}", transient=False) from err
         except TransientError:
@@ -144,12 +151,13 @@ class JobRun:
             raise JobFailed("bad_input", f"calibration text: {err}", transient=False) from err
         if source.kind == "hub" and not self._settings.allow_hub:
             raise JobFailed("bad_input", "data sets from the hub are switched off", transient=False)
-        return None, None
+        return None, None, None
 
     def _model_run(self, spec: RunSpec) -> ModelRun:
         path = resolve_model(spec.model, cache=spec.model_cache, allow_hub=spec.allow_hub)
         recipe = Recipe.from_dict(spec.recipe)
-        return ModelRun(path, recipe, spec.work_dir, device=resolve_device(spec.device))
+        # For looking and for the small files: the dispatcher's machine need not have the workers' device.
+        return ModelRun(path, recipe, spec.work_dir, device=torch.device("cpu"))
 
     def _checked(self, row: LayerRow) -> LayerRow:
         """Return a layer's row, reopened when its object is not what was committed."""
@@ -171,7 +179,8 @@ class JobRun:
                 raise JobStopped
             while self._executor.has_room() and (step := schedule.next_ready()) is not None:
                 self._executor.submit(self._task(spec, step))
-            for completion in self._executor.collect(_COLLECT_S):
+            # What went well is committed first: a failure beside it may end the job.
+            for completion in sorted(self._executor.collect(_COLLECT_S), key=lambda ended: ended.kind != "ok"):
                 step = completion.task.step
                 if completion.kind != "ok":
                     self._handle_failure(completion)
@@ -222,6 +231,7 @@ class JobRun:
             seconds=outcome.seconds,
         )
         self._rows[outcome.layer] = self._store.commit_layer(self._claim, row)
+        self.has_progressed = True
         if outcome.layer >= 0:
             run.forget(outcome.layer)
             done = sum(row.state == "done" for layer, row in self._rows.items() if layer >= 0)

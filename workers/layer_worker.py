@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from duquant.config import Recipe
-from duquant.errors import DuQuantError, KernelUnavailableError
+from duquant.errors import DuQuantError, KernelUnavailableError, ScratchError
+from duquant.models.devices import resolve_device
 from duquant.models.references import resolve_model
-from duquant.pipeline import ModelRun, ShardOutcome, resolve_device
+from duquant.pipeline import ModelRun
 from infra.errors import InfraError, TransientError
 from infra.storage import ObjectStore
 from workers.tasks import Completion, RunSpec, Task
@@ -31,6 +32,8 @@ class LayerWorker:
             return Completion(task, result=self._do(task))
         except KernelUnavailableError as err:
             return Completion(task, error=str(err), kind="error")
+        except ScratchError as err:
+            return Completion(task, error=str(err), kind="transient")
         except DuQuantError as err:
             return Completion(task, error=str(err), kind="bad_input")
         except TransientError as err:
@@ -46,25 +49,12 @@ class LayerWorker:
 
     def _do(self, task: Task) -> dict[str, Any]:
         run = self._run_for(task.run)
-        kind, layer, shard = task.step
-        if kind == "tokenize":
-            run.tokenize()
-        elif kind == "embed":
-            run.embed(shard)
-        elif kind == "sweep":
-            run.sweep(layer, shard)
-        else:
-            return self._store_shard(run, task)
-        return {}
-
-    def _store_shard(self, run: ModelRun, task: Task) -> dict[str, Any]:
-        """Make a shard and put it into object storage under the task's key."""
-        assert task.key is not None
         with tempfile.TemporaryDirectory(prefix="shard-", dir=task.run.work_dir) as scratch:
             out = Path(scratch)
-            outcome: ShardOutcome = (
-                run.quantize(task.step.layer, out) if task.step.kind == "quantize" else run.embeddings(out)
-            )
+            outcome = run.do(task.step, out)
+            if outcome is None:
+                return {}
+            assert task.key is not None
             sha256, size = self._storage.put_file(task.key, out / outcome.shard.name)
             if (sha256, size) != (outcome.shard.sha256, outcome.shard.size_bytes):
                 raise TransientError(f"{outcome.shard.name} changed on the way to object storage")
@@ -75,7 +65,8 @@ class LayerWorker:
         if self._run is None or self._spec != spec:
             text_file = spec.text_file
             if spec.text_key is not None:
-                text_file = spec.work_dir / "calibration-text"
+                # The suffix tells JSONL from plain text.
+                text_file = spec.work_dir / f"calibration-text{Path(spec.text_key).suffix}"
                 if not text_file.exists():
                     self._storage.get_file(spec.text_key, text_file)
             self._run = ModelRun(

@@ -9,7 +9,7 @@ from types import FrameType
 from ray.exceptions import RayError
 
 from duquant.errors import DuQuantError
-from duquant.pipeline import resolve_device
+from duquant.models.devices import resolve_device
 from infra.database import make_engine
 from infra.errors import InfraError
 from infra.jobs import JobStore
@@ -71,5 +71,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     log.info("dispatcher_started", owner=owner, executor=settings.executor, slots=executor.slots)
-    dispatcher.run()
-    engine.dispose()
+    try:
+        dispatcher.run()
+    except InfraError as err:
+        fail_with(err)
+    finally:
+        engine.dispose()

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from duquant.errors import CalibrationError
+from duquant.errors import CalibrationError, ScratchError
 from duquant.models.architecture import Site
 from duquant.models.tensor_files import save_tensors
 
@@ -113,7 +113,7 @@ def load_statistics(path: Path, device: torch.device) -> dict[str, SiteStatistic
     """Read what `save_statistics` wrote.
 
     Raises:
-        CalibrationError: the file is missing or broken.
+        ScratchError: the file is missing or broken; it is deleted, so that the next try sweeps its layer again.
     """
     try:
         with safe_open(path, framework="pt", device=str(device)) as reader:
@@ -123,4 +123,5 @@ def load_statistics(path: Path, device: torch.device) -> dict[str, SiteStatistic
                 for name in names
             }
     except (OSError, SafetensorError) as err:
-        raise CalibrationError(f"cannot read calibration statistics {path}: {err}") from err
+        path.unlink(missing_ok=True)
+        raise ScratchError(f"cannot read calibration statistics {path}: {err}") from err

@@ -66,8 +66,12 @@ def write_tokens(work: WorkDir, windows: Int64[Tensor, "samples seq_len"]) -> No
     """Store the token windows."""
     work.root.mkdir(parents=True, exist_ok=True)
     staged = work.root / f".{work.tokens.name}.{uuid.uuid4().hex}.part"
-    windows.numpy().tofile(staged)
-    staged.rename(work.tokens)
+    try:
+        # Not tofile: on a full disk its error has neither a number nor a name.
+        staged.write_bytes(windows.numpy().tobytes())
+        staged.rename(work.tokens)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def embed_shard(source: SourceCheckpoint, recipe: Recipe, work: WorkDir, shard: int) -> None:

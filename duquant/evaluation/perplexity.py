@@ -16,9 +16,9 @@ from duquant.artifact.layout import MANIFEST
 from duquant.calibration.text import consecutive_windows, load_tokenizer, read_text, tokenize
 from duquant.config import TextSource
 from duquant.inference import load
+from duquant.models.devices import resolve_device
 from duquant.models.references import resolve_model
 from duquant.models.source import SourceCheckpoint
-from duquant.pipeline import resolve_device
 
 _LOGIT_ROWS = 512
 """Rows of logits held at once: a whole window of a large vocabulary would take gigabytes."""

@@ -13,6 +13,7 @@ from duquant.artifact.shards import write_index, write_shard
 from duquant.artifact.verify import require_intact
 from duquant.errors import ArtifactError
 from duquant.models.architecture import architecture_of
+from duquant.models.devices import resolve_device
 
 
 def load(path: str | Path, *, device: str = "cpu", check_hashes: bool = True) -> tuple[Any, Any]:
@@ -25,15 +26,17 @@ def load(path: str | Path, *, device: str = "cpu", check_hashes: bool = True) ->
 
     Raises:
         ArtifactError: the directory is no artifact, was changed, or does not fill the model completely.
+        ConfigError, KernelUnavailableError: there is no such device.
     """
     directory = Path(path)
+    target = device if device == "auto" else str(resolve_device(device))
     manifest = read_manifest(directory)
     if check_hashes:
         require_intact(directory)
     model, info = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=torch.bfloat16,
-        device_map=None if device == "cpu" else device,
+        device_map=None if target == "cpu" else target,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are reported, and refused below
         trust_remote_code=False,

@@ -1,7 +1,7 @@
 """From a source model to a packed artifact: steps, their order, and the loop that runs them in one process."""
 
 from duquant.pipeline.layer import QuantizedLayer, quantize_layer
-from duquant.pipeline.model import Progress, QuantizeSummary, quantize_model, resolve_device
+from duquant.pipeline.model import Progress, QuantizeSummary, quantize_model
 from duquant.pipeline.plan import Found, Step, StepId, plan
 from duquant.pipeline.run import ModelRun, ShardOutcome
 
@@ -17,5 +17,4 @@ __all__ = [
     "plan",
     "quantize_layer",
     "quantize_model",
-    "resolve_device",
 ]

@@ -20,6 +20,7 @@ from duquant.transforms.site import SiteTransform, search_transform
 from duquant.transforms.smoothing import exact_fold, share_over_heads, smoothing_scale
 
 _ERROR_ROW_STRIDE = 4
+_ROW_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -82,72 +83,99 @@ def quantize_layer(
     """
     sites = architecture.kept_sites(recipe.skip_linears)
     state = dict(tensors)
-    smooth = _fold_smoothing(state, statistics, sites, shape, recipe)
+    folds = _smoothing(state, statistics, sites, shape, recipe)
     output: dict[str, Tensor] = {}
     report: dict[str, SiteReport] = {}
     count = 0
     for site in sites:
-        rows = statistics[site.name].rows.float() / smooth[site.name]
+        rows = statistics[site.name].rows.float().div_(folds.columns[site.name])
+        peak_before = float(rows.abs().max())
         generator = torch.Generator().manual_seed(site_seed(recipe.seed, layer, site.name))
         transform = search_transform(rows, recipe.transform, generator)
         transformed = transform.apply(rows)
+        del rows
         importance = transformed.square().mean(0)
         error = _SiteError(transformed, recipe)
         for linear in site.linears:
-            W = transform.apply(state.pop(f"{linear}.weight").float())
-            quantized = quantize_weight(W, recipe.weight, importance)
+            parts = []
+            # Rows do not depend on each other; a few at a time keep float32 copies of a big weight out of memory.
+            stored = state.pop(f"{linear}.weight")
+            for first in range(0, stored.shape[0], _ROW_CHUNK):
+                block = slice(first, first + _ROW_CHUNK)
+                W = transform.apply(folds.weight(linear, stored[block], block).mul_(folds.columns[site.name]))
+                parts.append(quantize_weight(W, recipe.weight, importance))
+                error.add(W, parts[-1])
+            quantized = QuantizedWeight.concatenate(parts)
             if not bool(torch.isfinite(quantized.scale).all()):
                 raise CalibrationError(f"layer {layer} {linear}: the weight's scale is NaN or Inf", layer=layer)
-            error.add(W, quantized)
-            count += W.numel()
+            count += stored.numel()
             output.update(_packed_tensors(linear, quantized))
         output.update(_site_tensors(site, transform, recipe))
         report[site.name] = SiteReport(
-            peak_before=float(rows.abs().max()),
+            peak_before=peak_before,
             peak_after=float(transformed.abs().max()),
             output_nmse=error.nmse(),
         )
     # Norms, biases and linears that were left out keep 16 bits.
-    output.update({name: tensor.to(torch.bfloat16) for name, tensor in state.items()})
+    output.update({name: folds.tensor(name, tensor).to(torch.bfloat16) for name, tensor in state.items()})
     return QuantizedLayer(tensors=output, report=report, quantized_weights=count)
 
 
-def _fold_smoothing(
+@dataclass(frozen=True)
+class _Folds:
+    """Where smoothing scales go: `columns` multiply what a site's linears read, `rows` divide what a linear writes."""
+
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    """By site name, (in_features,)."""
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    """By linear name, (out_features,)."""
+
+    def weight(self, linear: str, W: Tensor, block: slice) -> Tensor:
+        """Return a float32 copy of a block of rows of a linear's weight, divided by their scales."""
+        folded = W.float() if W.dtype != torch.float32 else W.clone()
+        return folded.div_(self.rows[linear][block, None]) if linear in self.rows else folded
+
+    def tensor(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a tensor that stays in 16 bits, with its rows divided where its linear is folded into."""
+        linear = name.rpartition(".")[0]
+        if linear not in self.rows:
+            return tensor
+        rows = self.rows[linear]
+        return tensor.float() / (rows[:, None] if tensor.dim() == 2 else rows)
+
+
+def _smoothing(
     state: dict[str, Tensor],
     statistics: Mapping[str, SiteStatistics],
     sites: tuple[Site, ...],
     shape: LayerShape,
     recipe: Recipe,
-) -> dict[str, Tensor]:
-    """Fold every site's smoothing scale into `state`, float32 where it changed; return the scales by site.
+) -> _Folds:
+    """Fold the norms' scales into `state`; return what has to happen to the linears.
 
     Sites that fold into the rows of a linear come first: the linear's own site then sees the weight it will have.
     """
-    scales: dict[str, Tensor] = {site.name: torch.ones_like(statistics[site.name].absmax) for site in sites}
+    folds = _Folds(columns={site.name: torch.ones_like(statistics[site.name].absmax) for site in sites})
     alpha = recipe.transform.smooth_alpha
     if alpha is None:
-        return scales
+        return folds
+    everything = slice(None)
     for site in sorted(sites, key=lambda site: site.fold_kind == "norm"):
-        weights = [state[f"{linear}.weight"] for linear in site.linears]
+        weights = [folds.weight(linear, state[f"{linear}.weight"], everything) for linear in site.linears]
         scale = smoothing_scale(statistics[site.name].absmax, weights, alpha)
+        del weights
         if site.fold_kind == "norm":
             gain = state[f"{site.fold_into}.weight"].to(scale.device, torch.bfloat16)
             state[f"{site.fold_into}.weight"], scale = exact_fold(gain, scale)
+        elif site.fold_kind == "kv_rows":
+            scale = share_over_heads(scale, kv_heads=shape.kv_heads, head_dim=shape.head_dim)
+            folds.rows[site.fold_into] = scale.view(shape.kv_heads, -1, shape.head_dim)[:, 0].reshape(-1)
         else:
-            rows = scale
-            if site.fold_kind == "kv_rows":
-                scale = share_over_heads(scale, kv_heads=shape.kv_heads, head_dim=shape.head_dim)
-                rows = scale.view(shape.kv_heads, -1, shape.head_dim)[:, 0].reshape(-1)
-            for name in (f"{site.fold_into}.weight", f"{site.fold_into}.bias"):
-                if name in state:
-                    folded = state[name].float()
-                    state[name] = folded / (rows[:, None] if folded.dim() == 2 else rows)
+            folds.rows[site.fold_into] = scale
         if not bool(torch.isfinite(scale).all()):
             raise CalibrationError(f"the smoothing scale of site {site.name} is NaN or Inf", site=site.name)
-        for linear in site.linears:
-            state[f"{linear}.weight"] = state[f"{linear}.weight"].float() * scale
-        scales[site.name] = scale
-    return scales
+        folds.columns[site.name] = scale
+    return folds
 
 
 class _SiteError:

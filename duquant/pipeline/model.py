@@ -1,6 +1,5 @@
 """quantize_model: the whole run in one process, one step after the other."""
 
-import re
 import resource
 import shutil
 import tempfile
@@ -14,7 +13,8 @@ import torch
 from duquant.artifact.layout import MANIFEST
 from duquant.artifact.writer import write_manifest
 from duquant.config import Recipe
-from duquant.errors import ConfigError, KernelUnavailableError
+from duquant.errors import ConfigError, UnsupportedModelError
+from duquant.models.devices import resolve_device
 from duquant.models.references import resolve_model
 from duquant.pipeline.plan import plan
 from duquant.pipeline.run import ModelRun, ShardOutcome
@@ -43,23 +43,6 @@ class QuantizeSummary:
     fingerprint: str
 
 
-def resolve_device(name: str) -> torch.device:
-    """Return the device for "auto", "cpu", "cuda" or "cuda:N".
-
-    Raises:
-        ConfigError: the name means nothing.
-        KernelUnavailableError: CUDA is asked for and not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ConfigError(f"device {name!r} is not one of: auto, cpu, cuda, cuda:N", field="device")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise KernelUnavailableError(f"device {name!r} was asked for, but torch finds no CUDA device here")
-    return device
-
-
 def quantize_model(
     model: str,
     out: Path,
@@ -85,6 +68,8 @@ def quantize_model(
     report = on_progress or (lambda _progress: None)
     if threads:
         torch.set_num_threads(threads)
+    if recipe.calibration.source.kind == "hub" and not allow_hub:
+        raise UnsupportedModelError("data sets from the hub are switched off; pass --allow-hub or set allow_hub")
     report(Progress("resolve", 0, 0, model))
     model_path = resolve_model(model, allow_hub=allow_hub)
     started = time.perf_counter()
@@ -119,18 +104,12 @@ def _run_steps(run: ModelRun, out: Path, report: Callable[[Progress], None]) -> 
     outcomes: list[ShardOutcome] = []
     done = 0
     for step in plan(layers=layers, shards=run.shards):
-        kind, layer, shard = step.id
+        kind, layer, _ = step.id
         report(Progress("prepare" if layer < 0 else "layers", done, layers, f"{kind} layer {layer}"))
-        if kind == "tokenize":
-            run.tokenize()
-        elif kind == "embed":
-            run.embed(shard)
-        elif kind == "sweep":
-            run.sweep(layer, shard)
-        elif kind == "extra":
-            outcomes.append(run.embeddings(out))
-        else:
-            outcomes.append(run.quantize(layer, out))
+        outcome = run.do(step.id, out)
+        if outcome is not None:
+            outcomes.append(outcome)
+        if kind == "quantize":
             run.forget(layer)
             done += 1
     report(Progress("finish", done, layers))

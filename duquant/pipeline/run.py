@@ -18,11 +18,12 @@ from duquant.calibration.statistics import load_statistics, merge
 from duquant.calibration.sweep import WorkDir, embed_shard, shard_windows, sweep_layer, write_tokens
 from duquant.calibration.text import calibration_windows
 from duquant.config import Recipe
+from duquant.errors import ConfigError
 from duquant.models.skeleton import Skeleton
 from duquant.models.source import SourceCheckpoint
 from duquant.models.tensor_files import hash_tensors
 from duquant.pipeline.layer import LayerShape, quantize_layer
-from duquant.pipeline.plan import Found
+from duquant.pipeline.plan import Found, StepId
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,28 @@ class ShardOutcome:
         return cls(**{**values, "shard": ShardInfo.from_dict(values["shard"])})
 
 
+def _check_group_size(source: SourceCheckpoint, recipe: Recipe) -> None:
+    """Find a group size that fits no model before hours of work, not after.
+
+    Raises:
+        ConfigError: it does not divide the width of a site.
+    """
+    config, group_size = source.config, recipe.weight.group_size
+    if group_size is None:
+        return
+    heads = config["num_attention_heads"]
+    widths = {
+        "hidden_size": config["hidden_size"],
+        "intermediate_size": config["intermediate_size"],
+        "num_attention_heads * head_dim": heads * (config.get("head_dim") or config["hidden_size"] // heads),
+    }
+    for name, width in widths.items():
+        if width % group_size:
+            raise ConfigError(
+                f"weight.group_size {group_size} does not divide the model's {name}, {width}", field="weight.group_size"
+            )
+
+
 class ModelRun:
     """The steps of quantizing one model with one recipe. Steps touch only files, so any process can do any of them.
 
@@ -61,6 +84,7 @@ class ModelRun:
     ) -> None:
         self.source = SourceCheckpoint(model_path)
         self.source.architecture.kept_sites(recipe.skip_linears)
+        _check_group_size(self.source, recipe)
         self.recipe = recipe
         self.work = WorkDir(work_dir)
         self.device = device
@@ -78,6 +102,21 @@ class ModelRun:
     def found(self) -> Found:
         """Return what an earlier try left in the work directory."""
         return Found(boundaries=self.work.found("boundary"), statistics=self.work.found("statistics"))
+
+    def do(self, step: StepId, out: Path) -> ShardOutcome | None:
+        """Do one step; return the outcome of those that make a shard, which is then in directory `out`."""
+        match step.kind:
+            case "tokenize":
+                self.tokenize()
+            case "embed":
+                self.embed(step.shard)
+            case "sweep":
+                self.sweep(step.layer, step.shard)
+            case "quantize":
+                return self.quantize(step.layer, out)
+            case "extra":
+                return self.embeddings(out)
+        return None
 
     def tokenize(self) -> None:
         """Write the calibration windows, unless they are there."""

@@ -1,5 +1,6 @@
 """Rounding of weights to per-channel or per-group grids, with fixed or searched clipping."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,16 @@ class QuantizedWeight:
     scale: Float[Tensor, "out_features groups"]
     zero_point: Float[Tensor, "out_features groups"]
     bits: int
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["QuantizedWeight"]) -> "QuantizedWeight":
+        """Join the rows of matrices that were rounded one after the other."""
+        return cls(
+            codes=torch.cat([part.codes for part in parts]),
+            scale=torch.cat([part.scale for part in parts]),
+            zero_point=torch.cat([part.zero_point for part in parts]),
+            bits=parts[0].bits,
+        )
 
     def dequantize(self) -> Float[Tensor, "out_features in_features"]:
         """Return the float32 weight that these codes stand for."""

@@ -3,8 +3,12 @@
 import queue
 import threading
 
+import structlog
+
 from workers.layer_worker import LayerWorker
 from workers.tasks import Completion, Task
+
+log = structlog.stdlib.get_logger(__name__)
 
 
 class LocalExecutor:
@@ -33,7 +37,7 @@ class LocalExecutor:
         """Return tasks that ended, waiting up to `timeout_s` for the first.
 
         Raises:
-            BaseException: what a task raised that LayerWorker did not foresee.
+            BaseException: a task met the end of the process (KeyboardInterrupt, SystemExit).
         """
         try:
             ended = [self._done.get(timeout=timeout_s)]
@@ -71,5 +75,8 @@ class LocalExecutor:
         while (task := self._tasks.get()) is not None:
             try:
                 self._done.put(self._worker.do(task))
+            except Exception as err:  # as on Ray: a bug fails its task, and the dispatcher counts
+                log.exception("task_crashed", step=tuple(task.step), job_id=task.run.job_id)
+                self._done.put(Completion(task, error=f"unexpected error in a worker: {err}", kind="error"))
             except BaseException as err:  # noqa: BLE001  # handed to the dispatcher's thread, which raises it
                 self._done.put(err)

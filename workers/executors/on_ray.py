@@ -63,8 +63,17 @@ class RayExecutor:
         else:
             _require_reachable(address)
             ray.init(address=address, log_to_driver=False, configure_logging=False, namespace="duquant")
+        self._warn_if_too_small()
         self._actors = [self._new_actor() for _ in range(slots)]
         self._in_flight: dict[Any, _InFlight] = {}
+
+    def _warn_if_too_small(self) -> None:
+        """Say so when the cluster cannot hold all slots: their tasks would wait, maybe for ever."""
+        have = ray.cluster_resources()
+        need = {"CPU": self.slots * self._threads, "GPU": self.slots * self._gpus}
+        short = {name: (have.get(name, 0.0), amount) for name, amount in need.items() if have.get(name, 0.0) < amount}
+        if short:
+            log.warning("ray_cluster_too_small", have_and_need=short, slots=self.slots)
 
     def _new_actor(self) -> Any:
         # max_restarts=0: a dead actor is replaced by us, so that every attempt at a layer is counted.

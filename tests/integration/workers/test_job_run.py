@@ -266,3 +266,62 @@ def test_an_unreachable_object_store_is_retried_and_then_named(side):
     assert states == [JobState.SCHEDULED, JobState.SCHEDULED, JobState.FAILED]
     assert job.reason == "retries_exhausted"
     assert "127.0.0.1:1" in job.detail
+
+
+def test_a_text_that_changed_since_the_job_was_submitted_fails_it(side, model_root):
+    (model_root / "moving.txt").write_text((model_root / "text.txt").read_text(), encoding="utf-8")
+    source = TextSource(kind="file", name="moving.txt")
+    recipe = replace(side.recipe, calibration=replace(side.recipe.calibration, source=source))
+    side.submit(recipe, text_identity="1:1")
+    job = side.run_one()
+    assert (job.state, job.reason) == (JobState.FAILED, "bad_input")
+    assert "changed" in job.detail
+
+
+def test_a_jsonl_object_is_read_by_its_field(side, pull, tmp_path, model_root):
+    import json
+
+    text = (model_root / "text.txt").read_text()
+    side.submit()
+    expected = pull(side.run_one(), tmp_path / "plain")
+    side.storage.put_bytes("texts/default/one.jsonl", (json.dumps({"body": text}) + "\n").encode())
+    source = TextSource(kind="object", name="texts/default/one.jsonl", text_field="body")
+    side.submit(replace(side.recipe, calibration=replace(side.recipe.calibration, source=source)))
+    assert shards_of(pull(side.run_one(), tmp_path / "jsonl")) == shards_of(expected)
+
+
+def test_the_dispatcher_needs_no_gpu_when_its_workers_have_one(side, pull, tmp_path):
+    class WorkerWithDevice(LayerWorker):
+        """Stands on another machine: what the dispatcher calls cuda is there for it."""
+
+        def do(self, task: Task) -> Completion:
+            assert task.run.device == "cuda"
+            return super().do(replace(task, run=replace(task.run, device="cpu")))
+
+    side.submit()
+    claim = side.store.claim("test", lease_seconds=60)
+    executor = LocalExecutor(WorkerWithDevice(side.storage, threads=1))
+    side.dispatcher(executor, device="cuda").run_job(claim)
+    job = side.store.get(claim.job.id)
+    assert job.state is JobState.SUCCEEDED, job.detail
+
+
+def test_a_try_that_made_progress_starts_the_count_of_tries_again(side):
+    class FailingOnce(LayerWorker):
+        failed = False
+
+        def do(self, task: Task) -> Completion:
+            if task.step.kind == "quantize" and task.step.layer == 2 and task.attempt <= 3 and not self.failed:
+                self.failed = task.attempt == 3
+                return Completion(task, error="storage is away", kind="transient")
+            return super().do(task)
+
+    job = side.submit()
+    worker = FailingOnce(side.storage, threads=1)
+    for _ in range(2):
+        claim = side.store.claim("test", lease_seconds=60)
+        assert claim is not None
+        side.dispatcher(LocalExecutor(worker)).run_job(claim)
+    assert side.store.get(job.id).state is JobState.SUCCEEDED
+    retry = next(event for event in side.store.events(job.id) if event.type == "retry_scheduled")
+    assert retry.data["detail"].endswith("storage is away")

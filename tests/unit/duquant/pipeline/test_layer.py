@@ -98,6 +98,18 @@ def run_in_float32(
     return (result[0] if isinstance(result, tuple) else result), outputs
 
 
+def smoothed(layer: Layer, recipe: Recipe) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return the layer's tensors with all smoothing scales folded in, in float32, and the scales by site."""
+    state = dict(layer.tensors)
+    folds = layer_module._smoothing(state, layer.statistics, LLAMA.sites, layer.shape, recipe)
+    state = {name: folds.tensor(name, tensor) for name, tensor in state.items()}
+    for site in LLAMA.sites:
+        for linear in site.linears:
+            W = folds.weight(linear, layer.tensors[f"{linear}.weight"], slice(None))
+            state[f"{linear}.weight"] = W * folds.columns[site.name]
+    return state, folds.columns
+
+
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=list(TRANSFORMS))
 @pytest.mark.parametrize(("model_type", "changes"), MODELS, ids=str)
 def test_nothing_changes_before_rounding(
@@ -110,8 +122,7 @@ def test_nothing_changes_before_rounding(
     """Smoothing folds (norms, v and up rows, biases), rotations and permutation leave every linear's output alone."""
     layer = make_layer(model_type, **changes)
     recipe = replace(recipe, transform=transform)
-    state = dict(layer.tensors)
-    scales = layer_module._fold_smoothing(state, layer.statistics, LLAMA.sites, layer.shape, recipe)
+    state, scales = smoothed(layer, recipe)
     transforms = {}
     for site in LLAMA.sites:
         rows = layer.statistics[site.name].rows.float() / scales[site.name]
@@ -132,8 +143,7 @@ def test_nothing_changes_before_rounding(
 def test_smoothing_does_something(make_layer: Callable[..., Layer], recipe: Recipe) -> None:
     """Guards the test above."""
     layer = make_layer()
-    state = dict(layer.tensors)
-    scales = layer_module._fold_smoothing(state, layer.statistics, LLAMA.sites, layer.shape, recipe)
+    state, scales = smoothed(layer, recipe)
     for site in LLAMA.sites:
         assert float(scales[site.name].max() / scales[site.name].min()) > 1.5
         assert not torch.equal(

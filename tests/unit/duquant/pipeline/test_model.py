@@ -22,7 +22,8 @@ from duquant.errors import (
     SourceError,
     UnsupportedModelError,
 )
-from duquant.pipeline import ModelRun, Progress, ShardOutcome, StepId, plan, quantize_model, resolve_device
+from duquant.models.devices import resolve_device
+from duquant.pipeline import ModelRun, Progress, ShardOutcome, StepId, plan, quantize_model
 
 CPU = torch.device("cpu")
 

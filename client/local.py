@@ -42,6 +42,13 @@ def parse_text(text: str, *, default_part: str) -> TextSource:
     return TextSource(kind="file", name=str(path.resolve()))
 
 
+def _silence_transformers() -> None:
+    """Keep transformers' loading bars out of our own lines."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def quantize(
     model: Annotated[str, typer.Argument(help="demo:smollm2-135m, a folder, or hub:OWNER/NAME@COMMIT.")],
     out: Annotated[Path, typer.Option(help="The folder to make.")],
@@ -64,6 +71,8 @@ def quantize(
     _check_out(out, force=force)
     # After the checks: importing torch takes seconds, and a typing error should not cost them.
     from duquant.pipeline import quantize_model
+
+    _silence_transformers()
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the half-made folder is removed then, too
     target = out.with_name(f".{out.name}.new") if out.exists() and force else out
@@ -170,6 +179,8 @@ def evaluate(
     source = parse_text(text, default_part="evaluation")
     from duquant.evaluation.perplexity import evaluate as measure
 
+    _silence_transformers()
+
     with chatter.status("evaluating") as status:
 
         def report(done: int, total: int) -> None:
@@ -214,6 +225,8 @@ def generate(
     if not prompt.strip():
         raise BadInputError("--prompt is empty")
     from duquant.inference import generate_text
+
+    _silence_transformers()
 
     with chatter.status("generating"):
         text = generate_text(artifact, prompt, max_new_tokens=max_new_tokens, seed=seed, device=device)

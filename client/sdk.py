@@ -180,16 +180,16 @@ class Client:
         quiet_s = _QUIET_SECONDS if deadline is None else max(0.1, min(_QUIET_SECONDS, deadline - time.monotonic()))
         shown = 0.0
         try:
-            for event in self._stream(job_id, 0, quiet_s):
-                if deadline is not None and time.monotonic() >= deadline:
-                    return
+            for event in self._stream(job_id, 0, quiet_s, deadline):
                 if event.type == "end" or time.monotonic() - shown > _REFRESH_SECONDS:
                     yield
                     shown = time.monotonic()
         except (UnavailableError, ApiError):
             return  # asking for the job says what is wrong, if anything is
 
-    def _stream(self, job_id: str, after: int, quiet_s: float) -> Iterator[sse.ServerSentEvent]:
+    def _stream(
+        self, job_id: str, after: int, quiet_s: float, deadline: float | None = None
+    ) -> Iterator[sse.ServerSentEvent]:
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": str(after)} if after else {})
         timeout = httpx.Timeout(quiet_s, connect=5.0)
         path = f"/v1/jobs/{_segment(job_id)}/events"
@@ -198,7 +198,7 @@ class Client:
                 if answer.status_code != httpx.codes.OK:
                     answer.read()
                     raise _api_error(answer)
-                yield from sse.parse(answer.iter_lines())
+                yield from sse.parse(_until(deadline, answer.iter_lines()))
         except (httpx.HTTPError, ValueError) as error:
             raise UnavailableError(f"the event stream of {self.url} broke: {error or type(error).__name__}") from error
 
@@ -223,6 +223,14 @@ class Client:
                     raise _api_error(answer)
             time.sleep(0.5 * attempt)
         raise AssertionError("the last try returns or raises")
+
+
+def _until(deadline: float | None, lines: Iterator[str]) -> Iterator[str]:
+    """Yield lines until the deadline. Keep-alive lines count: they are no events, but they show that time passes."""
+    for line in lines:
+        if deadline is not None and time.monotonic() >= deadline:
+            return
+        yield line
 
 
 def _segment(job_id: str) -> str:

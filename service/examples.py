@@ -46,7 +46,7 @@ JOB: dict[str, Any] = {
     "started_at": "2026-01-05T09:30:01.000Z",
     "finished_at": None,
     "attempt": 1,
-    "max_attempts": 3,
+    "max_attempts": 6,
     "lease_losses": 0,
     "progress": {"phase": "layers", "done": 12, "total": 31},
     "fingerprint": "9f2b6c0d1e8a47f35b6c7d8e9fa0b1c2d3e4f5061728394a5b6c7d8e9fa0b1c2",

@@ -161,9 +161,10 @@ def _smoothing(
         return folds
     everything = slice(None)
     for site in sorted(sites, key=lambda site: site.fold_kind == "norm"):
-        weights = [folds.weight(linear, state[f"{linear}.weight"], everything) for linear in site.linears]
+        stored = {linear: state[f"{linear}.weight"] for linear in site.linears}
+        weights = [folds.weight(name, W, everything) if name in folds.rows else W for name, W in stored.items()]
         scale = smoothing_scale(statistics[site.name].absmax, weights, alpha)
-        del weights
+        del weights, stored
         if site.fold_kind == "norm":
             gain = state[f"{site.fold_into}.weight"].to(scale.device, torch.bfloat16)
             state[f"{site.fold_into}.weight"], scale = exact_fold(gain, scale)

@@ -22,7 +22,7 @@ def smoothing_scale(
 
     Reference: SmoothQuant, arXiv 2211.10438v7, equation 4; DuQuant, arXiv 2406.01721v3, equation 2.
     """
-    weight_absmax = torch.stack([W.float().abs().amax(0) for W in weights]).amax(0)
+    weight_absmax = torch.stack([W.abs().amax(0).float() for W in weights]).amax(0)
     act_absmax = act_absmax.float()
     scale = act_absmax.clamp_min(_FLOOR) ** alpha / weight_absmax.clamp_min(_FLOOR) ** (1 - alpha)
     dead = (act_absmax == 0) | (weight_absmax == 0)

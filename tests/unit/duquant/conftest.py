@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from support.tiny_models import make_tiny_model
 
 from duquant.config import (
     ActivationConfig,
@@ -22,17 +20,6 @@ from duquant.config import (
     WeightConfig,
 )
 from duquant.pipeline import QuantizeSummary, quantize_model
-
-SPECIAL = ("<pad>", "<bos>", "<eos>")
-VOCAB = 256 + len(SPECIAL)
-
-# Small, and awkward where it can be: widths that are no power of two, heads that do not fill the hidden size.
-SIZES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"sliding_window": 12},
-    "qwen2": {},
-    "qwen3": {"head_dim": 24},
-}
 
 ModelFactory = Callable[..., Path]
 
@@ -46,32 +33,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
-    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left"
-    )
-
-
-def _randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
-    """Give weights unit gain, gains and biases real work to do, and two norm channels an outlier."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name:
-                parameter.copy_(1 + 0.2 * noise)
-                if "layernorm" in name:
-                    parameter[5], parameter[11] = 12.0, -8.0
-            elif parameter.dim() == 1:
-                parameter.copy_(0.5 * noise)
-            else:
-                parameter.copy_(noise / parameter.shape[1] ** 0.5)
-
-
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ModelFactory:
     """Factory of model directories: tiny_model("qwen2", num_hidden_layers=3). Equal calls share one directory."""
@@ -80,26 +41,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ModelFactory:
     def make(model_type: str = "llama", *, shard_size: str = "1GB", seed: int = 0, **changes: Any) -> Path:
         key = repr((model_type, shard_size, seed, sorted(changes.items())))
         if key not in made:
-            sizes = {
-                "vocab_size": VOCAB,
-                "hidden_size": 64,
-                "intermediate_size": 96,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": 512,
-                "tie_word_embeddings": False,
-                "pad_token_id": 0,
-                "bos_token_id": 1,
-                "eos_token_id": 2,
-                **SIZES[model_type],
-                **changes,
-            }
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
-            _randomize(model, torch.Generator().manual_seed(seed))
             path = tmp_path_factory.mktemp(model_type)
-            model.to(torch.bfloat16).save_pretrained(path, max_shard_size=shard_size)
-            _tokenizer().save_pretrained(path)
+            make_tiny_model(path, model_type, shard_size=shard_size, seed=seed, **changes)
             made[key] = path
         return made[key]
 

@@ -10,7 +10,7 @@ from fastapi.responses import StreamingResponse
 from infra.errors import InfraError
 from infra.jobs import JobEvent
 from service.context import Context
-from service.schemas import moment
+from service.schemas.common import moment
 
 POLL_SECONDS = 0.5
 SLOWEST_POLL_SECONDS = 2.0

@@ -15,7 +15,7 @@ from infra.texts import file_identity, object_identity
 from service.auth import Caller
 from service.context import Context
 from service.errors import FieldProblem, ProblemError, config_problem
-from service.schemas import JobRequest
+from service.schemas.jobs import JobRequest
 
 _SOURCE_POINTER = "/calibration/source/name"
 _MAX_ATTEMPTS = 6

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from infra.jobs import Job, JobState, LayerRow
 from service.context import Context
-from service.schemas import JobDetail, JobSummary, LayerCounts, LayerView, ModelRequest, Progress, moment
+from service.schemas.common import moment
+from service.schemas.jobs import JobDetail, JobSummary, LayerCounts, LayerView, Progress
+from service.schemas.models import ModelRequest
 
 
 def job_summary(job: Job) -> JobSummary:

@@ -16,7 +16,7 @@ from service.context import Context, context
 from service.errors import ProblemError, responses
 from service.examples import ARTIFACT
 from service.routers.jobs import JobId
-from service.schemas import ArtifactFile, ArtifactView
+from service.schemas.artifacts import ArtifactFile, ArtifactView
 
 router = APIRouter(prefix="/v1", tags=["artifacts"])
 

@@ -17,7 +17,8 @@ from service.context import Context, context
 from service.errors import ProblemError
 from service.pages import STATE_ICONS, layer_cells, recipe_parts
 from service.routers.artifacts import artifact_view
-from service.schemas import ArtifactView, moment
+from service.schemas.artifacts import ArtifactView
+from service.schemas.common import moment
 from service.views import job_detail, job_summary
 
 router = APIRouter(include_in_schema=False)

@@ -13,7 +13,7 @@ from duquant.config import ALGORITHM_VERSION
 from infra.errors import InfraError, TransientError
 from service.context import Context, context
 from service.errors import responses
-from service.schemas import Check, Health, Readiness, Version
+from service.schemas.health import Check, Health, Readiness, Version
 
 log = structlog.get_logger(__name__)
 

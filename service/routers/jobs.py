@@ -16,7 +16,7 @@ from service.auth import Reader, Writer
 from service.context import Context, context
 from service.errors import FieldProblem, ProblemError, responses
 from service.examples import EVENT_STREAM, JOB, JOB_REQUESTS
-from service.schemas import JobDetail, JobPage, JobRequest, JobSubmitted, LayerList
+from service.schemas.jobs import JobDetail, JobPage, JobRequest, JobSubmitted, LayerList
 from service.submit import new_job
 from service.views import job_detail, job_summary, layer_view
 

@@ -5,7 +5,7 @@ from fastapi import APIRouter
 from duquant.config import DEFAULT_PRESET, PRESETS
 from service.auth import Reader
 from service.errors import responses
-from service.schemas import RecipeList, RecipeView
+from service.schemas.recipes import RecipeList, RecipeView
 
 router = APIRouter(prefix="/v1", tags=["recipes"])
 

@@ -34,7 +34,7 @@ format: $(VENV)/.dev ## format the code and fix what ruff can fix
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
 
-docs: $(VENV)/.dev ## write the generated pages again: docs/reference/config.md and the table in README.md
+docs: $(VENV)/.dev ## write the generated pages again: docs/reference/config.md, errors.md and the table in README.md
 	$(BIN)/python docs/generate.py
 
 bench-quantize: $(VENV)/.demo ## measure time, memory and perplexity of the recipes: benchmarks/results/quantize-smollm2.json

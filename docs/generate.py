@@ -1,4 +1,4 @@
-"""Writes what is generated in the documentation: docs/reference/config.md and the results table in README.md.
+"""Writes what is generated in the documentation: reference/config.md, reference/errors.md, the results in README.md.
 
     python docs/generate.py            # write
     python docs/generate.py --check    # say what is out of date, exit code 1
@@ -13,12 +13,15 @@ import sys
 from pathlib import Path
 
 from duquant.config import DEFAULT_PRESET, PRESETS
+from service.catalogue import CATALOGUE
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIG_PAGE = REPOSITORY / "docs" / "reference" / "config.md"
+ERRORS_PAGE = REPOSITORY / "docs" / "reference" / "errors.md"
 README = REPOSITORY / "README.md"
 RESULTS = REPOSITORY / "benchmarks" / "results" / "quantize-smollm2.json"
 BEGIN, END = "<!-- generated: results -->", "<!-- end of generated: results -->"
+ERRORS_BEGIN, ERRORS_END = "<!-- generated: problems -->", "<!-- end of generated: problems -->"
 
 _RECIPE = (
     ("Recipe", ""),
@@ -132,18 +135,28 @@ def results_section() -> str:
 
 def readme() -> str:
     """Return README.md with its generated section renewed."""
-    text = README.read_text(encoding="utf-8")
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"README.md has lost its markers {BEGIN} and {END}")
-    return f"{head}{BEGIN}\n\n{results_section()}\n\n{END}{tail}"
+    return _renewed(README, BEGIN, END, results_section())
+
+
+def errors_page() -> str:
+    """Return docs/reference/errors.md with its table of problems renewed."""
+    lines = ["| name | status | when | what to do |", "| --- | --- | --- | --- |"]
+    lines += [f"| `{name}` | {kind.status} | {kind.when} | {kind.remedy} |" for name, kind in CATALOGUE.items()]
+    return _renewed(ERRORS_PAGE, ERRORS_BEGIN, ERRORS_END, "\n".join(lines))
+
+
+def _renewed(page: Path, begin: str, end: str, section: str) -> str:
+    head, has_begin, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, has_end, tail = rest.partition(end)
+    if not has_begin or not has_end:
+        raise SystemExit(f"{page.name} has lost its markers {begin} and {end}")
+    return f"{head}{begin}\n\n{section}\n\n{end}{tail}"
 
 
 def main() -> int:
     """Write the generated parts, or check them."""
     stale = []
-    for path, text in ((CONFIG_PAGE, config_page()), (README, readme())):
+    for path, text in ((CONFIG_PAGE, config_page()), (ERRORS_PAGE, errors_page()), (README, readme())):
         if path.exists() and path.read_text(encoding="utf-8") == text:
             continue
         stale.append(path)

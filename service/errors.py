@@ -1,4 +1,4 @@
-"""Every error that leaves the API is an RFC 9457 problem; docs/reference/errors.md is its catalogue."""
+"""Every error that leaves the API is an RFC 9457 problem of the catalogue."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -23,33 +23,12 @@ from infra.errors import (
     ObjectNotFound,
     TransientError,
 )
+from service.catalogue import CATALOGUE, ProblemKind
 
 log = structlog.get_logger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:duquant:problem:"
-
-CATALOGUE: dict[str, tuple[int, str]] = {
-    "malformed-request": (400, "The request could not be read"),
-    "unauthorized": (401, "The API key is missing or not valid"),
-    "missing-scope": (403, "The API key does not allow this"),
-    "cross-site-request": (403, "The request came from another site"),
-    "not-found": (404, "There is nothing here"),
-    "job-not-found": (404, "There is no such job"),
-    "method-not-allowed": (405, "This method is not allowed here"),
-    "job-conflict": (409, "The job's state does not allow this"),
-    "artifact-not-ready": (409, "The job has no artifact"),
-    "body-too-large": (413, "The request body is too large"),
-    "unsupported-media-type": (415, "The body must be application/json"),
-    "validation-failed": (422, "A field has a value that is not allowed"),
-    "model-forbidden": (422, "This model may not be used"),
-    "model-not-found": (422, "The model was not found"),
-    "text-forbidden": (422, "This calibration text may not be used"),
-    "text-not-found": (422, "The calibration text was not found"),
-    "internal-error": (500, "Something went wrong on the server"),
-    "service-unavailable": (503, "A part of the service is down"),
-}
-"""Problem name to status and title."""
 
 _BY_STATUS = {404: "not-found", 405: "method-not-allowed", 413: "body-too-large", 415: "unsupported-media-type"}
 
@@ -110,12 +89,12 @@ def pointer_of(parts: Iterable[object]) -> str:
 
 def problem_response(request: Request, problem: ProblemError) -> Response:
     """Write a problem as the response to a request."""
-    status, title = CATALOGUE[problem.name]
+    kind = CATALOGUE[problem.name]
     request_id = str(getattr(request.state, "request_id", ""))
     body = Problem(
         type=TYPE_PREFIX + problem.name,
-        title=title,
-        status=status,
+        title=kind.title,
+        status=kind.status,
         detail=problem.detail,
         instance=request.url.path,
         request_id=request_id,
@@ -124,7 +103,7 @@ def problem_response(request: Request, problem: ProblemError) -> Response:
     # A client may send text that is no valid UTF-8 when written out (lone surrogates); it must not break the answer.
     content = json.dumps(body.model_dump(), ensure_ascii=False).encode("utf-8", "backslashreplace")
     headers = {"Cache-Control": "no-store", "X-Request-Id": request_id, **problem.headers}
-    return Response(content, status_code=status, media_type=MEDIA_TYPE, headers=headers)
+    return Response(content, status_code=kind.status, media_type=MEDIA_TYPE, headers=headers)
 
 
 def config_problem(error: ConfigError, prefix: str = "") -> ProblemError:
@@ -234,28 +213,28 @@ def responses(*names: str) -> dict[int | str, dict[str, Any]]:
     """Describe problems for OpenAPI, with an example of each."""
     described: dict[int | str, dict[str, Any]] = {}
     for name in names:
-        status, title = CATALOGUE[name]
+        kind = CATALOGUE[name]
         entry = described.setdefault(
-            status,
+            kind.status,
             {
-                "description": HTTPStatus(status).phrase,
+                "description": HTTPStatus(kind.status).phrase,
                 "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}, "examples": {}}},
             },
         )
-        entry["content"][MEDIA_TYPE]["examples"][name] = {"summary": title, "value": _example(name, status, title)}
+        entry["content"][MEDIA_TYPE]["examples"][name] = {"summary": kind.title, "value": _example(name, kind)}
     return described
 
 
-def _example(name: str, status: int, title: str) -> dict[str, Any]:
+def _example(name: str, kind: ProblemKind) -> dict[str, Any]:
     errors = []
     if name == "validation-failed":
         detail = "unknown field 'block_sise'"
         errors = [{"location": "body", "pointer": "/recipe/transform/block_sise", "detail": detail}]
     return {
         "type": TYPE_PREFIX + name,
-        "title": title,
-        "status": status,
-        "detail": errors[0]["detail"] if errors else title + ".",
+        "title": kind.title,
+        "status": kind.status,
+        "detail": errors[0]["detail"] if errors else kind.title + ".",
         "instance": "/v1/jobs",
         "request_id": "5f0c2d8e9a7b4c61",
         "errors": errors,

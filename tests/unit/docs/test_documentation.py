@@ -24,6 +24,10 @@ def test_the_configuration_page_is_current(generate):
     assert generate.CONFIG_PAGE.read_text() == generate.config_page(), "run: make docs"
 
 
+def test_the_catalogue_of_problems_is_current(generate):
+    assert generate.ERRORS_PAGE.read_text() == generate.errors_page(), "run: make docs"
+
+
 def test_the_results_table_is_current(generate):
     assert generate.README.read_text() == generate.readme(), "run: make docs"
 

@@ -1,16 +1,20 @@
-"""The catalogue of problems and its page in the documentation."""
+"""The catalogue of problems."""
 
-import re
-from pathlib import Path
+from http import HTTPStatus
 
-from service.errors import CATALOGUE, pointer_of
+import pytest
 
-_PAGE = Path(__file__).parents[3] / "docs" / "reference" / "errors.md"
+from service.catalogue import CATALOGUE
+from service.errors import pointer_of, responses
 
 
-def test_the_page_lists_exactly_the_problems_that_exist() -> None:
-    rows = re.findall(r"^\| `([a-z-]+)` \| (\d{3}) \|", _PAGE.read_text(), flags=re.MULTILINE)
-    assert {name: int(status) for name, status in rows} == {name: status for name, (status, _) in CATALOGUE.items()}
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_every_problem_says_when_it_comes_and_what_to_do(name: str) -> None:
+    kind = CATALOGUE[name]
+    assert HTTPStatus(kind.status) >= HTTPStatus.BAD_REQUEST
+    assert all((kind.title, kind.when, kind.remedy))
+    example = responses(name)[kind.status]["content"]["application/problem+json"]["examples"][name]["value"]
+    assert (example["type"], example["status"]) == (f"urn:duquant:problem:{name}", kind.status)
 
 
 def test_pointers_escape_what_rfc_6901_says() -> None:

@@ -1,0 +1,134 @@
+"""Every problem the API can answer with. The errors page of the documentation is generated from this table."""
+
+from typing import NamedTuple
+
+
+class ProblemKind(NamedTuple):
+    """What is the same for every problem of one type."""
+
+    status: int
+    title: str
+    when: str
+    """What brings it about."""
+    remedy: str
+    """What the caller should do."""
+
+
+CATALOGUE: dict[str, ProblemKind] = {
+    "malformed-request": ProblemKind(
+        400, "The request could not be read", "the body is no JSON, or a header cannot be read", "mend the request"
+    ),
+    "idempotency-key-required": ProblemKind(
+        400,
+        "This call needs an Idempotency-Key",
+        "a batch came without the header that makes sending it again safe",
+        "send `Idempotency-Key` with a fresh UUID, and the same one when trying again",
+    ),
+    "unauthorized": ProblemKind(
+        401,
+        "The API key is missing or not valid",
+        "no key, or one that is misspelt, revoked or expired",
+        "send `Authorization: Bearer dq_live_...`",
+    ),
+    "missing-scope": ProblemKind(
+        403,
+        "The API key does not allow this",
+        "the key is valid and does not allow this",
+        "use a key with the scope that `detail` names",
+    ),
+    "cross-site-request": ProblemKind(
+        403,
+        "The request came from another site",
+        "a dashboard form came from another site",
+        "use the dashboard's own pages",
+    ),
+    "not-found": ProblemKind(404, "There is nothing here", "no such path", "see `/openapi.json`"),
+    "job-not-found": ProblemKind(404, "There is no such job", "no such job, or it is another tenant's", "check the id"),
+    "queue-not-found": ProblemKind(404, "There is no such queue", "no queue has this name", "see `GET /v1/queues`"),
+    "method-not-allowed": ProblemKind(
+        405,
+        "This method is not allowed here",
+        "the path exists, not with this method",
+        "see the `Allow` header",
+    ),
+    "job-conflict": ProblemKind(
+        409,
+        "The job's state does not allow this",
+        "the job's state does not allow this, such as cancelling a finished one",
+        "read the job",
+    ),
+    "artifact-not-ready": ProblemKind(
+        409,
+        "The job has no artifact",
+        "the job has not succeeded, or its artifact was deleted",
+        "wait, or submit again with `force`",
+    ),
+    "idempotency-in-progress": ProblemKind(
+        409,
+        "A request with this Idempotency-Key is being worked on",
+        "the first request with this key has not been answered yet",
+        "try again after `Retry-After`",
+    ),
+    "precondition-failed": ProblemKind(
+        412,
+        "It has changed since it was read",
+        "`If-Match` names another version than the present one",
+        "read it again and decide anew",
+    ),
+    "body-too-large": ProblemKind(413, "The request body is too large", "the body is over 1 MB", "send less"),
+    "unsupported-media-type": ProblemKind(
+        415,
+        "The body must be application/json",
+        "the body is not `application/json`",
+        "set `Content-Type`",
+    ),
+    "validation-failed": ProblemKind(
+        422,
+        "A field has a value that is not allowed",
+        "a field is unknown, missing, of the wrong type or out of range",
+        "see `errors`",
+    ),
+    "model-forbidden": ProblemKind(
+        422,
+        "This model may not be used",
+        "the model lies outside the model roots, has only pickled weights, or the hub is off",
+        "use an allowed model",
+    ),
+    "model-not-found": ProblemKind(
+        422,
+        "The model was not found",
+        "there is no such model, or it has no `config.json` or safetensors",
+        "check the name",
+    ),
+    "text-forbidden": ProblemKind(
+        422,
+        "This calibration text may not be used",
+        "the text file lies outside the text roots, or the source is switched off",
+        "use an allowed text",
+    ),
+    "text-not-found": ProblemKind(
+        422, "The calibration text was not found", "there is no such text file or object", "check the name"
+    ),
+    "idempotency-key-reused": ProblemKind(
+        422,
+        "This Idempotency-Key was used for another request",
+        "the same key came with another body or to another path",
+        "use a fresh key for another request",
+    ),
+    "quota-exceeded": ProblemKind(
+        429,
+        "A quota of the project is used up",
+        "the project has as many waiting jobs or as many bytes of artifacts as it may",
+        "wait for jobs to end, delete artifacts, or ask for a larger quota; `GET /v1/quota` shows them",
+    ),
+    "internal-error": ProblemKind(
+        500, "Something went wrong on the server", "a fault of ours", "report it with the `request_id`"
+    ),
+    "service-unavailable": ProblemKind(
+        503,
+        "A part of the service is down",
+        "the database or the object store does not answer",
+        "try again after `Retry-After`; `/readyz` names it",
+    ),
+}
+"""Problem name to what is known of it."""

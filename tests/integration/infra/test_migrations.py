@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,21 @@ DEFINITIONS = {
 def _definitions(engine: Engine) -> dict[str, list[str]]:
     with read(engine) as connection:
         rows = connection.execute(text(DEFINITIONS[engine.dialect.name])).all()
-    # Columns and constraints of a CREATE TABLE may stand in any order.
-    return {name: sorted(line.strip(" ,\t") for line in sql.splitlines()) for name, sql in rows}
+    # Columns and constraints of a CREATE TABLE may stand in any order, and a column added later on the last one's line.
+    return {name: sorted(_parts(sql)) for name, sql in rows}
+
+
+def _parts(sql: str) -> Iterator[str]:
+    """Split a definition at the commas and parentheses of its outermost pair."""
+    part, depth = "", 0
+    for character in sql:
+        depth += (character == "(") - (character == ")")
+        if (character == "," and depth == 1) or (character == "(" and depth == 1) or (character == ")" and depth == 0):
+            yield " ".join(part.split())
+            part = ""
+        else:
+            part += character
+    yield " ".join(part.split())
 
 
 def test_checks_and_partial_indexes_are_the_declared_ones_too(engine: Engine) -> None:

@@ -46,6 +46,14 @@ class JobConflict(InfraError):
     """The job's state does not allow this."""
 
 
+class IdempotencyMismatch(InfraError):
+    """This Idempotency-Key was used for another request."""
+
+
+class IdempotencyInProgress(InfraError):
+    """The first request with this Idempotency-Key is being worked on."""
+
+
 class LeaseLost(InfraError):
     """This claim holds the job no longer; the worker must stop and write nothing."""
 
@@ -64,6 +72,14 @@ class ModelNotFound(InfraError):
 
 class ModelForbidden(InfraError):
     """This model reference is not allowed here."""
+
+
+class WebhookForbidden(InfraError):
+    """Webhooks may not be sent to this address."""
+
+
+class WebhookNotFound(InfraError):
+    """No such webhook, or no such delivery."""
 
 
 class StartupError(InfraError):

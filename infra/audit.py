@@ -1,0 +1,62 @@
+"""The audit log: who changed keys, queues, tenants, webhooks and artifacts. Jobs have their own events."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from sqlalchemy import Connection, Engine, insert, select
+
+from infra.database import now_ms, read
+from infra.schema import audit_log
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AuditEntry:
+    """One change that somebody made."""
+
+    id: int
+    tenant_id: str | None
+    """Whose thing was changed; none for what belongs to the whole server."""
+    at: int
+    actor: str
+    action: str
+    """What was done, such as `key.revoked`."""
+    target: str
+    """The id of what was changed."""
+    data: dict[str, Any]
+
+
+def record(
+    connection: Connection,
+    *,
+    tenant_id: str | None,
+    actor: str,
+    action: str,
+    target: str,
+    data: Mapping[str, Any] | None = None,
+) -> None:
+    """Note a change, in the transaction that makes it. `data` must hold no secret."""
+    connection.execute(
+        insert(audit_log).values(
+            tenant_id=tenant_id,
+            at=now_ms(connection.dialect),
+            actor=actor,
+            action=action,
+            target=target,
+            data=dict(data or {}),
+        )
+    )
+
+
+def entries(
+    engine: Engine, *, tenant_id: str | None = None, before: int | None = None, limit: int = 50
+) -> list[AuditEntry]:
+    """Return a tenant's entries, or everybody's, newest first; `before` is the id that the page before ended with."""
+    query = select(audit_log).order_by(audit_log.c.id.desc()).limit(limit)
+    if tenant_id is not None:
+        query = query.where(audit_log.c.tenant_id == tenant_id)
+    if before is not None:
+        query = query.where(audit_log.c.id < before)
+    with read(engine) as connection:
+        rows = connection.execute(query).mappings().all()
+    return [AuditEntry(**{item.name: row[item.name] for item in fields(AuditEntry)}) for row in rows]

@@ -1,0 +1,78 @@
+"""Prometheus metrics of a process, and how a dispatcher's reach the one place where they are read.
+
+Every process counts in its own REGISTRY. A dispatcher has no port: it puts a snapshot of its registry into its heartbeat
+row, and the API shows it under /metrics with the dispatcher's name as the label `worker`. So one scrape target serves
+the whole installation, however many dispatchers there are, and nothing listens that did not listen before.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Metric
+
+prometheus_client.disable_created_metrics()  # a gauge for each series that says when it began: twice the size, no use
+
+REGISTRY = CollectorRegistry()
+"""The metrics of this process. Modules that count declare theirs beside their code, on this registry."""
+
+STORAGE_ERRORS = Counter(
+    "duquant_storage_errors",
+    "Calls to the object store that failed: unavailable (worth another try), refused",
+    ["kind"],
+    registry=REGISTRY,
+)
+DATABASE_ERRORS = Counter(
+    "duquant_database_errors",
+    "Transactions that failed: unavailable (worth another try), unusable",
+    ["kind"],
+    registry=REGISTRY,
+)
+
+Snapshot = list[dict[str, Any]]
+
+
+def snapshot(registry: CollectorRegistry = REGISTRY) -> Snapshot:
+    """Return a registry's metrics as plain JSON; families without samples are left out."""
+    return [
+        {
+            "name": family.name,
+            "type": family.type,
+            "help": family.documentation,
+            "samples": [[sample.name, sample.labels, sample.value] for sample in family.samples],
+        }
+        for family in registry.collect()
+        if family.samples
+    ]
+
+
+def restore(families: Snapshot, labels: Mapping[str, str]) -> list[Metric]:
+    """Return the families of a snapshot, with `labels` added to every sample."""
+    restored = []
+    for family in families:
+        metric = Metric(family["name"], family["help"], family["type"])
+        for name, own, value in family["samples"]:
+            metric.add_sample(name, {**own, **labels}, value)
+        restored.append(metric)
+    return restored
+
+
+def merge(sources: Iterable[Iterable[Metric]]) -> list[Metric]:
+    """Return families with the samples of all sources: the text format allows each family one block only."""
+    families: dict[str, Metric] = {}
+    for source in sources:
+        for family in source:
+            known = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            known.samples.extend(family.samples)
+    return list(families.values())
+
+
+class Families:
+    """A collector that yields what it was given, for `prometheus_client.generate_latest`."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = list(families)
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield the families."""
+        return self._families

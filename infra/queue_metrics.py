@@ -1,0 +1,79 @@
+"""Metrics that are read from the database when somebody asks: the queue, the bill, the outbox, the dispatchers."""
+
+from collections.abc import Iterable
+
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from sqlalchemy import Connection, Engine, func, select
+
+from infra.database import now_ms, read
+from infra.job_model import JobState
+from infra.job_rows import state_is
+from infra.metrics import restore
+from infra.schema import jobs, usage_ledger, webhook_deliveries, workers
+
+_LIVE_MS = 60_000
+
+
+def collect(engine: Engine) -> list[Metric]:
+    """Read the metrics of the whole installation.
+
+    Raises:
+        InfraError: the database does not answer.
+    """
+    with read(engine) as connection:
+        return [
+            *_jobs(connection),
+            *_queues(connection),
+            _usage(connection),
+            _outbox(connection),
+            *_workers(connection),
+        ]
+
+
+def _jobs(connection: Connection) -> Iterable[Metric]:
+    family = GaugeMetricFamily("duquant_jobs", "Jobs by state", labels=["state"])
+    found = {
+        state: count for state, count in connection.execute(select(jobs.c.state, func.count()).group_by(jobs.c.state))
+    }
+    for state in JobState:
+        family.add_metric([state.value], found.get(state.value, 0))
+    yield family
+
+
+def _queues(connection: Connection) -> Iterable[Metric]:
+    depth = GaugeMetricFamily("duquant_queue_depth", "Jobs that wait for a dispatcher", labels=["queue"])
+    oldest = GaugeMetricFamily(
+        "duquant_queue_oldest_seconds", "How long the oldest waiting job has waited", labels=["queue"]
+    )
+    age = now_ms(connection.dialect) - func.min(jobs.c.run_at)
+    query = select(jobs.c.queue, func.count(), age).where(state_is(JobState.QUEUED)).group_by(jobs.c.queue)
+    rows = {"default": (0, 0)} | {queue: (count, age_ms) for queue, count, age_ms in connection.execute(query)}
+    for queue, (count, age_ms) in rows.items():
+        depth.add_metric([queue], count)
+        oldest.add_metric([queue], max(age_ms, 0) / 1000)
+    yield from (depth, oldest)
+
+
+def _usage(connection: Connection) -> Metric:
+    family = CounterMetricFamily("duquant_gpu_seconds", "Device time that was billed", labels=["tenant"])
+    query = select(usage_ledger.c.tenant_id, func.sum(usage_ledger.c.gpu_ms)).group_by(usage_ledger.c.tenant_id)
+    for tenant, gpu_ms in connection.execute(query):
+        family.add_metric([tenant], float(gpu_ms) / 1000)
+    return family
+
+
+def _outbox(connection: Connection) -> Metric:
+    query = select(func.count()).where(webhook_deliveries.c.state == "pending")
+    return GaugeMetricFamily(
+        "duquant_webhook_outbox", "Webhook messages not yet delivered", value=connection.execute(query).scalar_one()
+    )
+
+
+def _workers(connection: Connection) -> Iterable[Metric]:
+    """Count the dispatchers that have beaten lately, and pass on what they count themselves."""
+    since = now_ms(connection.dialect) - _LIVE_MS
+    live = connection.execute(select(workers.c.owner, workers.c.info).where(workers.c.beat_at >= since)).all()
+    yield GaugeMetricFamily("duquant_workers", "Dispatchers that have reported lately", value=len(live))
+    for owner, info in live:
+        yield from restore(info.get("metrics", []), {"worker": owner})

@@ -10,7 +10,9 @@ from duquant.errors import DuQuantError
 from infra.errors import InfraError, JobConflict, LeaseLost, TransientError
 from infra.jobs import ACTIVE, Claim, FailureReason, JobStore
 from infra.storage import ObjectStore
-from workers.job_run import JobFailed, JobRun, JobStopped
+from workers.endings import JobFailed, JobStopped
+from workers.evaluation_run import EvaluationRun
+from workers.job_run import JobRun
 from workers.lease import LeaseKeeper
 from workers.scratch import Scratch
 from workers.settings import WorkerSettings
@@ -20,6 +22,7 @@ log = structlog.stdlib.get_logger(__name__)
 
 _MAX_IDLE_FACTOR = 5
 _MAX_RETRY_S = 300.0
+_RUNS: Mapping[str, type[JobRun] | type[EvaluationRun]] = {"quantize": JobRun, "evaluate": EvaluationRun}
 
 
 class Dispatcher:
@@ -58,7 +61,7 @@ class Dispatcher:
         """Take back expired jobs, and run one if there is one. Database trouble is waited out."""
         try:
             self._store.sweep()
-            claim = self._store.claim(self._owner, lease_seconds=self._settings.lease_seconds, kinds=("quantize",))
+            claim = self._store.claim(self._owner, lease_seconds=self._settings.lease_seconds)
         except TransientError as err:
             log.warning("queue_unreachable", error=str(err))
             return False
@@ -84,9 +87,9 @@ class Dispatcher:
             log.warning("verdict_not_written", job_id=job.id, error=str(err))
 
     def _run_held(self, claim: Claim, lease: LeaseKeeper) -> None:
-        run = None
+        run: JobRun | EvaluationRun | None = None
         try:
-            run = JobRun(
+            run = _RUNS[claim.job.kind](
                 self._store,
                 self._storage,
                 self._executor,
@@ -147,7 +150,13 @@ class Dispatcher:
             log.info("job_released", job_id=claim.job.id)
 
     def _fail(
-        self, claim: Claim, reason: FailureReason, detail: str, *, transient: bool, run: JobRun | None = None
+        self,
+        claim: Claim,
+        reason: FailureReason,
+        detail: str,
+        *,
+        transient: bool,
+        run: JobRun | EvaluationRun | None = None,
     ) -> None:
         self._executor.abandon()
         has_progressed = run is not None and run.has_progressed

@@ -18,12 +18,11 @@ from duquant.models.references import resolve_model
 from duquant.pipeline import ModelRun, ShardOutcome, plan
 from duquant.pipeline.plan import StepId
 from infra.artifact_keys import ArtifactKeys
-from infra.errors import InfraError, ModelForbidden, ModelNotFound, ObjectExists, ObjectNotFound, TransientError
-from infra.jobs import Claim, FailureReason, JobStore, LayerRow
-from infra.models import ModelCatalog, ModelRef
-from infra.paths import find_under
+from infra.errors import ObjectExists, ObjectNotFound
+from infra.jobs import Claim, JobStore, LayerRow
 from infra.storage import ObjectStore
-from infra.texts import file_identity, object_identity
+from workers.endings import JobFailed, JobStopped
+from workers.inputs import find_text, model_reference
 from workers.lease import LeaseKeeper
 from workers.schedule import Schedule
 from workers.settings import WorkerSettings
@@ -33,19 +32,6 @@ log = structlog.stdlib.get_logger(__name__)
 
 _MAX_STEP_ATTEMPTS = 3
 _COLLECT_S = 0.5
-
-
-class JobFailed(Exception):  # noqa: N818  # named for what happened, like the rest
-    """The job cannot go on. `transient` asks for a later try."""
-
-    def __init__(self, reason: FailureReason, detail: str, *, transient: bool) -> None:
-        super().__init__(detail)
-        self.reason: FailureReason = reason
-        self.transient = transient
-
-
-class JobStopped(Exception):  # noqa: N818
-    """The lease is lost, a cancel was requested, or this process stops; the caller looks which."""
 
 
 class JobRun:
@@ -99,59 +85,18 @@ class JobRun:
     def _spec(self) -> RunSpec:
         job, settings = self._claim.job, self._settings
         recipe = Recipe.from_dict(job.spec["recipe"])
-        reference = ModelRef(**job.spec["model"])
-        catalog = ModelCatalog.from_settings(settings)
-        try:
-            identity = catalog.check(reference)
-        except (ModelForbidden, ModelNotFound) as err:
-            raise JobFailed("bad_input", str(err), transient=False) from err
-        if identity != job.spec["model_identity"]:
-            detail = f"model {reference.name} has changed since the job was submitted; submit it again"
-            raise JobFailed("bad_input", detail, transient=False)
-        match reference.source:
-            case "local":
-                model = str(catalog.local_path(reference))
-            case "hub":
-                model = f"hub:{reference.name}@{reference.revision}"
-            case _:
-                model = f"demo:{reference.name}"
-        text_key, text_file, text_identity = self._text(recipe)
-        if text_identity != job.spec.get("text_identity", text_identity):
-            detail = "the calibration text has changed since the job was submitted; submit it again"
-            raise JobFailed("bad_input", detail, transient=False)
+        text = find_text(job, recipe.calibration.source, settings, self._storage)
         return RunSpec(
             job_id=job.id,
-            model=model,
+            model=model_reference(job, settings),
             recipe=recipe.to_dict(),
             work_dir=self._work_dir,
             model_cache=settings.models,
             allow_hub=settings.allow_hub,
             device=settings.device,
-            text_key=text_key,
-            text_file=text_file,
+            text_key=text.key,
+            text_file=text.file,
         )
-
-    def _text(self, recipe: Recipe) -> tuple[str | None, Path | None, str | None]:
-        """Return the object key or the file that the calibration text is in, checked once more, and its identity."""
-        source = recipe.calibration.source
-        try:
-            if source.kind == "file":
-                path = find_under(self._settings.text_roots, source.name)
-                return None, path, file_identity(path)
-            if source.kind == "object":
-                prefix = f"texts/{self._claim.job.tenant_id}/"
-                if not source.name.startswith(prefix) or ".." in source.name:
-                    raise JobFailed("bad_input", f"text objects of this tenant begin with {prefix}", transient=False)
-                return source.name, None, object_identity(self._storage.head(source.name))
-        except ObjectNotFound as err:
-            raise JobFailed("bad_input", f"there is no text object {source.name}", transient=False) from err
-        except TransientError:
-            raise
-        except InfraError as err:
-            raise JobFailed("bad_input", f"calibration text: {err}", transient=False) from err
-        if source.kind == "hub" and not self._settings.allow_hub:
-            raise JobFailed("bad_input", "data sets from the hub are switched off", transient=False)
-        return None, None, None
 
     def _model_run(self, spec: RunSpec) -> ModelRun:
         path = resolve_model(spec.model, cache=spec.model_cache, allow_hub=spec.allow_hub)
@@ -198,22 +143,26 @@ class JobRun:
         key = self._keys.layer(step.layer, fence=self._claim.fence, attempt=row.attempt)
         return Task(spec, step, key=key, attempt=attempt)
 
-    def _handle_failure(self, completion: Completion) -> None:
+    def _handle_failure(self, completion: Completion[Task]) -> None:
         """Note a failed attempt; raise when there is no point in another."""
         step = completion.task.step
         where = f"layer {step.layer}: " if step.layer >= 0 else ""
-        detail = where + (completion.error or "")
+        detail = where + (completion.error or "").removeprefix(where)
         if step.kind in ("quantize", "extra"):
             self._rows[step.layer] = self._store.fail_layer(self._claim, step.layer, completion.error or "")
         log.warning(
-            "step_failed", job_id=self._claim.job.id, step=tuple(step), kind=completion.kind, error=completion.error
+            "step_failed",
+            job_id=self._claim.job.id,
+            task=completion.task.label,
+            kind=completion.kind,
+            error=completion.error,
         )
         if completion.kind == "bad_input":
             raise JobFailed("bad_input", detail, transient=False)
         if self._attempts[step] >= _MAX_STEP_ATTEMPTS:
             raise JobFailed("error", detail, transient=completion.kind == "transient")
 
-    def _commit(self, completion: Completion, run: ModelRun, layers: int) -> None:
+    def _commit(self, completion: Completion[Task], run: ModelRun, layers: int) -> None:
         """Make a finished shard count: object in place, then the row."""
         assert completion.result is not None
         assert completion.task.key is not None

@@ -14,7 +14,8 @@ from duquant.models.references import resolve_model
 from duquant.pipeline import ModelRun
 from infra.errors import InfraError, TransientError
 from infra.storage import ObjectStore
-from workers.tasks import Completion, RunSpec, Task
+from workers.measure import measure
+from workers.tasks import Completion, EvaluationTask, RunSpec, Task, TaskT
 
 
 class LayerWorker:
@@ -26,10 +27,10 @@ class LayerWorker:
         self._spec: RunSpec | None = None
         self._run: ModelRun | None = None
 
-    def do(self, task: Task) -> Completion:
+    def do(self, task: TaskT) -> Completion[TaskT]:
         """Run a task; every foreseeable error becomes a completion that says whether another try makes sense."""
         try:
-            return Completion(task, result=self._do(task))
+            return Completion(task, result=self._evaluate(task) if isinstance(task, EvaluationTask) else self._do(task))
         except KernelUnavailableError as err:
             return Completion(task, error=str(err), kind="error")
         except ScratchError as err:
@@ -46,6 +47,11 @@ class LayerWorker:
             full = err.errno in (errno.ENOSPC, errno.EDQUOT)
             what = "the disk is full" if full else (err.strerror or str(err))
             return Completion(task, error=f"{what}: {err.filename or task.run.work_dir}", kind="transient")
+
+    def _evaluate(self, task: EvaluationTask) -> dict[str, Any]:
+        # The model that is measured needs the memory of the skeleton that is kept open.
+        self._run = self._spec = None
+        return measure(self._storage, task.run)
 
     def _do(self, task: Task) -> dict[str, Any]:
         run = self._run_for(task.run)

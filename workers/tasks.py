@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from duquant.pipeline.plan import StepId
 
@@ -34,12 +34,57 @@ class Task:
     key: str | None = None
     attempt: int = 1
 
+    @property
+    def label(self) -> str:
+        """What logs call it."""
+        return "-".join(str(part) for part in self.step if part != -1)
+
 
 @dataclass(frozen=True)
-class Completion:
+class EvaluationSpec:
+    """What an evaluation loads, and the text that it is measured on."""
+
+    job_id: str
+    work_dir: Path
+    model_cache: Path
+    allow_hub: bool
+    device: str
+    text: dict[str, Any]
+    """A duquant.config.TextSource."""
+    seq_len: int
+    windows: int | None
+    """Windows from the start of the text; none takes the whole text."""
+    model: str | None = None
+    """A reference that duquant.models.references understands, for an unquantized model."""
+    manifest_key: str | None = None
+    """Object that describes the artifact, for a quantized one."""
+    text_key: str | None = None
+    """Object that holds the text, for sources of kind object."""
+    text_file: Path | None = None
+    """Local file that holds it, for sources of kind file."""
+
+
+@dataclass(frozen=True)
+class EvaluationTask:
+    """A whole evaluation; it is one task, since its windows share a loaded model."""
+
+    run: EvaluationSpec
+    attempt: int = 1
+
+    @property
+    def label(self) -> str:
+        """What logs call it."""
+        return "evaluate"
+
+
+TaskT = TypeVar("TaskT", Task, EvaluationTask)
+
+
+@dataclass(frozen=True)
+class Completion(Generic[TaskT]):
     """How a task ended: with `result`, or with `error` in words."""
 
-    task: Task
+    task: TaskT
     result: dict[str, Any] | None = None
     error: str | None = None
     kind: str = "ok"
@@ -58,11 +103,11 @@ class Executor(Protocol):
         """Tell whether another task may be submitted (at most two in flight for each slot)."""
         ...
 
-    def submit(self, task: Task) -> None:
+    def submit(self, task: Task | EvaluationTask) -> None:
         """Start a task, or queue it behind the one that its slot runs."""
         ...
 
-    def collect(self, timeout_s: float) -> list[Completion]:
+    def collect(self, timeout_s: float) -> list[Completion[Any]]:
         """Return tasks that ended, waiting up to `timeout_s` for the first."""
         ...
 

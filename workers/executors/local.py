@@ -2,11 +2,12 @@
 
 import queue
 import threading
+from typing import Any
 
 import structlog
 
 from workers.layer_worker import LayerWorker
-from workers.tasks import Completion, Task
+from workers.tasks import Completion, EvaluationTask, Task
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -18,8 +19,8 @@ class LocalExecutor:
 
     def __init__(self, worker: LayerWorker) -> None:
         self._worker = worker
-        self._tasks: queue.Queue[Task | None] = queue.Queue()
-        self._done: queue.Queue[Completion | BaseException] = queue.Queue()
+        self._tasks: queue.Queue[Task | EvaluationTask | None] = queue.Queue()
+        self._done: queue.Queue[Completion[Any] | BaseException] = queue.Queue()
         self._in_flight = 0
         self._thread = threading.Thread(target=self._work, name="local-executor", daemon=True)
         self._thread.start()
@@ -28,12 +29,12 @@ class LocalExecutor:
         """Tell whether another task may be submitted."""
         return self._in_flight < 2
 
-    def submit(self, task: Task) -> None:
+    def submit(self, task: Task | EvaluationTask) -> None:
         """Queue a task."""
         self._in_flight += 1
         self._tasks.put(task)
 
-    def collect(self, timeout_s: float) -> list[Completion]:
+    def collect(self, timeout_s: float) -> list[Completion[Any]]:
         """Return tasks that ended, waiting up to `timeout_s` for the first.
 
         Raises:
@@ -76,7 +77,7 @@ class LocalExecutor:
             try:
                 self._done.put(self._worker.do(task))
             except Exception as err:  # as on Ray: a bug fails its task, and the dispatcher counts
-                log.exception("task_crashed", step=tuple(task.step), job_id=task.run.job_id)
+                log.exception("task_crashed", task=task.label, job_id=task.run.job_id)
                 self._done.put(Completion(task, error=f"unexpected error in a worker: {err}", kind="error"))
             except BaseException as err:  # noqa: BLE001  # handed to the dispatcher's thread, which raises it
                 self._done.put(err)

@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from infra.settings import StorageSettings
 from infra.storage import ObjectStore
 from workers.layer_worker import LayerWorker
-from workers.tasks import Completion, Task
+from workers.tasks import Completion, EvaluationTask, Task
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -28,13 +28,13 @@ class _LayerActor:
     def __init__(self, threads: int) -> None:
         self._worker = LayerWorker(ObjectStore.from_settings(StorageSettings.load()), threads=threads)
 
-    def do(self, task: Task) -> Completion:
+    def do(self, task: Task | EvaluationTask) -> Completion[Any]:
         return self._worker.do(task)
 
 
 @dataclass(frozen=True)
 class _InFlight:
-    task: Task
+    task: Task | EvaluationTask
     slot: int
     actor: Any
     """The actor that got the task; its slot may have another by the time the task ends."""
@@ -86,14 +86,14 @@ class RayExecutor:
         """Tell whether another task may be submitted."""
         return len(self._in_flight) < self.slots * _IN_FLIGHT_PER_SLOT
 
-    def submit(self, task: Task) -> None:
+    def submit(self, task: Task | EvaluationTask) -> None:
         """Send a task to the least busy actor."""
         load = Counter(entry.slot for entry in self._in_flight.values())
         slot = min(range(self.slots), key=lambda index: load[index])
         actor = self._actors[slot]
         self._in_flight[actor.do.remote(task)] = _InFlight(task, slot, actor)
 
-    def collect(self, timeout_s: float) -> list[Completion]:
+    def collect(self, timeout_s: float) -> list[Completion[Any]]:
         """Return tasks that ended, waiting up to `timeout_s` for the first."""
         pending = list(self._in_flight)
         if not pending:
@@ -103,15 +103,13 @@ class RayExecutor:
             ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
         return [self._completion(reference) for reference in ready]
 
-    def _completion(self, reference: Any) -> Completion:
+    def _completion(self, reference: Any) -> Completion[Any]:
         entry = self._in_flight.pop(reference)
         try:
             completion = ray.get(reference)
         except RayActorError as err:
             if self._actors[entry.slot] is entry.actor:
-                log.warning(
-                    "worker_replaced", slot=entry.slot, step=tuple(entry.task.step), job_id=entry.task.run.job_id
-                )
+                log.warning("worker_replaced", slot=entry.slot, task=entry.task.label, job_id=entry.task.run.job_id)
                 self._actors[entry.slot] = self._new_actor()
             return Completion(entry.task, error=f"a worker process died: {_first_line(err)}", kind="transient")
         except RayTaskError as err:

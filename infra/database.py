@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ _BUSY_TIMEOUT_S = 30
 _CONNECT_TIMEOUT_S = 5
 _MIGRATION_LOCK = 7_308_900_461  # any constant that no other program on the server uses as an advisory lock
 _WRITES = "duquant_writes"
+_joined: ContextVar[Connection | None] = ContextVar("duquant_transaction", default=None)
 
 
 def make_engine(url: str) -> Engine:
@@ -114,6 +116,9 @@ def _begin_sqlite(connection: Connection) -> None:
 @contextmanager
 def read(engine: Engine) -> Iterator[Connection]:
     """A read-only transaction; errors of the database come out as ours."""
+    if (outer := _outer(engine)) is not None:
+        yield outer
+        return
     with _translated(engine), engine.connect() as connection, connection.begin():
         yield connection
 
@@ -121,8 +126,32 @@ def read(engine: Engine) -> Iterator[Connection]:
 @contextmanager
 def write(engine: Engine) -> Iterator[Connection]:
     """A transaction that may write; it commits at the end of the block and rolls back on any exception."""
+    if (outer := _outer(engine)) is not None:
+        with _translated(engine), outer.begin_nested():
+            yield outer
+        return
     with _translated(engine), engine.execution_options(**{_WRITES: True}).connect() as connection, connection.begin():
         yield connection
+
+
+@contextmanager
+def transaction(engine: Engine) -> Iterator[None]:
+    """One transaction around several calls of the stores: what they do inside, in this thread, commits as a whole.
+
+    Their own `write` blocks become savepoints, so a store that catches an error of its own may go on.
+    """
+    with write(engine) as connection:
+        token = _joined.set(connection)
+        try:
+            yield
+        finally:
+            _joined.reset(token)
+
+
+def _outer(engine: Engine) -> Connection | None:
+    connection = _joined.get()
+    # The engine of a connection may be a copy with other options; the pool is what both share.
+    return connection if connection is not None and connection.engine.pool is engine.pool else None
 
 
 @contextmanager

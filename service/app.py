@@ -5,24 +5,23 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import anyio.to_thread
 import structlog
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from fastapi.staticfiles import StaticFiles
 from fastapi.templating import Jinja2Templates
 
 from infra import migrate
 from infra.database import make_engine
 from infra.errors import InfraError
+from infra.idempotency import IdempotencyStore
 from infra.jobs import JobStore
 from infra.keys import KeyStore
 from infra.models import ModelCatalog
 from infra.schema import DEFAULT_TENANT
 from infra.storage import ObjectStore
-from service import errors
+from service import errors, openapi
 from service.auth import SCOPES
 from service.context import Context
 from service.middleware import BodyLimit, RequestContext
@@ -71,7 +70,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestContext)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
+    app.openapi = lambda: openapi.build(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     return app
 
 
@@ -85,6 +84,7 @@ def build_context(settings: ServiceSettings) -> Context:
         engine=engine,
         jobs=JobStore(engine),
         keys=KeyStore(engine, settings.key_pepper),
+        idempotency=IdempotencyStore(engine, lifetime_ms=settings.idempotency_hours * 3_600_000),
         models=ModelCatalog.from_settings(settings),
         storage=ObjectStore.from_settings(settings, public_endpoint=settings.s3_public_endpoint),
         pages=pages,
@@ -126,14 +126,3 @@ def _make_bootstrap_key(service: Context) -> None:
     if service.keys.authenticate(token) is None:
         service.keys.create(DEFAULT_TENANT, "bootstrap", SCOPES, token=token)
         log.info("bootstrap_key_created", tenant=DEFAULT_TENANT)
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    if app.openapi_schema is None:
-        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        components = schema.setdefault("components", {}).setdefault("schemas", {})
-        problem = errors.Problem.model_json_schema(ref_template="#/components/schemas/{model}")
-        components.update(problem.pop("$defs"))
-        components["Problem"] = problem
-        app.openapi_schema = schema
-    return app.openapi_schema

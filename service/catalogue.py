@@ -45,6 +45,13 @@ CATALOGUE: dict[str, ProblemKind] = {
     "not-found": ProblemKind(404, "There is nothing here", "no such path", "see `/openapi.json`"),
     "job-not-found": ProblemKind(404, "There is no such job", "no such job, or it is another tenant's", "check the id"),
     "queue-not-found": ProblemKind(404, "There is no such queue", "no queue has this name", "see `GET /v1/queues`"),
+    "key-not-found": ProblemKind(
+        404, "There is no such API key", "no such key, or it is another project's", "check the id"
+    ),
+    "tenant-not-found": ProblemKind(404, "There is no such project", "no project has this id", "see `GET /v1/tenants`"),
+    "webhook-not-found": ProblemKind(
+        404, "There is no such webhook", "no such webhook or delivery, or it is another project's", "check the id"
+    ),
     "method-not-allowed": ProblemKind(
         405,
         "This method is not allowed here",
@@ -69,6 +76,10 @@ CATALOGUE: dict[str, ProblemKind] = {
         "the first request with this key has not been answered yet",
         "try again after `Retry-After`",
     ),
+    "key-conflict": ProblemKind(
+        409, "The API key's state does not allow this", "a revoked or expired key cannot be rotated", "make a new key"
+    ),
+    "tenant-exists": ProblemKind(409, "There is such a project already", "the id is taken", "choose another id"),
     "precondition-failed": ProblemKind(
         412,
         "It has changed since it was read",
@@ -114,6 +125,18 @@ CATALOGUE: dict[str, ProblemKind] = {
         "This Idempotency-Key was used for another request",
         "the same key came with another body or to another path",
         "use a fresh key for another request",
+    ),
+    "webhook-forbidden": ProblemKind(
+        422,
+        "Webhooks may not be sent to this address",
+        "the URL is not https, or leads to an address that is not public",
+        "use an https URL of a public server, or have the operator open its network (`DUQUANT_WEBHOOK_NETWORKS`)",
+    ),
+    "rate-limited": ProblemKind(
+        429,
+        "Too many requests with this key",
+        "the key sent more requests than its rate limit allows",
+        "wait for `Retry-After`; the `RateLimit` header says how much is left",
     ),
     "quota-exceeded": ProblemKind(
         429,

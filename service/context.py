@@ -7,10 +7,12 @@ from fastapi import Request
 from fastapi.templating import Jinja2Templates
 from sqlalchemy import Engine
 
+from infra.idempotency import IdempotencyStore
 from infra.jobs import JobStore
 from infra.keys import KeyStore
 from infra.models import ModelCatalog
 from infra.storage import ObjectStore
+from service.limits import RateLimiter
 from service.settings import ServiceSettings
 
 
@@ -22,9 +24,12 @@ class Context:
     engine: Engine
     jobs: JobStore
     keys: KeyStore
+    idempotency: IdempotencyStore
     models: ModelCatalog
     storage: ObjectStore
     pages: Jinja2Templates
+    limits: RateLimiter | None = None
+    """Counts requests by key; none when the limit is switched off."""
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the server shuts down, so that open event streams end."""
 

@@ -15,6 +15,8 @@ from starlette.exceptions import HTTPException
 
 from duquant.errors import ConfigError, DuQuantError
 from infra.errors import (
+    IdempotencyInProgress,
+    IdempotencyMismatch,
     InfraError,
     JobConflict,
     JobNotFound,
@@ -168,6 +170,12 @@ def _domain_problem(error: Exception) -> ProblemError:
             return ProblemError("model-forbidden", str(error), [FieldProblem(pointer="/model/name", detail=str(error))])
         case ModelNotFound():
             return ProblemError("model-not-found", str(error), [FieldProblem(pointer="/model/name", detail=str(error))])
+        case IdempotencyMismatch():
+            detail = f"{error} Send another request with another key, or this one as it was."
+            pointer = FieldProblem(location="header", pointer="/Idempotency-Key", detail=detail)
+            return ProblemError("idempotency-key-reused", detail, [pointer])
+        case IdempotencyInProgress():
+            return ProblemError("idempotency-in-progress", str(error), headers={"Retry-After": "1"})
         case TransientError():
             # The message names hosts and drivers, which is for the operator's log and not for a client.
             log.warning("dependency_unavailable", error=str(error))

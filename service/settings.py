@@ -16,8 +16,14 @@ class ServiceSettings(InfraSettings):
     """The object store's address as clients see it, for download links; null is the one this process uses."""
     max_body_bytes: int = Field(default=1_000_000, ge=1_000)
     """Largest request body."""
+    rate_limit_per_second: float = Field(default=500, ge=0, le=1e6)
+    """Requests a second that one API key may send for long, in each API process; 0 switches the limit off."""
+    rate_limit_burst: int = Field(default=1000, ge=1, le=1_000_000)
+    """Requests that one API key may send at once."""
     presign_seconds: int = Field(default=900, ge=1, le=900)
     """How long a download link works."""
+    idempotency_hours: int = Field(default=24, ge=1)
+    """How long the answer to a request with an Idempotency-Key is kept."""
     session_seconds: int = Field(default=12 * 3600, ge=60)
     """How long a dashboard login lasts."""
     bootstrap_key: SecretStr | None = None

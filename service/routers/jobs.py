@@ -1,21 +1,22 @@
 """/v1/jobs: submit, list, read, cancel, follow."""
 
-import base64
-import binascii
-import hashlib
-import json
 import re
 from typing import Annotated
 
+import anyio.to_thread
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
-from infra.jobs import JobState
-from service import stream
+from infra.jobs import Job, JobState, NewJob
+from service import conditions, idempotency, stream
 from service.auth import Reader, Writer
+from service.conditions import IfNoneMatch
 from service.context import Context, context
 from service.errors import FieldProblem, ProblemError, responses
 from service.examples import EVENT_STREAM, JOB, JOB_REQUESTS
+from service.idempotency import Made, Once
+from service.paging import Cursor, Limit, cut, read_cursor
+from service.preferences import Prefer, Wait, wait_seconds
 from service.schemas.jobs import JobDetail, JobPage, JobRequest, JobSubmitted, LayerList
 from service.submit import new_job
 from service.views import job_detail, job_summary, layer_view
@@ -40,11 +41,18 @@ def _is_json(request: Request) -> None:
     operation_id="submitJob",
     summary="Submit a quantization job",
     status_code=201,
+    response_model=JobSubmitted,
     dependencies=[Depends(_is_json)],
     responses={
-        200: {"model": JobSubmitted, "description": "A job for the same model and recipe was there; it is returned"},
+        200: {
+            "model": JobSubmitted,
+            "description": "A job for the same model and recipe was there; it is returned",
+            "headers": idempotency.HEADERS,
+            "content": {"application/json": {"example": {**JOB, "reused": True}}},
+        },
         201: {
             "description": "The job was made; Location names it",
+            "headers": idempotency.HEADERS,
             "content": {"application/json": {"example": {**JOB, "reused": False}}},
         },
         **responses(
@@ -56,20 +64,24 @@ def _is_json(request: Request) -> None:
             "model-not-found",
             "text-forbidden",
             "text-not-found",
+            *idempotency.PROBLEMS,
         ),
     },
     openapi_extra={"requestBody": {"content": {"application/json": {"examples": JOB_REQUESTS}}}},
 )
-def submit_job(service: Service, caller: Writer, body: JobRequest, response: Response) -> JobSubmitted:
+def submit_job(service: Service, caller: Writer, body: JobRequest, once: Once) -> Response:
     """Queue a job that quantizes one model with one recipe.
 
     The same model and recipe again gives back the job that is active or finished, with `reused: true` and status 200,
     unless `force` is set.
     """
-    job, created = service.jobs.enqueue(new_job(service, caller, body), force=body.force, actor=caller.actor)
-    response.status_code = 201 if created else 200
-    response.headers["Location"] = f"/v1/jobs/{job.id}"
-    return JobSubmitted(**job_detail(service, job).model_dump(), reused=not created)
+
+    def make(new: NewJob) -> Made:
+        job, created = service.jobs.enqueue(new, force=body.force, actor=caller.actor)
+        view = JobSubmitted(**job_detail(service, job).model_dump(), reused=not created)
+        return Made(view, status=201 if created else 200, location=f"/v1/jobs/{job.id}")
+
+    return once.answer(caller, lambda: new_job(service, caller, body), make)
 
 
 @router.get(
@@ -85,14 +97,12 @@ def list_jobs(
     service: Service,
     caller: Reader,
     state: Annotated[JobState | None, Query(description="Only jobs in this state")] = None,
-    limit: Annotated[int, Query(ge=1, le=200, description="Most jobs on a page")] = 50,
-    cursor: Annotated[str | None, Query(max_length=200, description="next_cursor of the page before")] = None,
+    limit: Limit = 50,
+    cursor: Cursor = None,
 ) -> JobPage:
     """List this tenant's jobs by pages. A page stays right when jobs are added meanwhile."""
-    before = _read_cursor(cursor) if cursor is not None else None
-    jobs = service.jobs.list(caller.tenant_id, state=state, limit=limit + 1, before=before)
-    page = jobs[:limit]
-    next_cursor = _write_cursor(page[-1].created_at, page[-1].id) if len(jobs) > limit else None
+    jobs = service.jobs.list(caller.tenant_id, state=state, limit=limit + 1, before=read_cursor(cursor))
+    page, next_cursor = cut(jobs, limit)
     return JobPage(items=[job_summary(job) for job in page], next_cursor=next_cursor)
 
 
@@ -103,33 +113,60 @@ def list_jobs(
     response_model=JobDetail,
     responses={
         200: {
-            "headers": {"ETag": {"description": "Changes with the job", "schema": {"type": "string"}}},
+            "headers": {
+                **conditions.HEADER,
+                "Retry-After": {
+                    "description": "When to ask again, while it has not ended",
+                    "schema": {"type": "string"},
+                },
+                "Preference-Applied": {
+                    "description": "Set when the answer was held back",
+                    "schema": {"type": "string"},
+                },
+            },
             "content": {"application/json": {"example": JOB}},
         },
         304: {"description": "The job is as If-None-Match knows it"},
         **responses(*_ONE_JOB),
     },
 )
-def get_job(
+async def get_job(
     service: Service,
     caller: Reader,
     job_id: JobId,
-    response: Response,
-    if_none_match: Annotated[str | None, Header(description="The ETag of the answer before")] = None,
-) -> JobDetail | Response:
-    """Read a job's state, progress, place in the queue and estimated time left."""
-    job = service.jobs.get(job_id, caller.tenant_id)
-    detail = job_detail(service, job)
-    # Everything shown but the estimate, which changes with the clock alone.
-    shown = detail.model_dump_json(exclude={"eta_seconds"})
-    etag = f'"{hashlib.sha256(shown.encode()).hexdigest()[:32]}"'
-    headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
+    if_none_match: IfNoneMatch = None,
+    prefer: Prefer = None,
+) -> Response:
+    """Read a job's state, progress, place in the queue and estimated time left.
+
+    With `Prefer: wait=N` the answer comes when the job has ended, or when it differs from what `If-None-Match` knows,
+    or after N seconds.
+    """
+    seconds = wait_seconds(prefer)
+    wait = Wait(service, seconds)
+    while True:
+        job, body, tag = await anyio.to_thread.run_sync(_read_job, service, job_id, caller.tenant_id)
+        is_known = conditions.is_known(if_none_match, tag)
+        is_news = job.state.is_terminal or (if_none_match is not None and not is_known)
+        if is_news or not await wait.pause():
+            break
+    headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
     if not job.state.is_terminal:
         headers["Retry-After"] = "2"
-    if if_none_match is not None and _matches(if_none_match, etag):
+    if seconds:
+        headers["Preference-Applied"] = f"wait={seconds}"
+    if is_known:
         return Response(status_code=304, headers=headers)
-    response.headers.update(headers)
-    return detail
+    return Response(body, headers=headers, media_type="application/json")
+
+
+def _read_job(service: Context, job_id: str, tenant_id: str) -> tuple[Job, str, str]:
+    """Return a job, as it is shown, and its ETag."""
+    job = service.jobs.get(job_id, tenant_id)
+    detail = job_detail(service, job)
+    # Everything shown but the estimate, which changes with the clock alone.
+    tag = conditions.etag(job.version, detail.model_dump_json(exclude={"eta_seconds"}))
+    return job, detail.model_dump_json(), tag
 
 
 @router.post(
@@ -199,27 +236,3 @@ def _event_number(text: str | None) -> int:
             "validation-failed", detail, [FieldProblem(location="header", pointer="/Last-Event-ID", detail=detail)]
         )
     return int(text)
-
-
-def _matches(if_none_match: str, etag: str) -> bool:
-    candidates = [each.strip().removeprefix("W/") for each in if_none_match.split(",")]
-    return "*" in candidates or etag in candidates
-
-
-def _write_cursor(created_at: int, job_id: str) -> str:
-    return base64.urlsafe_b64encode(json.dumps([created_at, job_id]).encode()).decode().rstrip("=")
-
-
-def _read_cursor(cursor: str) -> tuple[int, str]:
-    """Take a cursor apart. It only moves within the caller's own jobs, so it needs no signature."""
-    try:
-        created_at, job_id = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
-        is_good = type(created_at) is int and abs(created_at) < 2**62 and isinstance(job_id, str)
-    except (binascii.Error, ValueError, TypeError, RecursionError):
-        is_good = False
-    if not is_good or "\0" in job_id or not job_id.isascii():
-        detail = "cursor must be the next_cursor of the page before"
-        raise ProblemError(
-            "validation-failed", detail, [FieldProblem(location="query", pointer="/cursor", detail=detail)]
-        )
-    return created_at, job_id

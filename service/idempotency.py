@@ -1,0 +1,141 @@
+"""Idempotency-Key: a POST that is sent again with the same key is done once and answered the same.
+
+    def make_thing(caller: Writer, body: ThingRequest, once: Once) -> Response:
+        return once.answer(caller, lambda: check(body), lambda checked: Made(store(checked), location="/v1/things/1"))
+
+The work and the kept answer are one transaction: there is never one without the other, whenever the server dies. Only
+what was made is kept. A request that was refused frees its key.
+"""
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, TypeVar
+
+from fastapi import Depends, Header, Request, Response
+from pydantic import BaseModel
+
+from infra.database import transaction
+from infra.errors import InfraError
+from infra.idempotency import Answer, Ticket
+from service.auth import Caller
+from service.context import Context, context
+from service.errors import FieldProblem, ProblemError
+from service.openapi import header
+
+_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+_REPLAYED = "Idempotent-Replayed"
+
+PreparedT = TypeVar("PreparedT")
+
+OptionalKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        description="Up to 255 printable ASCII characters, such as a UUID; the same key again gives the same answer",
+        json_schema_extra={"pattern": "^[!-~]{1,255}$"},
+        examples=["7f0c6a52-2a4e-4c8f-9a53-0d6f6b0f3c11"],
+    ),
+]
+
+HEADERS = {
+    "Location": header("The path of what was made"),
+    _REPLAYED: header("true when this is the answer to an earlier request"),
+}
+"""For the description of an answer in OpenAPI."""
+PROBLEMS = ("idempotency-key-reused", "idempotency-in-progress", "validation-failed")
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a request made, as it is answered."""
+
+    view: BaseModel
+    status: int = 201
+    location: str | None = None
+    kept: BaseModel | None = None
+    """What a replay shows, where the view holds a secret that the database must not."""
+
+
+class IdempotentRequest:
+    """One POST, with its key if it has one."""
+
+    def __init__(self, service: Context, key: str | None, route: str, body_hash: str) -> None:
+        self._service = service
+        self._key = key
+        self._route = route
+        self._body_hash = body_hash
+
+    def answer(self, caller: Caller, prepare: Callable[[], PreparedT], make: Callable[[PreparedT], Made]) -> Response:
+        """Answer as before, or do the work.
+
+        Args:
+            caller: Whose key it is.
+            prepare: Checks that may be slow; no transaction is open.
+            make: Changes, made in one transaction with the kept answer; only database work belongs here.
+
+        Raises:
+            IdempotencyMismatch: the key was used for another request.
+            IdempotencyInProgress: the first request with this key is being worked on.
+        """
+        ticket = None
+        if self._key is not None:
+            known = self._service.idempotency.begin(
+                caller.tenant_id, self._key, route=self._route, body_hash=self._body_hash
+            )
+            if isinstance(known, Answer):
+                return _response(known, replayed=True)
+            ticket = known
+        try:
+            prepared = prepare()
+            with transaction(self._service.engine):
+                made = make(prepared)
+                self._keep(ticket, made)
+        except BaseException:
+            if ticket is not None:
+                # Where even this fails, the key frees itself after a minute.
+                with contextlib.suppress(InfraError):
+                    self._service.idempotency.abandon(ticket)
+            raise
+        return _response(_answer(made, made.view), replayed=False)
+
+    def _keep(self, ticket: Ticket | None, made: Made) -> None:
+        if ticket is not None:
+            self._service.idempotency.finish(ticket, _answer(made, made.kept or made.view))
+
+
+def _answer(made: Made, view: BaseModel) -> Answer:
+    headers = {} if made.location is None else {"Location": made.location}
+    return Answer(status=made.status, headers=headers, body=view.model_dump_json())
+
+
+def _response(answer: Answer, *, replayed: bool) -> Response:
+    headers = {**answer.headers, **({_REPLAYED: "true"} if replayed else {})}
+    return Response(answer.body, status_code=answer.status, headers=headers, media_type="application/json")
+
+
+async def _idempotent_request(
+    request: Request, service: Annotated[Context, Depends(context)], key: OptionalKey = None
+) -> IdempotentRequest:
+    if key is not None and not _KEY.fullmatch(key):
+        detail = "Idempotency-Key must be 1 to 255 printable ASCII characters without spaces"
+        raise ProblemError(
+            "validation-failed", detail, [FieldProblem(location="header", pointer="/Idempotency-Key", detail=detail)]
+        )
+    body_hash = hashlib.sha256(await request.body()).hexdigest()
+    return IdempotentRequest(service, key, f"{request.method} {request.url.path}"[:200], body_hash)
+
+
+def _keyed_request(
+    request: Annotated[IdempotentRequest, Depends(_idempotent_request)], key: OptionalKey = None
+) -> IdempotentRequest:
+    if key is None:
+        raise ProblemError("idempotency-key-required", "Send an Idempotency-Key, such as a fresh UUID.")
+    return request
+
+
+Once = Annotated[IdempotentRequest, Depends(_idempotent_request)]
+OnceRequired = Annotated[IdempotentRequest, Depends(_keyed_request)]
+"""As Once, for calls that are refused without a key."""

@@ -54,6 +54,34 @@ class IdempotencyInProgress(InfraError):
     """The first request with this Idempotency-Key is being worked on."""
 
 
+class JobChanged(InfraError):
+    """The job has changed since the caller read it."""
+
+
+class DependencyNotFound(InfraError):
+    """A job that another should wait for does not exist, or is another tenant's."""
+
+
+class DependencyFailed(InfraError):
+    """A job that another should wait for has failed or was cancelled; nothing would ever start."""
+
+
+class QuotaExceeded(InfraError):
+    """The tenant has as much as it may have. Facts: quota (max_queued, max_running, max_bytes), limit, used."""
+
+
+class QueueNotFound(InfraError):
+    """No such queue."""
+
+
+class TenantNotFound(InfraError):
+    """No such tenant."""
+
+
+class TenantExists(InfraError):
+    """There is a tenant with this id already."""
+
+
 class LeaseLost(InfraError):
     """This claim holds the job no longer; the worker must stop and write nothing."""
 
@@ -72,6 +100,14 @@ class ModelNotFound(InfraError):
 
 class ModelForbidden(InfraError):
     """This model reference is not allowed here."""
+
+
+class KeyNotFound(InfraError):
+    """No such API key."""
+
+
+class KeyConflict(InfraError):
+    """The API key's state does not allow this."""
 
 
 class WebhookForbidden(InfraError):

@@ -5,15 +5,17 @@ import hmac
 import re
 import secrets
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from pydantic import SecretStr
-from sqlalchemy import Engine, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Engine, case, insert, or_, select, tuple_, update
 from sqlalchemy.engine import RowMapping
 
+from infra import audit
 from infra.database import now_ms, read, write
-from infra.errors import InfraError
+from infra.errors import InfraError, KeyConflict, KeyNotFound
 from infra.ids import new_id
 from infra.schema import api_keys, tenants
 
@@ -58,6 +60,7 @@ class KeyStore:
         token: str | None = None,
         *,
         expires_at: int | None = None,
+        actor: str = "operator",
     ) -> tuple[ApiKey, str]:
         """Make a key and return it with its token, which can never be read again.
 
@@ -65,8 +68,9 @@ class KeyStore:
             tenant_id: Whose key it is.
             name: For people.
             scopes: What it allows.
-            token: One made by `new_token` earlier; making the same one twice returns the first key.
+            token: One made by `new_token` earlier; making the same one twice returns the first key, with these scopes.
             expires_at: Milliseconds since 1970 after which it is refused.
+            actor: Who makes it, for the audit log.
 
         Raises:
             InfraError: no such tenant; the token is malformed, revoked or another tenant's.
@@ -74,30 +78,95 @@ class KeyStore:
         token = token or new_token()
         if not is_well_formed(token):
             raise InfraError("this is not an API key: its form or checksum is wrong")
+        scopes = sorted(set(scopes))
         with write(self._engine) as connection:
             if connection.execute(select(tenants.c.id).where(tenants.c.id == tenant_id)).first() is None:
                 raise InfraError(f"no tenant {tenant_id}", tenant_id=tenant_id)
             known = connection.execute(select(api_keys).where(api_keys.c.hash == self._hash(token))).mappings().first()
             if known is not None:
-                key = _from_row(known)
-                if key.tenant_id != tenant_id or key.revoked_at is not None:
-                    raise InfraError("this API key is revoked or belongs to another tenant")
-                return key, token
-            statement = (
-                insert(api_keys)
-                .values(
-                    id=new_id("key"),
-                    tenant_id=tenant_id,
-                    name=name,
-                    prefix=token.removeprefix(TOKEN_PREFIX)[:_SHOWN_CHARS],
-                    hash=self._hash(token),
-                    scopes=sorted(set(scopes)),
-                    created_at=now_ms(self._engine.dialect),
-                    expires_at=expires_at,
-                )
-                .returning(api_keys)
+                return self._renew(connection, _from_row(known), tenant_id, scopes, actor), token
+            key = self._insert(connection, tenant_id, name, scopes, token, expires_at=expires_at)
+            data = {"name": name, "scopes": scopes, "expires_at": expires_at}
+            _audit(connection, key, actor, "key.created", data)
+            return key, token
+
+    def _insert(
+        self,
+        connection: Connection,
+        tenant_id: str,
+        name: str,
+        scopes: Iterable[str],
+        token: str,
+        *,
+        expires_at: int | ColumnElement[int] | None,
+    ) -> ApiKey:
+        statement = (
+            insert(api_keys)
+            .values(
+                id=new_id("key"),
+                tenant_id=tenant_id,
+                name=name,
+                prefix=token.removeprefix(TOKEN_PREFIX)[:_SHOWN_CHARS],
+                hash=self._hash(token),
+                scopes=sorted(scopes),
+                created_at=now_ms(self._engine.dialect),
+                expires_at=expires_at,
             )
-            return _from_row(connection.execute(statement).mappings().one()), token
+            .returning(api_keys)
+        )
+        return _from_row(connection.execute(statement).mappings().one())
+
+    def _renew(self, connection: Connection, key: ApiKey, tenant_id: str, scopes: list[str], actor: str) -> ApiKey:
+        """Return a key that is given again, with the scopes that it is given now."""
+        if key.tenant_id != tenant_id or key.revoked_at is not None:
+            raise InfraError("this API key is revoked or belongs to another tenant")
+        if key.scopes == set(scopes):
+            return key
+        statement = update(api_keys).where(api_keys.c.id == key.id).values(scopes=scopes).returning(api_keys)
+        _audit(connection, key, actor, "key.changed", {"scopes": scopes})
+        return _from_row(connection.execute(statement).mappings().one())
+
+    def rotate(self, key_id: str, tenant_id: str, *, overlap_seconds: int, actor: str) -> tuple[ApiKey, str]:
+        """Make a key that takes another's place: same name, scopes and lifetime. The old one expires after the overlap.
+
+        Raises:
+            KeyNotFound: no such key, or it is another tenant's.
+            KeyConflict: it is revoked or expired.
+        """
+        now = now_ms(self._engine.dialect)
+        is_live = or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > now)
+        end = now + overlap_seconds * 1000
+        # The write comes first and is the check: two rotations at once make one key each, in turn.
+        retire = (
+            update(api_keys)
+            .where(api_keys.c.id == key_id, api_keys.c.tenant_id == tenant_id, api_keys.c.revoked_at.is_(None), is_live)
+            .values(expires_at=case((api_keys.c.expires_at < end, api_keys.c.expires_at), else_=end))
+        )
+        with write(self._engine) as connection:
+            old = self._one(connection, key_id, tenant_id)
+            if connection.execute(retire).rowcount == 0:
+                raise KeyConflict(f"key {key_id} is revoked or expired", key_id=key_id)
+            token = new_token()
+            lifetime = None if old.expires_at is None else now + (old.expires_at - old.created_at)
+            key = self._insert(connection, tenant_id, old.name, old.scopes, token, expires_at=lifetime)
+            _audit(connection, old, actor, "key.rotated", {"successor": key.id, "overlap_seconds": overlap_seconds})
+        return key, token
+
+    def get(self, key_id: str, tenant_id: str) -> ApiKey:
+        """Return one key.
+
+        Raises:
+            KeyNotFound: no such key, or it is another tenant's.
+        """
+        with read(self._engine) as connection:
+            return self._one(connection, key_id, tenant_id)
+
+    def _one(self, connection: Connection, key_id: str, tenant_id: str) -> ApiKey:
+        query = select(api_keys).where(api_keys.c.id == key_id, api_keys.c.tenant_id == tenant_id)
+        row = connection.execute(query).mappings().first()
+        if row is None:
+            raise KeyNotFound(f"no key {key_id}", key_id=key_id)
+        return _from_row(row)
 
     def authenticate(self, token: str) -> ApiKey | None:
         """Return the key of a token, or none when it is malformed, unknown, expired or revoked."""
@@ -121,19 +190,34 @@ class KeyStore:
                 connection.execute(update(api_keys).where(api_keys.c.id == key.id).values(last_used_at=now))
         return key
 
-    def revoke(self, key_id: str, tenant_id: str) -> bool:
+    def revoke(self, key_id: str, tenant_id: str, *, actor: str = "operator") -> bool:
         """Refuse a key from now on; return whether the tenant had it and it was valid until now."""
         statement = (
             update(api_keys)
             .where(api_keys.c.id == key_id, api_keys.c.tenant_id == tenant_id, api_keys.c.revoked_at.is_(None))
             .values(revoked_at=now_ms(self._engine.dialect))
+            .returning(api_keys)
         )
         with write(self._engine) as connection:
-            return connection.execute(statement).rowcount > 0
+            row = connection.execute(statement).mappings().first()
+            if row is None:
+                return False
+            _audit(connection, _from_row(row), actor, "key.revoked", {})
+        return True
 
     def list(self, tenant_id: str) -> list[ApiKey]:
         """Return a tenant's keys, oldest first, revoked ones too."""
         query = select(api_keys).where(api_keys.c.tenant_id == tenant_id).order_by(api_keys.c.id)
+        with read(self._engine) as connection:
+            return [_from_row(row) for row in connection.execute(query).mappings()]
+
+    def page(self, tenant_id: str, *, limit: int, before: tuple[int, str] | None = None) -> Sequence[ApiKey]:
+        """Return a tenant's keys, newest first; `before` is (created_at, id) of the last one on the page before."""
+        order = tuple_(api_keys.c.created_at, api_keys.c.id)
+        query = select(api_keys).where(api_keys.c.tenant_id == tenant_id)
+        if before is not None:
+            query = query.where(order < tuple_(*before))
+        query = query.order_by(api_keys.c.created_at.desc(), api_keys.c.id.desc()).limit(limit)
         with read(self._engine) as connection:
             return [_from_row(row) for row in connection.execute(query).mappings()]
 
@@ -163,6 +247,10 @@ def _base62(number: int, width: int) -> str:
         number, digit = divmod(number, len(_ALPHABET))
         digits.append(_ALPHABET[digit])
     return "".join(reversed(digits))
+
+
+def _audit(connection: Connection, key: ApiKey, actor: str, action: str, data: dict[str, Any]) -> None:
+    audit.record(connection, tenant_id=key.tenant_id, actor=actor, action=action, target=key.id, data=data)
 
 
 def _from_row(row: RowMapping) -> ApiKey:

@@ -1,8 +1,8 @@
 """Prometheus metrics of a process, and how a dispatcher's reach the one place where they are read.
 
-Every process counts in its own REGISTRY. A dispatcher has no port: it puts a snapshot of its registry into its heartbeat
-row, and the API shows it under /metrics with the dispatcher's name as the label `worker`. So one scrape target serves
-the whole installation, however many dispatchers there are, and nothing listens that did not listen before.
+Every process counts in its own REGISTRY. A dispatcher has no port: it puts a snapshot of its registry into its row of
+the table of workers with every beat, and the API shows it at /metrics with the dispatcher's name as a label `worker`.
+So one scrape target serves the whole installation, and nothing listens that did not listen before.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,8 @@ from typing import Any
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Metric
 
-prometheus_client.disable_created_metrics()  # a gauge for each series that says when it began: twice the size, no use
+# A gauge for each series that says when it began: twice the size, and of no use.
+prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # the library's own omission
 
 REGISTRY = CollectorRegistry()
 """The metrics of this process. Modules that count declare theirs beside their code, on this registry."""

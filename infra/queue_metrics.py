@@ -33,9 +33,8 @@ def collect(engine: Engine) -> list[Metric]:
 
 def _jobs(connection: Connection) -> Iterable[Metric]:
     family = GaugeMetricFamily("duquant_jobs", "Jobs by state", labels=["state"])
-    found = {
-        state: count for state, count in connection.execute(select(jobs.c.state, func.count()).group_by(jobs.c.state))
-    }
+    query = select(jobs.c.state, func.count().label("count")).group_by(jobs.c.state)
+    found = {row["state"]: row["count"] for row in connection.execute(query).mappings()}
     for state in JobState:
         family.add_metric([state.value], found.get(state.value, 0))
     yield family

@@ -6,20 +6,35 @@ import hashlib
 import hmac
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 from urllib.parse import urlsplit
 
+import anyio.to_thread
+import structlog
 from fastapi import Depends, Request, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from infra.keys import ApiKey
 from service.context import Context, context
 from service.errors import ProblemError
+from service.metrics import RATE_LIMITED
 
 COOKIE = "duquant_session"
-SCOPES = ("jobs:read", "jobs:write", "artifacts:read")
-"""What a key can allow."""
+SCOPES = (
+    "jobs:read",
+    "jobs:write",
+    "artifacts:read",
+    "artifacts:write",
+    "batches:write",
+    "webhooks:write",
+    "keys:admin",
+    "queue:admin",
+    "usage:read",
+    "tenants:admin",
+)
+"""What a key can allow. The last one reaches across tenants; the bootstrap key has all of them."""
 
 _bearer = HTTPBearer(
     auto_error=False, scheme_name="ApiKey", description="An API key: `Authorization: Bearer dq_live_...`"
@@ -45,14 +60,15 @@ class Caller:
         return f"key:{self.key_id}"
 
 
-def authenticate(
+async def authenticate(
+    request: Request,
     service: Annotated[Context, Depends(context)],
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> Caller:
-    """Return the caller of an API request.
+    """Return the caller of an API request, and count the request against the key's rate limit.
 
     Raises:
-        ProblemError: there is no key, or it is not valid.
+        ProblemError: there is no key, it is not valid, or it is used too often.
     """
     if credentials is None:
         raise ProblemError(
@@ -60,37 +76,50 @@ def authenticate(
             "Send an API key: 'Authorization: Bearer dq_live_...'.",
             headers={"WWW-Authenticate": "Bearer"},
         )
-    key = service.keys.authenticate(credentials.credentials)
+    key = await anyio.to_thread.run_sync(service.keys.authenticate, credentials.credentials)
     if key is None:
         raise ProblemError(
             "unauthorized",
             "This API key is not valid; it may be misspelt, revoked or expired.",
             headers={"WWW-Authenticate": 'Bearer error="invalid_token"'},
         )
+    # Bound here, in the request's own task, it is on every line that the endpoint and the middleware write.
+    structlog.contextvars.bind_contextvars(key_id=key.id, tenant_id=key.tenant_id)
+    _count(request, service, key)
     return Caller.of(key)
 
 
-def _require(scope: str, caller: Caller) -> Caller:
-    if scope not in caller.scopes:
-        raise ProblemError("missing-scope", f"This API key lacks the scope {scope}; use one that has it.")
-    return caller
+def _count(request: Request, service: Context, key: ApiKey) -> None:
+    if service.limits is None:
+        return
+    verdict = service.limits.take(key.id)
+    if not verdict.is_allowed:
+        RATE_LIMITED.inc()
+        detail = f"This key sends too many requests; try again in {verdict.retry_in_s} s."
+        raise ProblemError("rate-limited", detail, headers=verdict.headers)
+    # The middleware writes them: an endpoint's own response would not have them otherwise.
+    request.state.extra_headers = verdict.headers
 
 
-def _reader(caller: Annotated[Caller, Depends(authenticate)]) -> Caller:
-    return _require("jobs:read", caller)
+def _needs(scope: str) -> Callable[[Caller], Caller]:
+    def check(caller: Annotated[Caller, Depends(authenticate)]) -> Caller:
+        if scope not in caller.scopes:
+            raise ProblemError("missing-scope", f"This API key lacks the scope {scope}; use one that has it.")
+        return caller
+
+    return check
 
 
-def _writer(caller: Annotated[Caller, Depends(authenticate)]) -> Caller:
-    return _require("jobs:write", caller)
-
-
-def _artifact_reader(caller: Annotated[Caller, Depends(authenticate)]) -> Caller:
-    return _require("artifacts:read", caller)
-
-
-Reader = Annotated[Caller, Depends(_reader)]
-Writer = Annotated[Caller, Depends(_writer)]
-ArtifactReader = Annotated[Caller, Depends(_artifact_reader)]
+Reader = Annotated[Caller, Depends(_needs("jobs:read"))]
+Writer = Annotated[Caller, Depends(_needs("jobs:write"))]
+ArtifactReader = Annotated[Caller, Depends(_needs("artifacts:read"))]
+ArtifactWriter = Annotated[Caller, Depends(_needs("artifacts:write"))]
+BatchWriter = Annotated[Caller, Depends(_needs("batches:write"))]
+WebhookWriter = Annotated[Caller, Depends(_needs("webhooks:write"))]
+KeyAdmin = Annotated[Caller, Depends(_needs("keys:admin"))]
+QueueAdmin = Annotated[Caller, Depends(_needs("queue:admin"))]
+UsageReader = Annotated[Caller, Depends(_needs("usage:read"))]
+TenantAdmin = Annotated[Caller, Depends(_needs("tenants:admin"))]
 
 
 def _session_mac(service: Context, payload: str) -> str:

@@ -168,7 +168,10 @@ def calibration_windows(
     if source.kind == "self":
         return _sample_from_model(model_path, tokenizer, samples=samples, seq_len=seq_len, generator=generator)
     tokens = tokenize(tokenizer, read_text(source, local_file=local_file))
-    return evenly_spaced_windows(tokens, samples=samples, seq_len=seq_len)
+    try:
+        return evenly_spaced_windows(tokens, samples=samples, seq_len=seq_len)
+    except CalibrationError as err:
+        raise CalibrationError(f"text source {source.kind}:{source.name}: {err}") from err
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from duquant.artifact.layout import MANIFEST
 from duquant.calibration.text import consecutive_windows, load_tokenizer, read_text, tokenize
 from duquant.config import TextSource
+from duquant.errors import CalibrationError
 from duquant.inference import load
 from duquant.models.devices import resolve_device
 from duquant.models.references import resolve_model
@@ -22,6 +23,8 @@ from duquant.models.source import SourceCheckpoint
 
 _LOGIT_ROWS = 512
 """Rows of logits held at once: a whole window of a large vocabulary would take gigabytes."""
+_LARGEST_LOSS = 700.0
+"""Nats a token. exp of more is no float; a uniform guess over any vocabulary has less than 20."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,16 @@ def evaluate(
             path, dtype=torch.bfloat16, trust_remote_code=False, use_safetensors=True, local_files_only=True
         ).to(target)
         loaded.eval()
-    cut = consecutive_windows(tokenize(tokenizer, read_text(text)), seq_len=seq_len, limit=windows)
+    tokens = tokenize(tokenizer, read_text(text))
+    try:
+        cut = consecutive_windows(tokens, seq_len=seq_len, limit=windows)
+    except CalibrationError as err:
+        raise CalibrationError(f"text source {text.kind}:{text.name}: {err}") from err
     started = time.perf_counter()
-    value = perplexity(loaded, cut, on_progress=on_progress)
+    try:
+        value = perplexity(loaded, cut, on_progress=on_progress)
+    except CalibrationError as err:
+        raise CalibrationError(f"{path}: {err}") from err
     return PerplexityResult(
         perplexity=value,
         tokens=cut.shape[0] * (seq_len - 1),
@@ -87,7 +97,11 @@ def evaluate(
 def perplexity(
     model: Any, windows: Int64[Tensor, "windows seq_len"], *, on_progress: Callable[[int, int], None] | None = None
 ) -> float:
-    """Return exp of the mean negative log-likelihood of every token but each window's first."""
+    """Return exp of the mean negative log-likelihood of every token but each window's first.
+
+    Raises:
+        CalibrationError: the model's outputs are NaN or Inf, or its loss is beyond any honest model's.
+    """
     total, count = 0.0, 0
     for index, window in enumerate(windows):
         ids = window[None].to(model.device)
@@ -95,6 +109,8 @@ def perplexity(
         hidden = model.model(input_ids=ids, use_cache=True).last_hidden_state[0, :-1]
         total += _negative_log_likelihood(model.lm_head, hidden, ids[0, 1:])
         count += ids.shape[1] - 1
+        if not total / count < _LARGEST_LOSS:  # NaN is not, either
+            raise CalibrationError(f"the loss is {total / count:g}: the model's outputs are NaN, Inf or out of range")
         if on_progress:
             on_progress(index + 1, windows.shape[0])
     return math.exp(total / count)

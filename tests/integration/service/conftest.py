@@ -205,6 +205,14 @@ def service(tmp_path: Path, migrated_sqlite_url: str, shared_bucket: ObjectStore
 
 
 @pytest.fixture
+def set_service(
+    request: pytest.FixtureRequest, tmp_path: Path, migrated_sqlite_url: str, shared_bucket: ObjectStore, s3: Any
+) -> Iterator[Harness]:
+    """The service on SQLite, with the settings that are its parameter."""
+    yield from run_service(tmp_path, migrated_sqlite_url, shared_bucket, s3, **request.param)
+
+
+@pytest.fixture
 def any_service(tmp_path: Path, database_url: str, shared_bucket: ObjectStore, s3: Any) -> Iterator[Harness]:
     """The service on each kind of database."""
     yield from run_service(tmp_path, database_url, shared_bucket, s3)

@@ -12,8 +12,14 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import event
+
+from client.main import run
+from infra.keys import new_token
 
 pytestmark = pytest.mark.integration
+SUBMIT = {"model": {"source": "demo", "name": "smollm2-135m"}}
+KEY = new_token()
 SECRETS = {"S3_ACCESS_KEY": "access-key-1", "S3_SECRET_KEY": "secret-canary-1", "KEY_PEPPER": "pepper-canary-1"}
 
 
@@ -97,10 +103,26 @@ def test_it_starts_without_storage_and_says_what_is_down(running: Any, tmp_path:
     assert "canary" not in (tmp_path / "log").read_text()
 
 
+@pytest.mark.parametrize("running", [{"BOOTSTRAP_KEY": KEY}], indirect=True)
+def test_without_storage_a_text_object_is_a_503_and_other_jobs_are_accepted(running: Any) -> None:
+    url, _ = running
+    headers = {"Authorization": f"Bearer {KEY}"}
+    source = {"kind": "object", "name": "texts/default/mine.txt"}
+    answer = httpx.post(
+        f"{url}/v1/jobs", json={**SUBMIT, "calibration": {"source": source}}, headers=headers, timeout=60
+    )
+    assert (answer.status_code, answer.headers["Content-Type"]) == (503, "application/problem+json")
+    assert answer.json()["type"] == "urn:duquant:problem:service-unavailable"
+    assert httpx.get(f"{url}/v1/jobs", headers=headers).json()["items"] == []
+    assert httpx.post(f"{url}/v1/jobs", json=SUBMIT, headers=headers).status_code == 201
+
+
 @pytest.mark.parametrize(
     "running", [{"DATABASE_URL": "postgresql://user:secret-canary-2@127.0.0.1:9/none"}], indirect=True
 )
-def test_it_starts_without_a_database_and_answers_503(running: Any, tmp_path: Path) -> None:
+def test_it_starts_without_a_database_and_answers_503(
+    running: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     url, _ = running
     assert httpx.get(f"{url}/healthz").status_code == 200
     assert httpx.get(f"{url}/readyz", timeout=30).json()["checks"]["database"]["ok"] is False
@@ -115,6 +137,30 @@ def test_it_starts_without_a_database_and_answers_503(running: Any, tmp_path: Pa
     assert "Retry-After" in answer.headers
     assert "127.0.0.1" not in answer.text
     assert "canary" not in (tmp_path / "log").read_text()
+    capsys.readouterr()
+    assert run(["job", "list", "--url", url, "--key", good, "--json"]) == 5
+    said = capsys.readouterr()
+    assert (said.out, len(said.err.strip().splitlines())) == ("", 1)
+    assert "/readyz" in said.err
+
+
+def test_a_full_disk_is_a_503_and_keeps_every_job(service: Any) -> None:
+    kept = [service.submit()["id"] for _ in range(3)]
+    engine = service.app.state.context.engine
+    with engine.connect() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+    # SQLite's own limit on its file gives the same error as a disk without room.
+    limit = f"PRAGMA max_page_count = {pages}"
+    event.listen(engine, "connect", lambda connection, _record: connection.execute(limit).close())
+    engine.dispose()
+    for _ in range(100):
+        answer = service.http.post("/v1/jobs", json={**SUBMIT, "force": True})
+        if answer.status_code != 201:
+            break
+        kept.append(answer.json()["id"])
+    assert (answer.status_code, answer.headers["Content-Type"]) == (503, "application/problem+json")
+    assert answer.json()["type"] == "urn:duquant:problem:service-unavailable"
+    assert {item["id"] for item in service.http.get("/v1/jobs?limit=200").json()["items"]} == set(kept)
 
 
 def test_readiness_follows_the_dispatcher(service: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -111,3 +112,18 @@ def test_a_taken_port_is_one_line_before_anything_starts(tmp_path: Path) -> None
     assert len(done.stderr.strip().splitlines()) == 1
     assert "--port" in done.stderr
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs a small file system of its own")
+def test_a_full_disk_is_named_before_the_service_starts(tmp_path: Path) -> None:
+    script = 'mount -t tmpfs -o size=1m tmpfs "$0" || exit 77; exec "$@"'
+    inside = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, str(tmp_path)]
+    done = subprocess.run(
+        [*inside, *command(tmp_path, free_port())], capture_output=True, text=True, timeout=120, check=False
+    )
+    if "unshare" in done.stderr or done.returncode == 77:
+        pytest.skip("this machine does not let its user mount a file system")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("duquant: error: ")]
+    assert (done.returncode, done.stdout, len(errors)) == (1, "", 1), done.stderr
+    assert "is full" in errors[0]
+    assert "Traceback" not in done.stderr

@@ -1,6 +1,7 @@
 """A whole workers' side: store, storage, settings, a tiny model under a model root."""
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,20 +42,29 @@ class Side:
     storage: ObjectStore
     recipe: Recipe
 
-    def submit(self, recipe: Recipe | None = None, *, model: str = "tiny", **changes: Any) -> Job:
+    def submit(
+        self,
+        recipe: Recipe | None = None,
+        *,
+        model: str = "tiny",
+        spec: Mapping[str, Any] | None = None,
+        **changes: Any,
+    ) -> Job:
+        """Enqueue a job; `spec` replaces parts of it with what the service would have refused."""
         chosen = recipe or self.recipe
         reference = ModelRef(source="local", name=model)
         identity = ModelCatalog.from_settings(self.settings).check(reference)
-        spec = {
+        whole = {
             "kind": "quantize",
             "model": {"source": "local", "name": model, "revision": None},
             "model_identity": identity,
             "recipe": chosen.to_dict(),
             **changes,
+            **(spec or {}),
         }
-        fingerprint = f"{identity}-{chosen.digest()}-{ALGORITHM_VERSION}"
+        fingerprint = hashlib.sha256(f"{identity}-{chosen.digest()}-{ALGORITHM_VERSION}".encode()).hexdigest()
         job, _ = self.store.enqueue(
-            NewJob(tenant_id="default", kind="quantize", spec=spec, fingerprint=fingerprint), force=True, actor="test"
+            NewJob(tenant_id="default", kind="quantize", spec=whole, fingerprint=fingerprint), force=True, actor="test"
         )
         return job
 

@@ -1,11 +1,12 @@
 """The dispatcher as a process: killed in the middle of a job, started again."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,9 @@ LAYERS = 10
 
 
 @contextmanager
-def dispatcher_process(side, s3, log: Path, **changes: str) -> Iterator[subprocess.Popen[bytes]]:
+def dispatcher_process(
+    side, s3, log: Path, *, inside: Sequence[str] = (), **changes: str
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run `python -m workers` on the side's database and storage; kill it at the end if it still runs."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("DUQUANT_")}
     environment = {
@@ -43,7 +46,7 @@ def dispatcher_process(side, s3, log: Path, **changes: str) -> Iterator[subproce
         **changes,
     }
     with log.open("ab") as stream:
-        process = subprocess.Popen([sys.executable, "-m", "workers"], env=environment, stderr=stream)
+        process = subprocess.Popen([*inside, sys.executable, "-m", "workers"], env=environment, stderr=stream)
     try:
         yield process
     finally:
@@ -103,6 +106,60 @@ def test_sigterm_gives_the_job_back_and_ends_with_status_0(side, s3, tmp_path, m
     after = side.store.get(job.id)
     assert after.state in (JobState.QUEUED, JobState.SUCCEEDED)
     assert not side.store.live_workers(3600)
+
+
+SMALL_DISK = """
+mount -t tmpfs -o size=4m tmpfs "$0/small" || exit 77
+{
+    until [ -e "$0/fill" ]; do sleep 0.05; done
+    cat /dev/zero > "$0/small/filler" 2> /dev/null
+    until [ -e "$0/free" ]; do sleep 0.05; done
+    rm "$0/small/filler"
+} &
+exec "$@"
+"""
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs a small file system of its own")
+@pytest.mark.parametrize("is_freed", [True, False])
+def test_a_full_disk_is_the_jobs_reason_and_costs_no_finished_layer(side, s3, tmp_path, model_root, is_freed):
+    if not (model_root / "deeper").exists():
+        make_tiny_model(model_root / "deeper", num_hidden_layers=LAYERS)
+    job = side.submit(replace(side.recipe, transform=replace(side.recipe.transform, greedy_steps=256)), model="deeper")
+
+    def done() -> dict[int, tuple[int, str]]:
+        return {row.layer: (row.fence, row.key) for row in side.store.layers(job.id) if row.state == "done"}
+
+    def failures() -> list[str]:
+        return [event.data["detail"] for event in side.store.events(job.id) if event.type == "retry_scheduled"]
+
+    (tmp_path / "small").mkdir()
+    inside = ["unshare", "--map-root-user", "--mount", "sh", "-c", SMALL_DISK, str(tmp_path)]
+    changes = {"DUQUANT_WORK_DIR": str(tmp_path / "small"), "DUQUANT_RETRY_SECONDS": "1"}
+    try:
+        with dispatcher_process(side, s3, tmp_path / "workers.log", inside=inside, **changes) as process:
+            wait_for(lambda: process.poll() is not None or len(done()) >= 2)
+            if process.poll() is not None:
+                pytest.skip("this machine does not let its user mount a file system")
+            (tmp_path / "fill").touch()
+            wait_for(failures)
+            committed = done()
+            if is_freed:
+                (tmp_path / "free").touch()
+            wait_for(lambda: side.store.get(job.id).state.is_terminal)
+    finally:
+        (tmp_path / "fill").touch()
+        (tmp_path / "free").touch()
+    ended = side.store.get(job.id)
+    assert all("the disk is full" in detail for detail in failures())
+    assert {layer: entry for layer, entry in done().items() if layer in committed} == committed
+    if is_freed:
+        assert ended.state is JobState.SUCCEEDED, ended.detail
+    else:
+        assert (ended.state, ended.reason) == (JobState.FAILED, "retries_exhausted")
+        assert "the disk is full" in ended.detail
+        for _, key in committed.values():
+            side.storage.head(key)
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,8 @@ def test_force_replaces_artifacts_only(tmp_path: Path, capsys: pytest.CaptureFix
         ["generate", "/absent"],
         ["quantize", "demo:smollm2-135m", "--out", "x", "--calibration", "/absent.txt"],
         ["quantize", "demo:smollm2-135m", "--out", "x", "--samples", "0"],
+        ["quantize", "demo:smollm2-135m", "--out", "x", "--recipe", "duqant"],
+        ["recipe", "show", "duqant"],
         ["up", "--model-root", "/absent"],
         ["up", "--port", "0"],
     ],

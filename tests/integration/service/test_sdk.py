@@ -254,6 +254,43 @@ def test_bad_input_is_one_line_and_its_exit_code(cli: Any, arguments: tuple[str,
     assert "Traceback" not in err
 
 
+def test_a_key_that_is_missing_or_lacks_a_scope_has_its_exit_code(
+    service: Any, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DUQUANT_API_KEY")
+    status, out, err = cli("job", "list", "--json")
+    assert (status, out, len(err.strip().splitlines())) == (2, "", 1)
+    assert "no API key" in err
+    status, out, err = cli("job", "submit", "demo:smollm2-135m", "--key", service.key("jobs:read"), "--json")
+    assert (status, out, len(err.strip().splitlines())) == (3, "", 1)
+    assert "jobs:write" in err
+
+
+def test_a_recipe_over_the_body_limit_is_refused_by_name(service: Any, cli: Any, tmp_path: Path) -> None:
+    path = tmp_path / "large.json"
+    for size, words in ((999_990, "1000000 bytes"), (2_000_000, str(path))):
+        path.write_text(json.dumps({"skip_linears": ["x" * size]})[: size - 4] + '"]}')
+        status, out, err = cli("job", "submit", "demo:smollm2-135m", "--recipe", str(path), "--json")
+        assert (status, out, len(err.strip().splitlines())) == (2, "", 1), err
+        assert words in err
+    with service.client() as client, pytest.raises(ApiError) as caught:
+        client.submit("demo:smollm2-135m", {"skip_linears": ["x" * 3_000_000]})
+    assert caught.value.type == "urn:duquant:problem:body-too-large"
+    assert service.http.get("/v1/jobs").json()["items"] == []
+
+
+@pytest.mark.parametrize("set_service", [{"s3_public_endpoint": "http://127.0.0.1:9"}], indirect=True)
+def test_an_object_store_that_does_not_answer_is_named_by_the_pull(
+    set_service: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = set_service.finished_job(1)
+    options = ["--url", set_service.url, "--key", set_service.token, "--out", str(tmp_path / "out"), "--json"]
+    assert run(["artifact", "pull", job.id, *options]) == 5
+    said = capsys.readouterr()
+    assert (said.out, len(said.err.strip().splitlines())) == ("", 1)
+    assert "the object store does not answer for " in said.err
+
+
 def test_a_failed_job_and_a_time_out_have_their_exit_codes(service: Any, cli: Any) -> None:
     job = service.submit()
     assert cli("job", "wait", job["id"], "--timeout", "0.5")[0] == 124

@@ -1,32 +1,77 @@
-"""Where the service is and which key to use: options, then the environment, then what `duquant up` left behind."""
+"""Where the service is and which key to use.
 
+Each is taken from the first that has it: the option, the profile named by --profile, the environment, the profile named
+by DUQUANT_PROFILE or the default one, what `duquant up` left behind on this machine.
+"""
+
+import functools
 import json
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from client.errors import BadInputError
+from client.home import ADDRESS_FILE, SECRETS_FILE
+from client.output import Format, JsonFlag, OutputOption, add_options, chosen, show
+from client.profiles import Profile, load_profiles
 from client.sdk import Client
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-SECRETS_FILE = "secrets.json"
-ADDRESS_FILE = "address.json"
 
 UrlOption = Annotated[
     str | None,
-    typer.Option("--url", envvar="DUQUANT_URL", help=f"The service. [default: {DEFAULT_URL}]", show_default=False),
+    typer.Option("--url", help=f"The service. [env var: DUQUANT_URL] [default: {DEFAULT_URL}]", show_default=False),
 ]
 KeyOption = Annotated[
     str | None,
     typer.Option(
         "--key",
-        envvar="DUQUANT_API_KEY",
-        help="The API key; on the machine of `duquant up` it is found by itself.",
+        help="The API key; on the machine of `duquant up` it is found by itself. [env var: DUQUANT_API_KEY]",
         show_default=False,
     ),
 ]
+ProfileOption = Annotated[
+    str | None,
+    typer.Option("--profile", help="A service by name; see `duquant profile`. [env var: DUQUANT_PROFILE]"),
+]
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a command that works on a service gets: the connection, and how to print."""
+
+    client: Client
+    output: Format
+
+    def show(self, value: object, people: Callable[[], None]) -> None:
+        """Print data in the chosen format; `people` prints the table."""
+        show(value, self.output, people)
+
+
+def on_service(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of a service and of printing; it gets a Session as `session`."""
+
+    @functools.wraps(function)
+    def command(*arguments: Any, **options: Any) -> Any:
+        output = chosen(options.pop("output"), as_json=options.pop("as_json"))
+        with connect(options.pop("url"), options.pop("key"), options.pop("profile")) as client:
+            return function(*arguments, **options, session=Session(client, output))
+
+    kinds = {
+        "url": UrlOption,
+        "key": KeyOption,
+        "profile": ProfileOption,
+        "output": OutputOption,
+        "as_json": JsonFlag,
+    }
+    signature = add_options(function, "session", kinds)
+    command.__signature__ = signature  # type: ignore[attr-defined]  # what inspect, and so typer, looks at
+    command.__annotations__ = {name: each.annotation for name, each in signature.parameters.items()}
+    return command
 
 
 def default_home() -> Path:
@@ -34,21 +79,44 @@ def default_home() -> Path:
     return Path(os.environ.get("DUQUANT_HOME") or Path.home() / ".local" / "share" / "duquant")
 
 
-def connect(url: str | None, key: str | None) -> Client:
+def connect(url: str | None = None, key: str | None = None, profile: str | None = None) -> Client:
     """Return a client.
 
     Raises:
-        BadInputError: no key was given and none is found.
+        BadInputError: no key was given and none is found, or there is no such profile.
     """
-    running = _read(default_home() / ADDRESS_FILE).get("url")
-    key_found = None
-    # The key of the embedded service goes to that service only, never to another address.
-    if url is None or url.rstrip("/") == running:
-        key_found = _read(default_home() / SECRETS_FILE).get("api_key")
-    key = key or key_found
+    address, key = locate(url, key, profile)
     if not key:
-        raise BadInputError("no API key: give --key or set DUQUANT_API_KEY (`duquant up` prints one)")
-    return Client(url or running or DEFAULT_URL, key)
+        raise BadInputError("no API key: give --key, set DUQUANT_API_KEY, or make a profile (`duquant up` prints one)")
+    return Client(address, key)
+
+
+def locate(url: str | None = None, key: str | None = None, profile: str | None = None) -> tuple[str, str | None]:
+    """Return the address of the service and the key for it, if there is one.
+
+    Raises:
+        BadInputError: there is no such profile, or the profiles cannot be read.
+    """
+    embedded = Profile(
+        _read(default_home() / ADDRESS_FILE).get("url") or DEFAULT_URL,
+        _read(default_home() / SECRETS_FILE).get("api_key"),
+    )
+    named = load_profiles().get(profile) if profile else None
+    from_env = (os.environ.get("DUQUANT_URL"), os.environ.get("DUQUANT_API_KEY"))
+    fallback = named or _usual_profile()
+    if named is None:
+        url, key = url or from_env[0], key or from_env[1]
+    address = (url or (fallback or embedded).url).rstrip("/")
+    if key is None:
+        # A stored key goes to the service it is for, never to another address.
+        key = next((each.key for each in (fallback, embedded) if each and each.url.rstrip("/") == address), None)
+    return address, key
+
+
+def _usual_profile() -> Profile | None:
+    profiles = load_profiles()
+    name = os.environ.get("DUQUANT_PROFILE") or profiles.default
+    return None if name is None else profiles.get(name)
 
 
 def _read(path: Path) -> dict[str, str]:

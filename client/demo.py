@@ -24,7 +24,7 @@ from rich.table import Table
 
 from client.errors import ClientError, JobFailedError
 from client.models import Job
-from client.output import JsonFlag, chatter, duration, note, print_json, size
+from client.output import Format, chatter, duration, note, show, size, with_output
 from client.sdk import Client
 
 MODEL = "demo:smollm2-135m"
@@ -53,13 +53,14 @@ class _Made:
     reused: bool
 
 
+@with_output
 def demo(
     home: Annotated[Path, typer.Option(help="Folder for the service's data and the artifacts.")] = Path(".duquant"),
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows of the DuQuant job.")] = 16,
     seq_len: Annotated[int, typer.Option(min=64, help="Tokens in a window.")] = 2048,
     windows: Annotated[int, typer.Option(min=1, help="Windows of held-out text to evaluate on.")] = 2,
     *,
-    as_json: JsonFlag = False,
+    output: Format,
 ) -> None:
     """Quantize a real model through the service, and show what came out."""
     _need_packages()
@@ -68,13 +69,13 @@ def demo(
     home = home.resolve()
     home.mkdir(parents=True, exist_ok=True)
     try:
-        _run(home, samples=samples, seq_len=seq_len, windows=windows, as_json=as_json)
+        _run(home, samples=samples, seq_len=seq_len, windows=windows, output=output)
     except KeyboardInterrupt:
         note("interrupted; nothing is left running, and what was finished is kept for the next run")
         raise
 
 
-def _run(home: Path, *, samples: int, seq_len: int, windows: int, as_json: bool) -> None:
+def _run(home: Path, *, samples: int, seq_len: int, windows: int, output: Format) -> None:
     started = time.monotonic()
     with _service(home) as (url, key), Client(url, key) as client:
         note(f"service    {url}  (dashboard: open it and log in with the key)")
@@ -90,10 +91,8 @@ def _run(home: Path, *, samples: int, seq_len: int, windows: int, as_json: bool)
         rows.append(_evaluate(label, str(folders[name][0]), seq_len, windows, folders[name][1]))
     text = _generate(folders["duquant"][0])
     seconds = time.monotonic() - started
-    if as_json:
-        print_json(_as_json(rows, folders["duquant"][0], text, seconds))
-    else:
-        _show(rows, folders["duquant"][0], text, seconds)
+    data = _as_json(rows, folders["duquant"][0], text, seconds)
+    show(data, output, lambda: _show(rows, folders["duquant"][0], text, seconds))
 
 
 def _need_packages() -> None:

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 
 import httpx
 
-from client.connection import DEFAULT_URL, UrlOption, default_home
-from client.errors import EXIT_FAILED, EXIT_OK
-from client.output import JsonFlag, print_json, print_table, size
+from client.connection import ProfileOption, UrlOption, default_home, locate
+from client.errors import EXIT_FAILED, EXIT_OK, ClientError
+from client.output import Format, print_table, show, size, with_output
+from client.sdk import Client
 
 _PACKAGES = {
     "torch": ("quantize and load models", True),
@@ -37,18 +38,16 @@ class Finding:
     is_required: bool
 
 
-def doctor(url: UrlOption = None, *, as_json: JsonFlag = False) -> int:
+@with_output
+def doctor(url: UrlOption = None, profile: ProfileOption = None, *, output: Format) -> int:
     """Say what works here and what is missing; exit code 1 when something that is needed is."""
-    findings = [*_machine(), *_packages(), *_kernels(), _service(url or DEFAULT_URL)]
+    address, key = locate(url, None, profile)
+    findings = [*_machine(), *_packages(), *_kernels(), *_service(address, key)]
     is_fine = all(finding.ok or not finding.is_required for finding in findings)
-    if as_json:
-        print_json({"ok": is_fine, "checks": [asdict(finding) for finding in findings]})
-    else:
-        words = {(True, True): "ok", (True, False): "ok", (False, True): "MISSING", (False, False): "absent"}
-        print_table(
-            ("check", "result", "detail"),
-            [(each.name, words[each.ok, each.is_required], each.detail) for each in findings],
-        )
+    words = {(True, True): "ok", (True, False): "ok", (False, True): "MISSING", (False, False): "absent"}
+    rows = [(each.name, words[each.ok, each.is_required], each.detail) for each in findings]
+    data = {"ok": is_fine, "checks": [asdict(finding) for finding in findings]}
+    show(data, output, lambda: print_table(("check", "result", "detail"), rows))
     return EXIT_OK if is_fine else EXIT_FAILED
 
 
@@ -84,13 +83,27 @@ def _kernels() -> Iterator[Finding]:
         yield Finding(f"kernel {kernel['backend']}", available, detail, is_required=kernel["backend"] == "reference")
 
 
-def _service(url: str) -> Finding:
+def _service(url: str, key: str | None) -> Iterator[Finding]:
     try:
-        answer = httpx.get(f"{url.rstrip('/')}/readyz", timeout=5.0)
+        answer = httpx.get(f"{url}/readyz", timeout=5.0)
         checks = answer.json()["checks"]
         down = [f"{name}: {check['detail']}" for name, check in checks.items() if not check["ok"]]
     except (httpx.HTTPError, httpx.InvalidURL):
-        return Finding("service", ok=False, detail=f"none at {url}; `duquant up` starts one", is_required=False)
+        yield Finding("service", ok=False, detail=f"none at {url}; `duquant up` starts one", is_required=False)
+        return
     except (ValueError, KeyError, TypeError):
-        return Finding("service", ok=False, detail=f"what answers at {url} is no duquant service", is_required=False)
-    return Finding("service", ok=not down, detail="; ".join(down) or f"ready at {url}", is_required=False)
+        yield Finding("service", ok=False, detail=f"what answers at {url} is no duquant service", is_required=False)
+        return
+    yield Finding("service", ok=not down, detail="; ".join(down) or f"ready at {url}", is_required=False)
+    yield _key(url, key)
+
+
+def _key(url: str, key: str | None) -> Finding:
+    if key is None:
+        return Finding("API key", ok=False, detail=f"none for {url}; see `duquant profile`", is_required=False)
+    try:
+        with Client(url, key) as client:
+            client.recipes()
+    except ClientError as error:
+        return Finding("API key", ok=False, detail=str(error), is_required=False)
+    return Finding("API key", ok=True, detail="is accepted", is_required=False)

@@ -1,23 +1,26 @@
-"""Fetches an artifact's files: in parallel, continued after a break, each verified before it gets its name."""
+"""Fetches an artifact's files: in pieces and in parallel, continued after a break, each verified before it is named."""
 
 import errno
-import hashlib
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 import httpx
 
 from client.errors import BadInputError, ClientError, DownloadError, UnavailableError
 from client.models import Artifact, ArtifactFile
+from client.partial import PIECE_BYTES, PartialFile, Piece, sha256_of
 
 MANIFEST = "manifest.json"
 PARTIAL = ".duquant-partial"
 _CHUNK = 1 << 20
 _TRIES = 4
-_RANGE_NOT_SATISFIABLE = 416
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,7 @@ def pull(
     *,
     parallel: int,
     on_bytes: Callable[[int, int], None] | None = None,
+    piece_bytes: int = PIECE_BYTES,
 ) -> PullSummary:
     """Fetch what `read_artifact` lists; it is called again when the links have expired.
 
@@ -48,14 +52,15 @@ def pull(
         (out / PARTIAL).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInputError(f"cannot write to {out}: {error.strerror}") from error
-    transfer = _Transfer(read_artifact, artifact, on_bytes)
     try:
         with httpx.Client(timeout=httpx.Timeout(60.0, connect=10.0), follow_redirects=False) as http:
-            rest = [file for file in artifact.files if file.name != MANIFEST]
-            _in_parallel(transfer, http, rest, targets, out, parallel)
-            for file in artifact.files:
-                if file.name == MANIFEST:
-                    transfer.fetch(http, file, targets[file.name], out / PARTIAL)
+            transfer = _Transfer(http, read_artifact, artifact, on_bytes)
+            files = [
+                _File(file, targets[file.name], PartialFile(out / PARTIAL, file, piece_bytes), transfer)
+                for file in artifact.files
+            ]
+            _fetch_all([file for file in files if file.facts.name != MANIFEST], transfer, parallel)
+            _fetch_all([file for file in files if file.facts.name == MANIFEST], transfer, 1)
         (out / PARTIAL).rmdir()
     except OSError as error:
         full = " (the disk is full)" if error.errno == errno.ENOSPC else ""
@@ -86,42 +91,38 @@ def safe_target(out: Path, name: str) -> Path:
     return target
 
 
-def part_name(file: ArtifactFile) -> str:
-    """Return what an unfinished file is called.
-
-    By content, so that a part of another version is never continued; and by name, since two files may be equal.
-    """
-    return f"{file.sha256[:32]}-{hashlib.sha256(file.name.encode()).hexdigest()[:16]}.part"
-
-
-def _in_parallel(
-    transfer: "_Transfer",
-    http: httpx.Client,
-    files: Iterable[ArtifactFile],
-    targets: dict[str, Path],
-    out: Path,
-    parallel: int,
-) -> None:
+def _fetch_all(files: Iterable["_File"], transfer: "_Transfer", parallel: int) -> None:
+    """Look which pieces are missing, then fetch them, with `parallel` connections."""
     with ThreadPoolExecutor(max_workers=parallel) as pool:
-        futures = [pool.submit(transfer.fetch, http, file, targets[file.name], out / PARTIAL) for file in files]
-        try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-        finally:
-            # After an error or Ctrl-C: what runs stops at its next chunk, what waits never starts.
-            transfer.is_stopped.set()
-            for future in futures:
-                future.cancel()
-    transfer.is_stopped.clear()
+        found = _all(transfer, [pool.submit(file.look) for file in files])
+        _all(transfer, [pool.submit(work) for missing in found for work in missing])
+
+
+def _all(transfer: "_Transfer", futures: list[Future[_T]]) -> list[_T]:
+    try:
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+    except BaseException:
+        # After an error or Ctrl-C: what runs stops at its next chunk, what waits never starts.
+        transfer.is_stopped.set()
+        for future in futures:
+            future.cancel()
+        raise
+    return [future.result() for future in futures]
 
 
 class _Transfer:
-    """The state that parallel downloads share."""
+    """What all downloads share: the connections, the links and the count of bytes."""
 
     def __init__(
-        self, read_artifact: Callable[[], Artifact], artifact: Artifact, on_bytes: Callable[[int, int], None] | None
+        self,
+        http: httpx.Client,
+        read_artifact: Callable[[], Artifact],
+        artifact: Artifact,
+        on_bytes: Callable[[int, int], None] | None,
     ) -> None:
+        self.http = http
         self._read_artifact = read_artifact
         self._urls = {file.name: file.url for file in artifact.files}
         self._total = artifact.size_bytes
@@ -131,75 +132,19 @@ class _Transfer:
         self.fetched_bytes = 0
         self.is_stopped = threading.Event()
 
-    def fetch(self, http: httpx.Client, file: ArtifactFile, target: Path, folder: Path) -> None:
-        """Bring one file into place, unless it is there."""
-        if target.is_file() and target.stat().st_size == file.size_bytes and _sha256(target) == file.sha256:
-            self._count(file.size_bytes, is_fetched=False)
-            return
-        part = folder / part_name(file)
-        for attempt in range(1, _TRIES + 1):
-            if self.is_stopped.is_set():
-                return
-            try:
-                self._continue(http, file, part)
-            except httpx.HTTPError as error:
-                if attempt == _TRIES:
-                    reason = str(error) or type(error).__name__
-                    raise UnavailableError(f"the object store does not answer for {file.name}: {reason}") from error
-                self.is_stopped.wait(0.5 * attempt)
-            else:
-                if self.is_stopped.is_set():
-                    return
-                if part.stat().st_size == file.size_bytes and _sha256(part) == file.sha256:
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    part.replace(target)
-                    return
-                self._count(-part.stat().st_size, is_fetched=False)
-                part.unlink()
-        raise DownloadError(f"{file.name} does not match its sha256 after {_TRIES} downloads; nothing was kept of it")
-
-    def _continue(self, http: httpx.Client, file: ArtifactFile, part: Path) -> None:
-        """Append what is missing to the part, once."""
-        start = part.stat().st_size if part.exists() else 0
-        if start >= file.size_bytes:
-            start = _restart(part) if start > file.size_bytes else start
-            if start == file.size_bytes:
-                part.touch()
-                return
-        headers = {"Range": f"bytes={start}-"} if start else {}
-        with http.stream("GET", self._urls[file.name], headers=headers) as answer:
-            if answer.status_code == httpx.codes.FORBIDDEN:
-                self._renew_links()
-                raise httpx.HTTPStatusError("the link has expired", request=answer.request, response=answer)
-            if answer.status_code == _RANGE_NOT_SATISFIABLE:
-                _restart(part)
-            answer.raise_for_status()
-            if start and answer.status_code != httpx.codes.PARTIAL_CONTENT:
-                start = _restart(part)
-            self._append(answer, file, part, start)
-
-    def _append(self, answer: httpx.Response, file: ArtifactFile, part: Path, start: int) -> None:
-        self._count(start, is_fetched=False)
-        size = start
-        try:
-            with part.open("ab") as stream:
-                for chunk in answer.iter_bytes(_CHUNK):
-                    size += len(chunk)
-                    if size > file.size_bytes:
-                        raise DownloadError(f"the server sends more of {file.name} than its {file.size_bytes} bytes")
-                    stream.write(chunk)
-                    self._count(len(chunk), is_fetched=True)
-                    if self.is_stopped.is_set():
-                        return
-        except httpx.HTTPError:
-            self._count(-size, is_fetched=False)
-            raise
-
-    def _renew_links(self) -> None:
+    def url(self, name: str) -> str:
+        """Return the link to a file."""
         with self._lock:
-            self._urls = {file.name: file.url for file in self._read_artifact().files}
+            return self._urls[name]
 
-    def _count(self, size: int, *, is_fetched: bool) -> None:
+    def renew_links(self, stale: str, name: str) -> None:
+        """Ask for new links, unless another thread has done so since `stale` was read."""
+        with self._lock:
+            if self._urls[name] == stale:
+                self._urls = {file.name: file.url for file in self._read_artifact().files}
+
+    def count(self, size: int, *, is_fetched: bool) -> None:
+        """Add to the bytes that are here."""
         with self._lock:
             self._present += size
             self.fetched_bytes += size if is_fetched else 0
@@ -207,11 +152,99 @@ class _Transfer:
                 self._on_bytes(self._present, self._total)
 
 
-def _restart(part: Path) -> int:
-    part.unlink(missing_ok=True)
-    return 0
+class _File:
+    """One file of the artifact."""
 
+    def __init__(self, facts: ArtifactFile, target: Path, part: PartialFile, transfer: _Transfer) -> None:
+        self.facts = facts
+        self._target = target
+        self._part = part
+        self._transfer = transfer
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    def look(self) -> list[Callable[[], None]]:
+        """Return the work that is left: nothing when the file is there and right."""
+        target, facts = self._target, self.facts
+        if target.is_file() and target.stat().st_size == facts.size_bytes and sha256_of(target) == facts.sha256:
+            self._transfer.count(facts.size_bytes, is_fetched=False)
+            return []
+        missing = self._part.missing()
+        for piece in self._part.pieces:
+            if piece not in missing:
+                self._transfer.count(piece.end - piece.start, is_fetched=False)
+        if not missing:
+            return [self._conclude]
+        return [partial(self._bring, piece) for piece in missing]
+
+    def _bring(self, piece: Piece) -> None:
+        if self._fetch(piece) and self._part.finish(piece):
+            self._conclude()
+
+    def _conclude(self) -> None:
+        """Name the file if its bytes are right, else fetch it anew."""
+        for _ in range(_TRIES - 1):
+            if self._part.is_intact():
+                self._part.move_to(self._target)
+                return
+            self._transfer.count(-self.facts.size_bytes, is_fetched=False)
+            self._part.start_again()
+            for piece in self._part.missing():
+                if not self._fetch(piece):
+                    return
+                self._part.finish(piece)
+        if self._part.is_intact():
+            self._part.move_to(self._target)
+            return
+        self._part.start_again()
+        name = self.facts.name
+        raise DownloadError(f"{name} does not match its sha256 after {_TRIES} downloads; nothing was kept of it")
+
+    def _fetch(self, piece: Piece) -> bool:
+        """Bring one piece, however often the connection breaks; return False when told to stop."""
+        have = self._part.present(piece)
+        self._transfer.count(have, is_fetched=False)
+        position = piece.start + have
+        for attempt in range(1, _TRIES + 1):
+            try:
+                for data in self._stream(position, piece.end):
+                    self._part.write(position, data)
+                    position += len(data)
+                    self._transfer.count(len(data), is_fetched=True)
+                    if self._transfer.is_stopped.is_set():
+                        return False
+            except httpx.HTTPError as error:
+                if attempt == _TRIES:
+                    reason = str(error) or type(error).__name__
+                    raise UnavailableError(
+                        f"the object store does not answer for {self.facts.name}: {reason}"
+                    ) from error
+            else:
+                if position == piece.end:
+                    return True
+            if self._transfer.is_stopped.wait(0.5 * attempt):
+                return False
+        raise DownloadError(f"{self.facts.name} ends before its {self.facts.size_bytes} bytes; pull again to go on")
+
+    def _stream(self, start: int, end: int) -> Iterable[bytes]:
+        """Yield the bytes from `start` to `end`."""
+        if start == end:
+            return
+        url = self._transfer.url(self.facts.name)
+        headers = {} if (start, end) == (0, self.facts.size_bytes) else {"Range": f"bytes={start}-{end - 1}"}
+        with self._transfer.http.stream("GET", url, headers=headers) as answer:
+            if answer.status_code == httpx.codes.FORBIDDEN:
+                self._transfer.renew_links(url, self.facts.name)
+                raise httpx.HTTPStatusError("the link has expired", request=answer.request, response=answer)
+            answer.raise_for_status()
+            # A server, or a proxy before it, that knows no ranges sends the whole file.
+            skip = start if headers and answer.status_code != httpx.codes.PARTIAL_CONTENT else 0
+            left = end - start
+            for chunk in answer.iter_bytes(_CHUNK):
+                data = chunk[skip:]
+                skip = max(0, skip - len(chunk))
+                if len(data) > left and not (headers and answer.status_code == httpx.codes.OK):
+                    name, size = self.facts.name, self.facts.size_bytes
+                    raise DownloadError(f"the server sends more of {name} than its {size} bytes")
+                yield data[:left]
+                left -= len(data[:left])
+                if left == 0 and headers:
+                    return

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from client.connection import ADDRESS_FILE, SECRETS_FILE
 from client.errors import BadInputError
 
+SECRETS_FILE = "secrets.json"
+ADDRESS_FILE = "address.json"
 _ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
 
 
@@ -37,7 +38,7 @@ def load_secrets(home: Path) -> Secrets:
     try:
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not path.exists():
-            _write_private(path, json.dumps(asdict(_new_secrets())))
+            write_private(path, json.dumps(asdict(_new_secrets())))
         path.chmod(0o600)
         return Secrets(**json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
@@ -69,7 +70,7 @@ def _base62(value: int, width: int) -> str:
     return digits
 
 
-def _write_private(path: Path, text: str) -> None:
+def write_private(path: Path, text: str) -> None:
     """Write a file that nobody else can read at any moment, whole or not at all."""
     part = path.with_suffix(".part")
     part.unlink(missing_ok=True)
@@ -80,7 +81,7 @@ def _write_private(path: Path, text: str) -> None:
 
 def write_address(home: Path, url: str) -> None:
     """Let other commands on this machine find the service."""
-    _write_private(home / ADDRESS_FILE, json.dumps({"url": url, "pid": os.getpid()}))
+    write_private(home / ADDRESS_FILE, json.dumps({"url": url, "pid": os.getpid()}))
 
 
 def remove_address(home: Path) -> None:

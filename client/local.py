@@ -16,7 +16,7 @@ import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from client.errors import EXIT_FAILED, EXIT_OK, BadInputError
-from client.output import JsonFlag, chatter, duration, note, print_json, print_pairs, print_text, size
+from client.output import Format, chatter, duration, note, print_pairs, print_text, show, size, with_output
 from client.recipes import load_recipe
 from duquant.config import DEFAULT_PRESET, TextSource, with_calibration
 
@@ -49,6 +49,7 @@ def _silence_transformers() -> None:
     logging.disable_progress_bar()
 
 
+@with_output
 def quantize(
     model: Annotated[str, typer.Argument(help="demo:smollm2-135m, a folder, or hub:OWNER/NAME@COMMIT.")],
     out: Annotated[Path, typer.Option(help="The folder to make.")],
@@ -63,7 +64,7 @@ def quantize(
     force: Annotated[bool, typer.Option("--force", help="Replace the artifact that is in the folder.")] = False,
     allow_hub: HubOption = False,
     *,
-    as_json: JsonFlag = False,
+    output: Format,
 ) -> None:
     """Quantize a model into a packed checkpoint."""
     source = None if calibration is None else parse_text(calibration, default_part="calibration")
@@ -85,18 +86,15 @@ def quantize(
     if target is not out:
         shutil.rmtree(out)
         target.rename(out)
-    if as_json:
-        print_json({**asdict(summary), "artifact": str(out), "model": model, "recipe": chosen.name})
-        return
-    print_pairs(
-        {
-            "artifact": out,
-            "layers": summary.layers,
-            "size": size(summary.size_bytes),
-            "time": duration(summary.seconds),
-            "peak memory": size(summary.peak_rss_bytes),
-        }
-    )
+    pairs = {
+        "artifact": out,
+        "layers": summary.layers,
+        "size": size(summary.size_bytes),
+        "time": duration(summary.seconds),
+        "peak memory": size(summary.peak_rss_bytes),
+    }
+    data = {**asdict(summary), "artifact": str(out), "model": model, "recipe": chosen.name}
+    show(data, output, lambda: print_pairs(pairs))
 
 
 def _check_out(out: Path, *, force: bool) -> None:
@@ -142,24 +140,23 @@ def _layer_bar() -> Iterator[Callable[[Any], None]]:
         yield report
 
 
-def verify(
-    artifact: Annotated[Path, typer.Argument(help="The artifact's folder.")], *, as_json: JsonFlag = False
-) -> int:
+@with_output
+def verify(artifact: Annotated[Path, typer.Argument(help="The artifact's folder.")], *, output: Format) -> int:
     """Check an artifact against its manifest; exit code 1 when anything differs."""
     if not artifact.is_dir():
         raise BadInputError(f"there is no folder {artifact}")
     from duquant.artifact import verify as check
 
     report = check(artifact)
-    if as_json:
-        print_json({"artifact": str(artifact), "ok": report.ok, "files": report.files, "problems": report.problems})
-    elif report.ok:
-        print_text(f"{artifact} is whole: {report.files} files match the manifest")
-    else:
-        print_text("\n".join([f"{artifact} is damaged:", *(f"  {problem}" for problem in report.problems)]))
+    words = f"{artifact} is whole: {report.files} files match the manifest"
+    if not report.ok:
+        words = "\n".join([f"{artifact} is damaged:", *(f"  {problem}" for problem in report.problems)])
+    data = {"artifact": str(artifact), "ok": report.ok, "files": report.files, "problems": report.problems}
+    show(data, output, lambda: print_text(words))
     return EXIT_OK if report.ok else EXIT_FAILED
 
 
+@with_output
 def evaluate(
     model: Annotated[str, typer.Argument(help="An artifact, a model folder, or demo:smollm2-135m.")],
     text: Annotated[str, typer.Option(help="A text or JSONL file, or builtin:pydoc-topics[:PART].")] = (
@@ -173,7 +170,7 @@ def evaluate(
     threads: ThreadsOption = None,
     allow_hub: HubOption = False,
     *,
-    as_json: JsonFlag = False,
+    output: Format,
 ) -> None:
     """Measure perplexity on a text."""
     source = parse_text(text, default_part="evaluation")
@@ -196,20 +193,17 @@ def evaluate(
             allow_hub=allow_hub,
             on_progress=report,
         )
-    if as_json:
-        print_json({**asdict(result), "model": model, "text": text})
-        return
-    print_pairs(
-        {
-            "perplexity": f"{result.perplexity:.4f}",
-            "tokens": result.tokens,
-            "windows": result.windows,
-            "model size": size(result.model_bytes),
-            "time": duration(result.seconds),
-        }
-    )
+    pairs = {
+        "perplexity": f"{result.perplexity:.4f}",
+        "tokens": result.tokens,
+        "windows": result.windows,
+        "model size": size(result.model_bytes),
+        "time": duration(result.seconds),
+    }
+    show({**asdict(result), "model": model, "text": text}, output, lambda: print_pairs(pairs))
 
 
+@with_output
 def generate(
     artifact: Annotated[Path, typer.Argument(help="The artifact's folder.")],
     prompt: Annotated[str, typer.Option(help="How the text begins.")] = "The capital of France is",
@@ -217,7 +211,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Sample with this seed. [default: the likeliest words]")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto to spread it over the devices.")] = "cpu",
     *,
-    as_json: JsonFlag = False,
+    output: Format,
 ) -> None:
     """Generate text with a quantized model."""
     if not artifact.is_dir():
@@ -230,7 +224,4 @@ def generate(
 
     with chatter.status("generating"):
         text = generate_text(artifact, prompt, max_new_tokens=max_new_tokens, seed=seed, device=device)
-    if as_json:
-        print_json({"artifact": str(artifact), "prompt": prompt, "text": text})
-    else:
-        print_text(text)
+    show({"artifact": str(artifact), "prompt": prompt, "text": text}, output, lambda: print_text(text))

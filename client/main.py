@@ -7,7 +7,7 @@ from typing import cast
 
 import typer
 
-from client import demo, doctor, jobs, local, recipes, up
+from client import artifacts, demo, doctor, jobs, local, profiles, recipes, up
 from client.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILED,
@@ -33,11 +33,11 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    add_completion=False,
 )
 app.add_typer(jobs.app, name="job")
-app.add_typer(jobs.artifacts, name="artifact")
+app.add_typer(artifacts.app, name="artifact")
 app.add_typer(recipes.app, name="recipe")
+app.add_typer(profiles.app, name="profile")
 app.command()(up.up)
 app.command()(local.quantize)
 app.command()(local.verify)

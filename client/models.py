@@ -14,6 +14,7 @@ class Job:
     """A job as it stood when it was read."""
 
     id: str
+    kind: str
     state: str
     reason: str | None
     detail: str | None
@@ -36,6 +37,7 @@ class Job:
         progress, layers, model = raw["progress"], raw.get("layers") or {}, raw["model"]
         return cls(
             id=raw["id"],
+            kind=raw.get("kind", "quantize"),
             state=raw["state"],
             reason=raw.get("reason"),
             detail=raw.get("detail"),

@@ -1,17 +1,79 @@
-"""How commands speak: data on stdout (with --json exactly one line of JSON), everything else on stderr."""
+"""How commands speak: data on stdout (a table, one line of JSON, or YAML), everything else on stderr."""
 
+import functools
+import inspect
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
+import yaml
 from rich.console import Console
 
 chatter = Console(stderr=True, highlight=False)
 """For people: progress, notes, errors."""
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one line of JSON on stdout.")]
+
+class Format(StrEnum):
+    """How data is written on stdout."""
+
+    TABLE = "table"
+    JSON = "json"
+    YAML = "yaml"
+
+
+OutputOption = Annotated[
+    Format | None,
+    typer.Option("--output", "-o", help="How to print the data. [default: table]", show_default=False),
+]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Short for -o json: one line of JSON on stdout.")]
+
+
+def add_options(function: Callable[..., Any], replaced: str, options: Mapping[str, Any]) -> inspect.Signature:
+    """Return the signature of a command whose parameter `replaced` is made from `options` instead of being one."""
+    signature = inspect.signature(function, eval_str=True)
+    kept = [each for name, each in signature.parameters.items() if name != replaced]
+    extra = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=False if name == "as_json" else None, annotation=kind
+        )
+        for name, kind in options.items()
+    ]
+    return signature.replace(parameters=[*kept, *extra])
+
+
+def with_output(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options -o and --json; it gets the chosen format as `output`."""
+
+    @functools.wraps(function)
+    def command(*arguments: Any, **options: Any) -> Any:
+        output = chosen(options.pop("output"), as_json=options.pop("as_json"))
+        return function(*arguments, **options, output=output)
+
+    signature = add_options(function, "output", {"output": OutputOption, "as_json": JsonFlag})
+    command.__signature__ = signature  # type: ignore[attr-defined]  # what inspect, and so typer, looks at
+    command.__annotations__ = {name: each.annotation for name, each in signature.parameters.items()}
+    return command
+
+
+def chosen(output: Format | None, *, as_json: bool) -> Format:
+    """Return the format that the two options ask for."""
+    return output or (Format.JSON if as_json else Format.TABLE)
+
+
+def show(value: object, output: Format, people: Callable[[], None]) -> None:
+    """Print data in the chosen format; `people` prints the table."""
+    match output:
+        case Format.JSON:
+            print_json(value)
+        case Format.YAML:
+            # Through JSON, so that both have the same types.
+            plain = json.loads(json.dumps(value, default=str))
+            print_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120).rstrip("\n"))
+        case Format.TABLE:
+            people()
 
 
 def print_json(value: object) -> None:

@@ -5,35 +5,45 @@ from pathlib import Path
 from typing import Any
 
 import typer
+import yaml
 
 from client.errors import BadInputError
-from client.output import JsonFlag, print_json, print_table
+from client.output import Format, print_table, print_text, show, with_output
 from duquant.config import DEFAULT_PRESET, PRESETS, Recipe, preset
 
 app = typer.Typer(help="Recipes: how to quantize.", no_args_is_help=True)
 
 _LARGEST_FILE = 1_000_000
+_YAML = (".yaml", ".yml")
 
 
-def read_json_file(path: Path, what: str) -> Any:
-    """Read a JSON file.
+def preset_names() -> list[str]:
+    """Return the presets, for a shell that completes their names."""
+    return list(PRESETS)
+
+
+def read_data_file(path: Path, what: str) -> Any:
+    """Read a JSON file, or a YAML file by its name's end.
 
     Raises:
-        BadInputError: it cannot be read, or is no JSON.
+        BadInputError: it cannot be read, or is neither.
     """
     try:
         if path.stat().st_size > _LARGEST_FILE:
             raise BadInputError(f"{path} is too large for {what}")
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return yaml.safe_load(text) if path.suffix in _YAML else json.loads(text)
     except OSError as error:
         raise BadInputError(f"cannot read {what} {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise BadInputError(f"{path} is no JSON: {error}") from error
+    except yaml.YAMLError as error:
+        raise BadInputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
 
 
 def is_file_name(text: str) -> bool:
-    """Return whether a --recipe value means a file: it ends in .json or has a folder in it."""
-    return text.endswith(".json") or "/" in text
+    """Return whether a --recipe value means a file: it ends in .json or .yaml, or has a folder in it."""
+    return text.endswith((".json", *_YAML)) or "/" in text
 
 
 def load_recipe(text: str) -> Recipe:
@@ -45,33 +55,31 @@ def load_recipe(text: str) -> Recipe:
     """
     if not is_file_name(text):
         return preset(text)
-    values = read_json_file(Path(text), "the recipe")
+    values = read_data_file(Path(text), "the recipe")
     if not isinstance(values, dict):
         raise BadInputError(f"{text} must hold a JSON object")
     return Recipe.from_dict(values)
 
 
 @app.command("list")
-def list_recipes(*, as_json: JsonFlag = False) -> None:
+@with_output
+def list_recipes(*, output: Format) -> None:
     """List the presets."""
     items = [
         {"name": name, "summary": summary, "is_default": name == DEFAULT_PRESET, "digest": recipe.digest()}
         for name, (summary, recipe) in PRESETS.items()
     ]
-    if as_json:
-        print_json({"items": items})
-        return
     rows = [(f"{item['name']}{' (default)' if item['is_default'] else ''}", item["summary"]) for item in items]
-    print_table(("recipe", "what it is"), rows)
+    show({"items": items}, output, lambda: print_table(("recipe", "what it is"), rows))
 
 
 @app.command("show")
+@with_output
 def show_recipe(
-    name: str = typer.Argument(help="A preset, or a recipe file (.json)."), *, as_json: JsonFlag = False
+    name: str = typer.Argument(help="A preset, or a recipe file (.json or .yaml).", autocompletion=preset_names),
+    *,
+    output: Format,
 ) -> None:
     """Show every field of a recipe; the output is a recipe file."""
-    recipe = load_recipe(name)
-    if as_json:
-        print_json(recipe.to_dict())
-    else:
-        typer.echo(json.dumps(recipe.to_dict(), indent=2))
+    recipe = load_recipe(name).to_dict()
+    show(recipe, output, lambda: print_text(json.dumps(recipe, indent=2)))

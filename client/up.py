@@ -26,7 +26,7 @@ import typer
 from client.connection import default_home
 from client.errors import EXIT_OK, BadInputError, UnavailableError
 from client.home import Secrets, load_secrets, locked, remove_address, write_address
-from client.output import JsonFlag, note, print_json, print_text
+from client.output import Format, note, print_text, show, with_output
 from client.supervisor import Child, Supervisor, run_once
 
 HOST = "127.0.0.1"
@@ -59,6 +59,7 @@ class Setup:
         return f"http://{HOST}:{self.port}"
 
 
+@with_output
 def up(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the API and the dashboard.")] = 8000,
     home: Annotated[Path | None, typer.Option(help="Folder for data. [default: ~/.local/share/duquant]")] = None,
@@ -72,7 +73,7 @@ def up(
         list[Path] | None, typer.Option(help="Folder that calibration texts may come from; repeat for more.")
     ] = None,
     *,
-    as_json: JsonFlag = False,
+    output: Format,
 ) -> int:
     """Start everything on this machine; stop it with Ctrl-C."""
     setup = Setup(
@@ -88,7 +89,7 @@ def up(
     with locked(setup.home):
         _check_port(setup.port)
         with _stop_on_signals() as stop:
-            _run(setup, secrets, stop, as_json=as_json)
+            _run(setup, secrets, stop, output)
     return EXIT_OK
 
 
@@ -156,7 +157,7 @@ def environment(setup: Setup, secrets: Secrets, s3_port: int) -> dict[str, str]:
     }
 
 
-def _run(setup: Setup, secrets: Secrets, stop: threading.Event, *, as_json: bool) -> None:
+def _run(setup: Setup, secrets: Secrets, stop: threading.Event, output: Format) -> None:
     s3_port = _free_port()
     env = environment(setup, secrets, s3_port)
     logs = setup.home / "logs"
@@ -177,7 +178,7 @@ def _run(setup: Setup, secrets: Secrets, stop: threading.Event, *, as_json: bool
         if stop.is_set():
             return
         write_address(setup.home, setup.url)
-        _announce(setup, secrets, supervisor.pids, as_json=as_json)
+        _announce(setup, secrets, supervisor.pids, output)
         while not stop.wait(_POLL_SECONDS):
             supervisor.tend()
     finally:
@@ -219,12 +220,12 @@ def _wait(problem_of: Callable[[], str | None], supervisor: Supervisor, stop: th
         stop.wait(_POLL_SECONDS)
 
 
-def _announce(setup: Setup, secrets: Secrets, pids: Mapping[str, int], *, as_json: bool) -> None:
-    if as_json:
-        facts = {"url": setup.url, "dashboard": f"{setup.url}/", "api_key": secrets.api_key, "home": str(setup.home)}
-        print_json({**facts, "pid": os.getpid(), "pids": dict(pids)})
-        return
-    print_text(f"service    {setup.url}")
-    print_text(f"dashboard  {setup.url}/ (log in with the API key)")
-    print_text(f"API key    {secrets.api_key}")
-    note("Ctrl-C stops everything.")
+def _announce(setup: Setup, secrets: Secrets, pids: Mapping[str, int], output: Format) -> None:
+    def people() -> None:
+        print_text(f"service    {setup.url}")
+        print_text(f"dashboard  {setup.url}/ (log in with the API key)")
+        print_text(f"API key    {secrets.api_key}")
+        note("Ctrl-C stops everything.")
+
+    facts = {"url": setup.url, "dashboard": f"{setup.url}/", "api_key": secrets.api_key, "home": str(setup.home)}
+    show({**facts, "pid": os.getpid(), "pids": dict(pids)}, output, people)

@@ -13,10 +13,11 @@ from typing import Any
 import httpx
 import pytest
 
-from client.download import part_name
+from client import download
 from client.errors import ApiError, BadInputError, DownloadError, UnavailableError, WaitTimeoutError
 from client.main import run
 from client.models import Job
+from client.partial import part_name
 from client.sdk import Client
 
 pytestmark = pytest.mark.integration
@@ -104,6 +105,44 @@ def test_a_pull_that_was_cut_off_goes_on_where_it_was(service: Any, tmp_path: Pa
         assert client.pull(job.id, out).fetched_bytes == len(whole) - 1_000_000
     assert shard.read_bytes() == whole
     assert not (out / ".duquant-partial").exists()
+
+
+def test_a_large_file_comes_in_pieces_and_what_has_arrived_is_kept(service: Any, tmp_path: Path) -> None:
+    job = service.finished_job(layers=1)
+    out = tmp_path / "out"
+    with service.client() as client:
+
+        def read() -> Any:
+            return client.artifact(job.id)
+
+        def break_off(present: int, total: int) -> None:
+            if present > total // 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            download.pull(read, out, parallel=3, on_bytes=break_off, piece_bytes=200_000)
+        left = {path.suffix for path in (out / ".duquant-partial").iterdir()}
+        assert left >= {".part", ".pieces"}
+        assert not (out / "manifest.json").exists()
+        summary = download.pull(read, out, parallel=3, piece_bytes=200_000)
+        assert 0 < summary.fetched_bytes < summary.size_bytes * 3 // 4
+        assert not (out / ".duquant-partial").exists()
+        assert client.pull(job.id, out).fetched_bytes == 0, "a file differs"
+
+
+def test_a_damaged_piece_costs_its_file_only(service: Any, tmp_path: Path) -> None:
+    job = service.finished_job(layers=1)
+    out = tmp_path / "out"
+    with service.client() as client:
+        files = {file.name: file for file in client.artifact(job.id).files}
+        file = files["model-layer-0000.safetensors"]
+        (out / ".duquant-partial").mkdir(parents=True)
+        part = out / ".duquant-partial" / part_name(file)
+        part.write_bytes(b"x" * file.size_bytes)
+        part.with_suffix(".pieces").write_text(json.dumps({"piece_bytes": 400_000, "done": [0, 1]}))
+        summary = download.pull(lambda: client.artifact(job.id), out, parallel=2, piece_bytes=400_000)
+        assert summary.fetched_bytes == summary.size_bytes + file.size_bytes - 2 * 400_000
+        assert client.pull(job.id, out).fetched_bytes == 0
 
 
 def test_a_damaged_part_is_fetched_anew(service: Any, tmp_path: Path) -> None:

@@ -1,0 +1,76 @@
+"""Bars on stderr for what takes time; where nobody looks, a line for each change."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+from client.models import Job
+from client.output import chatter, duration, note
+from client.sdk import Client
+
+
+@contextmanager
+def bar_of(*columns: Any) -> Iterator[Progress]:
+    """A progress bar on stderr, gone when it is over; silent when nobody looks."""
+    progress = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        *columns,
+        console=chatter,
+        transient=True,
+        disable=not chatter.is_terminal,
+    )
+    with progress:
+        yield progress
+
+
+class Teller:
+    """Shows how far something is: in a bar for a person, else a line whenever the words change."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._task = bar.add_task("waiting", total=None, done="", left="")
+        self._said = ""
+
+    def tell(self, title: str, done: int, total: int, unit: str = "", left: str = "") -> None:
+        """Show it."""
+        counted = f"{done}/{total} {unit}".strip() if total else ""
+        self._bar.update(self._task, description=title, completed=done, total=total or None, done=counted, left=left)
+        line = " ".join(part for part in (title, counted) if part)
+        if not chatter.is_terminal and line != self._said:
+            self._said = line
+            note(" ".join(part for part in (line, left) if part))
+
+
+@contextmanager
+def teller(detached: str) -> Iterator[Teller]:
+    """A Teller; Ctrl-C says `detached`, since what was followed goes on."""
+    try:
+        with bar_of(TextColumn("{task.fields[done]}"), TextColumn("{task.fields[left]}")) as bar:
+            yield Teller(bar)
+    except KeyboardInterrupt:
+        note(f"\n{detached}")
+        raise
+
+
+def follow_job(client: Client, job_id: str, timeout: float | None) -> Job:
+    """Wait until a job has ended."""
+    with teller(f"No longer following; the job goes on: duquant job wait {job_id}") as shown:
+
+        def on_update(job: Job) -> None:
+            left = "" if job.eta_seconds is None else f"{duration(job.eta_seconds)} left"
+            if job.layers_total:
+                shown.tell(_title(job), job.layers_done, job.layers_total, "layers", left)
+            else:
+                shown.tell(_title(job), job.done, job.total, "", left)
+
+        return client.wait(job_id, timeout_s=timeout, on_update=on_update)
+
+
+def _title(job: Job) -> str:
+    if job.state == "queued" and job.queue_position is not None:
+        return f"queued, place {job.queue_position}"
+    return f"{job.state}: {job.phase}" if job.state == "running" and job.phase else job.state

@@ -1,0 +1,48 @@
+"""What commands print, and the completion of shells."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from client.main import run
+
+
+def test_json_yaml_and_the_table_hold_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    said = {}
+    for name, options in {"json": ["-o", "json"], "flag": ["--json"], "yaml": ["-o", "yaml"], "table": []}.items():
+        assert run(["recipe", "list", *options]) == 0
+        said[name] = capsys.readouterr().out
+    items = json.loads(said["json"])
+    assert json.loads(said["flag"]) == items
+    assert yaml.safe_load(said["yaml"]) == items
+    assert said["json"].count("\n") == 1
+    assert all(item["name"] in said["table"] for item in items["items"])
+
+
+def test_a_recipe_shown_as_yaml_is_a_recipe_file(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["recipe", "show", "duquant", "-o", "yaml"]) == 0
+    path = tmp_path / "mine.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert run(["recipe", "show", str(path), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert run(["recipe", "show", "duquant", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == shown
+
+
+def test_an_unknown_format_is_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["recipe", "list", "-o", "xml"]) == 2
+    assert "xml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "expected"), [("duquant jo", "job"), ("duquant recipe show duq", "duquant-fast")])
+def test_shells_complete_nouns_and_presets(words: str, expected: str) -> None:
+    program = "import sys; sys.argv[0] = 'duquant'; from client.main import main; main()"
+    request = {"_DUQUANT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **request}, capture_output=True, text=True, timeout=60
+    )
+    assert expected in done.stdout.split(), done

@@ -14,12 +14,14 @@ from sqlalchemy import (
     Connection,
     Dialect,
     Engine,
+    Table,
     create_engine,
     event,
     literal_column,
     make_url,
     text,
 )
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import (
     ArgumentError,
     DBAPIError,
@@ -162,6 +164,12 @@ def migration_lock(engine: Engine) -> Iterator[Connection]:
             # SQLite's BEGIN IMMEDIATE is such a lock already.
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _MIGRATION_LOCK})
         yield connection
+
+
+def insert_if_new(connection: Connection, table: Table, **values: Any) -> bool:
+    """Insert a row unless one with the same unique columns is there; return whether it was inserted."""
+    make = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    return connection.execute(make(table).values(**values).on_conflict_do_nothing()).rowcount > 0
 
 
 def now_ms(dialect: Dialect) -> ColumnElement[int]:

@@ -8,6 +8,7 @@ from sqlalchemy import Connection, insert, select, update
 from infra.database import read, write
 from infra.errors import JobConflict
 from infra.job_model import Claim, EventType, LayerRow
+from infra.job_results import UNKNOWN_DEVICE, charge_usage
 from infra.job_rows import JobRows, clean
 from infra.schema import job_layers
 
@@ -68,19 +69,20 @@ class JobLayers(JobRows):
             self._event(connection, claim.job.id, EventType.LAYER_STARTED, claim.owner, data)
             return started
 
-    def commit_layer(self, claim: Claim, row: LayerRow) -> LayerRow:
-        """Record a finished layer whose object is stored. Committing the same bytes again changes nothing.
+    def commit_layer(self, claim: Claim, row: LayerRow, *, device: str = UNKNOWN_DEVICE) -> LayerRow:
+        """Record a finished layer whose object is stored, and bill its time. Committing the same again changes nothing.
 
         Args:
             claim: The claim that the layer was started under.
             row: What `start_layer` returned, with key, sha256, size_bytes, metrics and seconds filled in.
+            device: What it ran on, for the bill.
 
         Raises:
             LeaseLost: the claim is stale.
             JobConflict: this attempt is not the layer's latest, or the layer is done with other bytes.
         """
         with write(self._engine) as connection:
-            self._held(connection, claim)
+            job = self._held(connection, claim)
             current = self._layer_row(connection, claim, row.layer)
             if current.state == "done" and current.sha256 == row.sha256:
                 return current
@@ -96,6 +98,8 @@ class JobLayers(JobRows):
                 seconds=row.seconds,
                 node=row.node,
             )
+            fence, seconds, now = claim.fence, row.seconds or 0.0, self._now()
+            charge_usage(connection, job, layer=row.layer, fence=fence, seconds=seconds, device=device, now=now)
             data = {"layer": row.layer, "attempt": row.attempt, "seconds": row.seconds, "metrics": row.metrics}
             self._event(connection, claim.job.id, EventType.LAYER_DONE, claim.owner, data)
             return done

@@ -1,11 +1,13 @@
 """What a job is: its states and the one table of allowed transitions, and the records that the job store hands out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
-from sqlalchemy import RowMapping
+from sqlalchemy import ColumnElement, RowMapping
+
+from infra.schema import DEFAULT_QUEUE
 
 
 class JobState(StrEnum):
@@ -22,31 +24,55 @@ class JobState(StrEnum):
 
     @property
     def is_terminal(self) -> bool:
-        """Whether a job in this state never changes again."""
-        return not TRANSITIONS[self]
+        """Whether a job in this state has ended. Only a `retry` that somebody asks for can start it again."""
+        return self in TERMINAL
 
+
+_WAITING = frozenset({JobState.BLOCKED, JobState.SCHEDULED, JobState.QUEUED})
 
 TRANSITIONS: dict[JobState, frozenset[JobState]] = {
     JobState.BLOCKED: frozenset({JobState.SCHEDULED, JobState.QUEUED, JobState.FAILED, JobState.CANCELLED}),
     JobState.SCHEDULED: frozenset({JobState.QUEUED, JobState.FAILED, JobState.CANCELLED}),
-    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.FAILED, JobState.CANCELLED}),
+    JobState.QUEUED: frozenset({JobState.SCHEDULED, JobState.RUNNING, JobState.FAILED, JobState.CANCELLED}),
     JobState.RUNNING: frozenset(
         {JobState.SUCCEEDED, JobState.FAILED, JobState.SCHEDULED, JobState.QUEUED, JobState.CANCELLING}
     ),
     JobState.CANCELLING: frozenset({JobState.CANCELLED}),
     JobState.SUCCEEDED: frozenset(),
-    JobState.FAILED: frozenset(),
-    JobState.CANCELLED: frozenset(),
+    # A retry: the same job goes on from its finished layers.
+    JobState.FAILED: _WAITING,
+    JobState.CANCELLED: _WAITING,
 }
-"""Every edge that exists. A state without successors is terminal."""
+"""Every edge that exists."""
 
-ACTIVE = tuple(state for state in JobState if TRANSITIONS[state])
+TERMINAL = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
+ACTIVE = tuple(state for state in JobState if state not in TERMINAL)
+WAITING = tuple(state for state in JobState if state in _WAITING)
+"""States in which a job counts against its tenant's `max_queued`."""
 HELD = (JobState.RUNNING, JobState.CANCELLING)
 """States in which a worker holds a lease."""
+
+AGEING_MS = 60_000
+"""How long a job has to wait to gain one point of priority over newer ones."""
+
+_When = TypeVar("_When", int, ColumnElement[int])
+
+
+def turn_at(run_at: _When, priority: int) -> _When:
+    """Return a job's place in its tenant's queue; smaller comes sooner.
+
+    Ageing needs no clock here: a job that may run a minute earlier stands one point of priority better for ever, so the
+    order of two waiting jobs never changes and a stream of urgent ones cannot starve the rest.
+    """
+    return run_at + priority * AGEING_MS
+
 
 FailureReason = Literal[
     "error", "bad_input", "retries_exhausted", "lease_losses_exhausted", "deadline", "dependency_failed", "quality_gate"
 ]
+StopReason = Literal["cancel", "deadline"]
+"""Why a beat asks the worker to stop."""
+JobKind = Literal["quantize", "evaluate"]
 LayerState = Literal["pending", "running", "done", "failed"]
 
 
@@ -54,6 +80,7 @@ class EventType(StrEnum):
     """What `JobEvent.type` can be. Those that change the job's state carry `from` and `to` in their data."""
 
     ENQUEUED = "enqueued"
+    UNBLOCKED = "unblocked"
     PROMOTED = "promoted"
     CLAIMED = "claimed"
     CANCEL_REQUESTED = "cancel_requested"
@@ -61,6 +88,8 @@ class EventType(StrEnum):
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     RETRY_SCHEDULED = "retry_scheduled"
+    RETRIED = "retried"
+    CHANGED = "changed"
     RELEASED = "released"
     LEASE_LOST = "lease_lost"
     PLANNED = "planned"
@@ -76,18 +105,35 @@ class NewJob:
     """A job to enqueue."""
 
     tenant_id: str
-    kind: Literal["quantize", "evaluate"]
+    kind: JobKind
     spec: Mapping[str, Any]
     fingerprint: str
     """Two jobs with the same one would give the same artifact."""
     priority: int = 100
-    """Smaller runs sooner."""
+    """Smaller runs sooner, among the jobs of its tenant."""
     max_attempts: int = 3
     """Tries that may end in a transient error before the job fails."""
+    queue: str = DEFAULT_QUEUE
+    run_at: int | None = None
+    """Not to be started before this time (ms since 1970); none means at once."""
+    deadline_at: int | None = None
+    """When a job that has not ended fails."""
+    depends_on: Sequence[str] = ()
+    """Jobs of the same tenant that must succeed first; if one does not, this job fails."""
+    gpus: int = 1
+    """GPU slots that it takes while it runs."""
+    model_name: str = ""
+    recipe_name: str = ""
+    batch_id: str | None = None
+    labels: Mapping[str, str] | None = None
+    traceparent: str | None = None
+    """W3C trace context of the request that made it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Record:
+class Record:
+    """A row of the database, or a part of one."""
+
     @classmethod
     def from_row(cls, row: RowMapping) -> Self:
         """Build the record from a database row; columns that it does not know are left out."""
@@ -95,7 +141,7 @@ class _Record:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job(_Record):
+class Job(Record):
     """A job as it stood when it was read."""
 
     id: str
@@ -122,6 +168,16 @@ class Job(_Record):
     lease_until: int | None
     fence: int
     """Rises with every claim."""
+    queue: str
+    batch_id: str | None
+    deadline_at: int | None
+    gpus: int
+    gpu_ms: int
+    """GPU time of the layers it has finished."""
+    model_name: str
+    recipe_name: str
+    labels: dict[str, str] | None
+    traceparent: str | None
     phase: str
     progress_done: int
     progress_total: int
@@ -143,7 +199,7 @@ class Claim:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LayerRow(_Record):
+class LayerRow(Record):
     """One layer of a job; layer -1 is the shard of the embeddings, the final norm and the head."""
 
     job_id: str
@@ -163,7 +219,7 @@ class LayerRow(_Record):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class JobEvent(_Record):
+class JobEvent(Record):
     """Something that happened to a job; ids rise in the order of commits within a job."""
 
     id: int
@@ -175,7 +231,7 @@ class JobEvent(_Record):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Worker(_Record):
+class Worker(Record):
     """A dispatcher that has beaten lately."""
 
     owner: str

@@ -1,17 +1,31 @@
 """Looking at jobs, and the register of the dispatchers that run them."""
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import delete, func, insert, select, tuple_, update
 
 from infra.database import read, write
 from infra.errors import JobNotFound
-from infra.job_model import Job, JobEvent, JobState, Worker
+from infra.job_model import Job, JobEvent, JobState, Record, Worker
 from infra.job_rows import JobRows, state_is
-from infra.schema import job_events, jobs, workers
+from infra.schema import job_events, jobs, tenants, workers
 
 _WORKER_MEMORY_S = 24 * 3600
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FailureGroup(Record):
+    """Dead letters that failed for the same reason."""
+
+    kind: str
+    reason: str
+    count: int
+    latest_at: int
+    latest_job_id: str
+    latest_detail: str
 
 
 class JobReads(JobRows):
@@ -42,13 +56,52 @@ class JobReads(JobRows):
         return {state: found.get(state, 0) for state in JobState}
 
     def queue_position(self, job: Job) -> int | None:
-        """Return how many queued jobs of all tenants are claimed before this one; none when it is not queued."""
+        """Return how many jobs are likely to be claimed before this one; none when it is not queued.
+
+        Exact for the tenant's own jobs. Of the others, those count that get their turn by weight meanwhile.
+        """
         if job.state is not JobState.QUEUED:
             return None
-        ahead = tuple_(jobs.c.priority, jobs.c.run_at, jobs.c.id) < (job.priority, job.run_at, job.id)
-        query = select(func.count()).select_from(jobs).where(state_is(JobState.QUEUED), ahead)
+        place = select(jobs.c.turn_at).where(jobs.c.id == job.id).scalar_subquery()
+        ahead = tuple_(jobs.c.turn_at, jobs.c.id) < tuple_(place, job.id)
+        own = select(func.count()).select_from(jobs).where(jobs.c.tenant_id == job.tenant_id, ahead)
+        others = (
+            select(func.count(), tenants.c.weight)
+            .join(tenants, tenants.c.id == jobs.c.tenant_id)
+            .where(jobs.c.tenant_id != job.tenant_id, tenants.c.paused == 0)
+            .group_by(tenants.c.id, tenants.c.weight)
+        )
+        is_rival = state_is(JobState.QUEUED) & (jobs.c.queue == job.queue)
         with read(self._engine) as connection:
-            return connection.execute(query).scalar_one()
+            before = connection.execute(own.where(is_rival)).scalar_one()
+            weight = connection.execute(select(tenants.c.weight).where(tenants.c.id == job.tenant_id)).scalar_one()
+            rivals = connection.execute(others.where(is_rival)).all()
+        position: int = before + sum(min(count, math.ceil(before * share / weight)) for count, share in rivals)
+        return position
+
+    def failures(self, tenant_id: str | None = None) -> list[FailureGroup]:
+        """Return the dead letters: failed jobs by kind and reason, the most frequent first."""
+        newest = func.row_number().over(
+            partition_by=(jobs.c.kind, jobs.c.reason), order_by=(jobs.c.finished_at.desc(), jobs.c.id.desc())
+        )
+        count = func.count().over(partition_by=(jobs.c.kind, jobs.c.reason))
+        ranked = select(
+            jobs.c.kind,
+            jobs.c.reason,
+            count.label("count"),
+            jobs.c.finished_at.label("latest_at"),
+            jobs.c.id.label("latest_job_id"),
+            jobs.c.detail.label("latest_detail"),
+            newest.label("place"),
+        ).where(state_is(JobState.FAILED))
+        if tenant_id is not None:
+            ranked = ranked.where(jobs.c.tenant_id == tenant_id)
+        groups = ranked.subquery()
+        query = (
+            select(groups).where(groups.c.place == 1).order_by(groups.c.count.desc(), groups.c.reason, groups.c.kind)
+        )
+        with read(self._engine) as connection:
+            return [FailureGroup.from_row(row) for row in connection.execute(query).mappings()]
 
     def events(self, job_id: str, after: int = 0, limit: int = 500) -> list[JobEvent]:
         """Return a job's events with ids above `after`, oldest first."""

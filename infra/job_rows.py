@@ -1,22 +1,42 @@
 """The job store's inner half: reading and locking rows, and the one way in which a job changes state."""
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Engine, Select, insert, literal, literal_column, select, update
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Connection,
+    Engine,
+    FromClause,
+    Select,
+    bindparam,
+    case,
+    exists,
+    insert,
+    literal_column,
+    select,
+    update,
+)
 from sqlalchemy.engine import RowMapping
 
 from infra import database
 from infra.errors import JobConflict, JobNotFound, LeaseLost
-from infra.job_model import HELD, TRANSITIONS, Claim, EventType, Job, JobState
-from infra.schema import job_events, jobs
+from infra.job_model import HELD, TERMINAL, TRANSITIONS, Claim, EventType, Job, JobState
+from infra.outbox import post_job_event
+from infra.schema import job_deps, job_events, jobs
 
 _MAX_DETAIL = 10_000
+SWEEPER = "sweeper"
+"""The actor of what the queue does by itself."""
 
 
-def state_is(*states: JobState) -> ColumnElement[bool]:
+def state_is(*states: JobState, of: FromClause = jobs) -> ColumnElement[bool]:
     """A predicate with the states written out: a planner matches partial indexes against text, not parameters."""
-    return jobs.c.state.in_([literal_column(f"'{state}'") for state in states])
+    if len(states) == 1:
+        return of.c.state == literal_column(f"'{states[0]}'")
+    return of.c.state.in_([literal_column(f"'{state}'") for state in states])
 
 
 def clean(detail: str) -> str:
@@ -33,7 +53,8 @@ class JobRows:
 
     def _now(self) -> ColumnElement[int]:
         if self._clock is not None:
-            return literal(self._clock())
+            # Asked when the statement runs, as the database's own clock is.
+            return bindparam(None, callable_=self._clock, type_=BigInteger, unique=True)
         return database.now_ms(self._engine.dialect)
 
     def _after(self, seconds: float) -> ColumnElement[int]:
@@ -42,7 +63,7 @@ class JobRows:
     def _locked(self, connection: Connection, query: Select[Any], *, skip_locked: bool = False) -> Sequence[RowMapping]:
         # NO KEY UPDATE leaves inserts of child rows (events, layers) alone; SQLite's transaction is a lock already
         # and its dialect leaves the clause out.
-        query = query.with_for_update(key_share=True, skip_locked=skip_locked)
+        query = query.with_for_update(key_share=True, skip_locked=skip_locked, of=jobs)
         return connection.execute(query).mappings().all()
 
     def _lock_job(self, connection: Connection, job_id: str, tenant_id: str | None = None) -> Job:
@@ -89,17 +110,33 @@ class JobRows:
         data: Mapping[str, Any] | None = None,
         **changes: Any,
     ) -> Job:
-        """Move `job` to another state: one UPDATE guarded by the state and fence it was read with, and one event.
+        """Move `job` to another state, and with it the jobs that wait for it when it ends.
 
         Raises:
             JobConflict: the table has no such edge, or the job changed since it was read.
         """
+        moved = self._move(connection, job, to, event, actor=actor, data=data, **changes)
+        if to in TERMINAL:
+            self._move_dependents(connection, moved)
+        return moved
+
+    def _move(
+        self,
+        connection: Connection,
+        job: Job,
+        to: JobState,
+        event: EventType,
+        *,
+        actor: str,
+        data: Mapping[str, Any] | None = None,
+        **changes: Any,
+    ) -> Job:
+        """Do one step: an UPDATE guarded by the state and fence it was read with, an event, a line in the outbox."""
         if to not in TRANSITIONS[job.state]:
             raise JobConflict(f"{job.id} is {job.state}; it cannot become {to}", job_id=job.id, state=job.state, to=to)
         if to not in HELD:
             changes |= {"lease_owner": None, "lease_until": None}
-        if not TRANSITIONS[to]:
-            changes |= {"finished_at": self._now()}
+        changes |= {"finished_at": self._now() if to in TERMINAL else None}
         statement = (
             update(jobs)
             .where(jobs.c.id == job.id, jobs.c.fence == job.fence, state_is(job.state))
@@ -109,8 +146,47 @@ class JobRows:
         row = connection.execute(statement).mappings().one_or_none()
         if row is None:
             raise JobConflict(f"{job.id} changed in the meantime", job_id=job.id)
+        moved = Job.from_row(row)
         self._event(connection, job.id, event, actor, {"from": job.state, "to": to, **(data or {})})
-        return Job.from_row(row)
+        post_job_event(connection, moved, self._now())
+        return moved
+
+    def _move_dependents(self, connection: Connection, ended: Job) -> None:
+        """Start what waited only for this job; fail what will wait for ever, and what waits for that in turn."""
+        pending = deque([ended])
+        while pending:
+            cause = pending.popleft()
+            waiting = (
+                select(jobs)
+                .join(job_deps, job_deps.c.job_id == jobs.c.id)
+                .where(job_deps.c.depends_on == cause.id, state_is(JobState.BLOCKED))
+                .order_by(jobs.c.id)
+            )
+            for row in self._locked(connection, waiting):
+                job = Job.from_row(row)
+                if cause.state is not JobState.SUCCEEDED:
+                    pending.append(self._fail_dependent(connection, job, cause))
+                elif not self._has_unfinished_dependency(connection, job.id):
+                    to = self._waiting_state(connection, job.run_at)
+                    self._move(connection, job, to, EventType.UNBLOCKED, actor=SWEEPER, data={"by": cause.id})
+
+    def _fail_dependent(self, connection: Connection, job: Job, cause: Job) -> Job:
+        detail = f"{cause.id}, which it depends on, is {cause.state}"
+        why: dict[str, Any] = {"reason": "dependency_failed", "detail": detail}
+        return self._move(connection, job, JobState.FAILED, EventType.FAILED, actor=SWEEPER, data=why, **why)
+
+    def _has_unfinished_dependency(self, connection: Connection, job_id: str) -> bool:
+        query = (
+            select(job_deps.c.depends_on)
+            .join(jobs, jobs.c.id == job_deps.c.depends_on)
+            .where(job_deps.c.job_id == job_id, ~state_is(JobState.SUCCEEDED))
+        )
+        return bool(connection.execute(select(exists(query))).scalar_one())
+
+    def _waiting_state(self, connection: Connection, run_at: int) -> JobState:
+        """Return the state of a job that waits for nothing but its time and its turn."""
+        is_due = case((self._now() >= run_at, 1), else_=0)
+        return JobState.QUEUED if connection.execute(select(is_due)).scalar_one() else JobState.SCHEDULED
 
     def _event(
         self, connection: Connection, job_id: str, event: EventType, actor: str, data: Mapping[str, Any] | None = None

@@ -2,24 +2,27 @@
 
 import hashlib
 import json
+import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from duquant.config import ALGORITHM_VERSION, Recipe, TextSource, with_calibration
 from duquant.errors import ConfigError
 from infra.errors import ObjectNotFound, PathForbidden, PathNotFound
-from infra.jobs import NewJob
+from infra.jobs import JobChanges, NewJob
 from infra.models import ModelRef
 from infra.paths import find_under
 from infra.texts import file_identity, object_identity
 from service.auth import Caller
 from service.context import Context
 from service.errors import FieldProblem, ProblemError, config_problem
-from service.schemas.jobs import JobRequest
+from service.schemas.common import milliseconds
+from service.schemas.jobs import DEFAULT_PRIORITY, JobChange, JobRequest
 
 _SOURCE_POINTER = "/calibration/source/name"
-_MAX_ATTEMPTS = 6
-"""With pauses that double from 10 s, an outage of five minutes costs no job."""
+_MAX_ATTEMPTS = 10
+"""The pauses between them add up to 12 minutes on average: an outage of five minutes costs hardly any job."""
 
 
 def new_job(service: Context, caller: Caller, request: JobRequest) -> NewJob:
@@ -41,6 +44,7 @@ def new_job(service: Context, caller: Caller, request: JobRequest) -> NewJob:
     }
     if text_identity is not None:
         identity["text_identity"] = text_identity
+    _require_future(request.deadline_at)
     spec = {
         "kind": "quantize",
         "model": {"source": ref.source, "name": ref.name, "revision": ref.revision},
@@ -54,8 +58,29 @@ def new_job(service: Context, caller: Caller, request: JobRequest) -> NewJob:
         spec=spec,
         fingerprint=fingerprint_of(identity),
         priority=request.priority,
+        model_name=ref.name,
+        recipe_name=recipe.name,
         max_attempts=_MAX_ATTEMPTS,
     )
+
+
+def changes_of(request: JobChange) -> JobChanges:
+    """Return what a request changes, as the job store takes it: null is what a job has that never said it."""
+    changes: JobChanges = {}
+    if "priority" in request.model_fields_set:
+        changes["priority"] = DEFAULT_PRIORITY if request.priority is None else request.priority
+    if "run_at" in request.model_fields_set:
+        changes["run_at"] = 0 if request.run_at is None else milliseconds(request.run_at)
+    if "deadline_at" in request.model_fields_set:
+        _require_future(request.deadline_at)
+        changes["deadline_at"] = milliseconds(request.deadline_at)
+    return changes
+
+
+def _require_future(deadline_at: datetime | None) -> None:
+    if deadline_at is not None and deadline_at.timestamp() <= time.time():
+        detail = "deadline_at must lie in the future"
+        raise ProblemError("validation-failed", detail, [FieldProblem(pointer="/deadline_at", detail=detail)])
 
 
 def fingerprint_of(identity: dict[str, Any]) -> str:

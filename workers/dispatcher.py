@@ -14,6 +14,7 @@ from workers.endings import JobFailed, JobStopped
 from workers.evaluation_run import EvaluationRun
 from workers.job_run import JobRun
 from workers.lease import LeaseKeeper
+from workers.retries import ErrorClass, class_of, pause_s
 from workers.scratch import Scratch
 from workers.settings import WorkerSettings
 from workers.tasks import Executor
@@ -21,7 +22,6 @@ from workers.tasks import Executor
 log = structlog.stdlib.get_logger(__name__)
 
 _MAX_IDLE_FACTOR = 5
-_MAX_RETRY_S = 300.0
 _RUNS: Mapping[str, type[JobRun] | type[EvaluationRun]] = {"quantize": JobRun, "evaluate": EvaluationRun}
 
 
@@ -106,22 +106,17 @@ class Dispatcher:
             self._executor.abandon()
             raise
         except JobFailed as err:
-            self._fail(claim, err.reason, str(err), transient=err.transient, run=run)
+            self._fail(claim, err.reason, str(err), retry_as=err.retry_as, run=run)
         except TransientError as err:
-            self._fail(claim, "error", str(err), transient=True, run=run)
+            self._fail(claim, "error", str(err), retry_as=ErrorClass.OUTAGE, run=run)
         except OSError as err:
-            self._fail(
-                claim,
-                "error",
-                f"{err.strerror or err}: {err.filename or self._settings.scratch}",
-                transient=True,
-                run=run,
-            )
+            detail = f"{err.strerror or err}: {err.filename or self._settings.scratch}"
+            self._fail(claim, "error", detail, retry_as=class_of(err), run=run)
         except (InfraError, DuQuantError) as err:
-            self._fail(claim, "error", str(err), transient=False)
+            self._fail(claim, "error", str(err))
         except Exception as err:  # the job loop's last resort: a bug must fail its job, not the dispatcher
             log.exception("job_crashed", job_id=claim.job.id)
-            self._fail(claim, "error", f"unexpected {type(err).__name__}: {err}", transient=False)
+            self._fail(claim, "error", f"unexpected {type(err).__name__}: {err}")
         else:
             self._complete(claim, result)
             self._scratch.drop(claim.job.id)
@@ -141,10 +136,12 @@ class Dispatcher:
         self._executor.abandon()
         if lease.lost.is_set():
             raise LeaseLost
-        if lease.cancel_requested.is_set():
+        if lease.stop_reason == "cancel":
             self._store.finish_cancel(claim)
             self._scratch.drop(claim.job.id)
             log.info("job_cancelled", job_id=claim.job.id)
+        elif lease.stop_reason == "deadline":
+            self._fail(claim, "deadline", "its deadline passed while it ran")
         else:
             self._store.release(claim)
             log.info("job_released", job_id=claim.job.id)
@@ -155,13 +152,13 @@ class Dispatcher:
         reason: FailureReason,
         detail: str,
         *,
-        transient: bool,
+        retry_as: ErrorClass | None = None,
         run: JobRun | EvaluationRun | None = None,
     ) -> None:
         self._executor.abandon()
         has_progressed = run is not None and run.has_progressed
         tries = 1 if has_progressed else claim.job.attempt
-        delay = min(self._settings.retry_seconds * 2 ** (tries - 1), _MAX_RETRY_S) if transient else None
+        delay = None if retry_as is None else pause_s(retry_as, tries, first_s=self._settings.retry_seconds)
         job = self._store.fail(claim, reason, detail, retry_in_seconds=delay, has_progressed=has_progressed)
         log.warning("job_failed", job_id=job.id, state=job.state, reason=reason, detail=detail)
         if job.state.is_terminal:

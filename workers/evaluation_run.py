@@ -63,7 +63,7 @@ class EvaluationRun:
         try:
             spec = self._spec()
         except DuQuantError as err:
-            raise JobFailed("bad_input", str(err), transient=False) from err
+            raise JobFailed("bad_input", str(err)) from err
         self._store.progress(self._claim, phase="load", done=0, total=0)
         metrics = self._drive(spec)
         artifact_job = self._claim.job.spec.get("artifact_job_id")
@@ -93,9 +93,9 @@ class EvaluationRun:
         try:
             made_by = self._store.get(artifact_job, self._claim.job.tenant_id)
         except JobNotFound as err:
-            raise JobFailed("bad_input", str(err), transient=False) from err
+            raise JobFailed("bad_input", str(err)) from err
         if made_by.state is not JobState.SUCCEEDED:
-            raise JobFailed("bad_input", f"{artifact_job} is {made_by.state} and has no artifact", transient=False)
+            raise JobFailed("bad_input", f"{artifact_job} is {made_by.state} and has no artifact")
         return ArtifactKeys(made_by.tenant_id, made_by.id).manifest
 
     def _drive(self, spec: EvaluationSpec) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class EvaluationRun:
         attempt = 1
         self._executor.submit(EvaluationTask(spec, attempt))
         while True:
-            if self._lease.lost.is_set() or self._lease.cancel_requested.is_set() or self._stopping.is_set():
+            if self._lease.lost.is_set() or self._lease.stop_requested.is_set() or self._stopping.is_set():
                 # A thread cannot be stopped from outside; the worker looks for this file after each window.
                 (self._work_dir / STOP).touch()
                 raise JobStopped
@@ -112,7 +112,7 @@ class EvaluationRun:
                 if completion.kind == "ok":
                     assert completion.result is not None
                     self._show_progress()
-                    return dict(completion.result)
+                    return {**completion.result, "device": completion.device}
                 self._handle_failure(completion, attempt)
                 attempt += 1
                 self._executor.submit(EvaluationTask(spec, attempt))
@@ -128,9 +128,9 @@ class EvaluationRun:
         )
         detail = completion.error or ""
         if completion.kind == "bad_input":
-            raise JobFailed("bad_input", detail, transient=False)
+            raise JobFailed("bad_input", detail)
         if attempt >= _MAX_ATTEMPTS:
-            raise JobFailed("error", detail, transient=completion.kind == "transient")
+            raise JobFailed("error", detail, retry_as=completion.retry_as)
 
     def _show_progress(self) -> None:
         try:

@@ -25,10 +25,10 @@ def model_reference(job: Job, settings: WorkerSettings) -> str:
     try:
         identity = catalog.check(reference)
     except (ModelForbidden, ModelNotFound) as err:
-        raise JobFailed("bad_input", str(err), transient=False) from err
+        raise JobFailed("bad_input", str(err)) from err
     if identity != job.spec["model_identity"]:
         detail = f"model {reference.name} has changed since the job was submitted; submit it again"
-        raise JobFailed("bad_input", detail, transient=False)
+        raise JobFailed("bad_input", detail)
     match reference.source:
         case "local":
             return str(catalog.local_path(reference))
@@ -58,14 +58,14 @@ def find_text(
     try:
         found, identity = _locate(job, source, settings, storage)
     except ObjectNotFound as err:
-        raise JobFailed("bad_input", f"there is no text object {source.name}", transient=False) from err
+        raise JobFailed("bad_input", f"there is no text object {source.name}") from err
     except TransientError:
         raise
     except InfraError as err:
-        raise JobFailed("bad_input", f"{what}: {err}", transient=False) from err
+        raise JobFailed("bad_input", f"{what}: {err}") from err
     if identity != job.spec.get("text_identity", identity):
         detail = f"the {what} has changed since the job was submitted; submit it again"
-        raise JobFailed("bad_input", detail, transient=False)
+        raise JobFailed("bad_input", detail)
     return found
 
 
@@ -78,8 +78,8 @@ def _locate(
     if source.kind == "object":
         prefix = f"texts/{job.tenant_id}/"
         if not source.name.startswith(prefix) or ".." in source.name:
-            raise JobFailed("bad_input", f"text objects of this tenant begin with {prefix}", transient=False)
+            raise JobFailed("bad_input", f"text objects of this tenant begin with {prefix}")
         return TextInput(key=source.name), object_identity(storage.head(source.name))
     if source.kind == "hub" and not settings.allow_hub:
-        raise JobFailed("bad_input", "data sets from the hub are switched off", transient=False)
+        raise JobFailed("bad_input", "data sets from the hub are switched off")
     return TextInput(), None

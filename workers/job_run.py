@@ -71,7 +71,7 @@ class JobRun:
             spec = self._spec()
             run = self._model_run(spec)
         except DuQuantError as err:
-            raise JobFailed("bad_input", str(err), transient=False) from err
+            raise JobFailed("bad_input", str(err)) from err
         layers = run.source.layers
         self._store.progress(self._claim, phase="plan", done=0, total=layers)
         rows = self._store.plan(self._claim, [-1, *range(layers)])
@@ -120,7 +120,7 @@ class JobRun:
     def _drive(self, spec: RunSpec, run: ModelRun, schedule: Schedule, layers: int) -> None:
         """Keep the executor busy until every step is done."""
         while not schedule.is_over:
-            if self._lease.lost.is_set() or self._lease.cancel_requested.is_set() or self._stopping.is_set():
+            if self._lease.lost.is_set() or self._lease.stop_requested.is_set() or self._stopping.is_set():
                 raise JobStopped
             while self._executor.has_room() and (step := schedule.next_ready()) is not None:
                 self._executor.submit(self._task(spec, step))
@@ -158,9 +158,9 @@ class JobRun:
             error=completion.error,
         )
         if completion.kind == "bad_input":
-            raise JobFailed("bad_input", detail, transient=False)
+            raise JobFailed("bad_input", detail)
         if self._attempts[step] >= _MAX_STEP_ATTEMPTS:
-            raise JobFailed("error", detail, transient=completion.kind == "transient")
+            raise JobFailed("error", detail, retry_as=completion.retry_as)
 
     def _commit(self, completion: Completion[Task], run: ModelRun, layers: int) -> None:
         """Make a finished shard count: object in place, then the row."""
@@ -179,7 +179,7 @@ class JobRun:
             metrics=metrics,
             seconds=outcome.seconds,
         )
-        self._rows[outcome.layer] = self._store.commit_layer(self._claim, row)
+        self._rows[outcome.layer] = self._store.commit_layer(self._claim, row, device=completion.device)
         self.has_progressed = True
         if outcome.layer >= 0:
             run.forget(outcome.layer)
@@ -221,6 +221,6 @@ class JobRun:
             existing: dict[str, Any] = json.loads(self._storage.get_bytes(self._keys.manifest))
             if existing["fingerprint"] != document["fingerprint"]:
                 detail = f"{MANIFEST} of this job exists with another fingerprint"
-                raise JobFailed("error", detail, transient=False) from None
+                raise JobFailed("error", detail) from None
             return existing
         return dict(document)

@@ -17,6 +17,8 @@ from infra.storage import ObjectStore
 from workers.measure import measure
 from workers.tasks import Completion, EvaluationTask, RunSpec, Task, TaskT
 
+_LONGEST_NAME = 64
+
 
 class LayerWorker:
     """Runs one task after the other with a fixed number of threads."""
@@ -30,7 +32,8 @@ class LayerWorker:
     def do(self, task: TaskT) -> Completion[TaskT]:
         """Run a task; every foreseeable error becomes a completion that says whether another try makes sense."""
         try:
-            return Completion(task, result=self._evaluate(task) if isinstance(task, EvaluationTask) else self._do(task))
+            result = self._evaluate(task) if isinstance(task, EvaluationTask) else self._do(task)
+            return Completion(task, result=result, device=_device_name(task.run.device))
         except KernelUnavailableError as err:
             return Completion(task, error=str(err), kind="error")
         except ScratchError as err:
@@ -46,7 +49,8 @@ class LayerWorker:
         except OSError as err:
             full = err.errno in (errno.ENOSPC, errno.EDQUOT)
             what = "the disk is full" if full else (err.strerror or str(err))
-            return Completion(task, error=f"{what}: {err.filename or task.run.work_dir}", kind="transient")
+            kind = "scarce" if full else "transient"
+            return Completion(task, error=f"{what}: {err.filename or task.run.work_dir}", kind=kind)
 
     def _evaluate(self, task: EvaluationTask) -> dict[str, Any]:
         # The model that is measured needs the memory of the skeleton that is kept open.
@@ -84,3 +88,8 @@ class LayerWorker:
             )
             self._spec = spec
         return self._run
+
+
+def _device_name(setting: str) -> str:
+    device = resolve_device(setting)
+    return torch.cuda.get_device_name(device)[:_LONGEST_NAME] if device.type == "cuda" else device.type

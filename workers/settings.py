@@ -28,7 +28,7 @@ class WorkerSettings(InfraSettings):
     poll_seconds: float = Field(default=1, gt=0)
     """Time between two looks at an empty queue."""
     retry_seconds: float = Field(default=10, ge=0)
-    """Wait before the second try of a job that hit a transient error; it doubles with every try."""
+    """Longest wait before the second try of a job that hit an outage; it doubles with every try, up to five minutes."""
     work_dir: Path | None = None
     """Scratch files; none means `work` in the home. Workers on several machines need a shared one."""
     model_cache: Path | None = None

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from duquant.pipeline.plan import StepId
+from workers.retries import ErrorClass
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,15 @@ class Completion(Generic[TaskT]):
     result: dict[str, Any] | None = None
     error: str | None = None
     kind: str = "ok"
-    """ok, bad_input (never retried), transient (retried), or error (retried, then the job fails)."""
+    """ok, bad_input (never retried), transient or scarce (retried), or error (retried, then the job fails)."""
+
+    device: str = "unknown"
+    """What it ran on, for the bill."""
+
+    @property
+    def retry_as(self) -> ErrorClass | None:
+        """How the job may be tried again when this try's attempts are used up."""
+        return {"transient": ErrorClass.OUTAGE, "scarce": ErrorClass.SCARCITY}.get(self.kind)
 
 
 class Executor(Protocol):

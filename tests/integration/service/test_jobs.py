@@ -151,7 +151,7 @@ def test_cancelling_a_running_job_asks_its_worker(any_service: Any) -> None:
     claim = any_service.claim()
     answer = any_service.http.post(f"/v1/jobs/{job_id}:cancel")
     assert (answer.status_code, answer.json()["state"]) == (202, "cancelling")
-    assert any_service.jobs.heartbeat(claim, lease_seconds=60) is True
+    assert any_service.jobs.heartbeat(claim, lease_seconds=60) == "cancel"
     assert any_service.http.post(f"/v1/jobs/{job_id}:cancel").status_code == 202
 
 

@@ -10,7 +10,8 @@ JOB = Job(
     id="job_1", tenant_id="default", kind="quantize", state=JobState.RUNNING, reason=None, detail=None, spec={},
     fingerprint="f", priority=1, created_at=0, run_at=0, started_at=0, finished_at=None, attempt=1, max_attempts=3,
     lease_losses=0, max_lease_losses=3, lease_owner="a", lease_until=1, fence=1, phase="", progress_done=0,
-    progress_total=0, result=None, version=1,
+    progress_total=0, result=None, version=1, queue="default", batch_id=None, deadline_at=None, gpus=1, gpu_ms=0,
+    model_name="m", recipe_name="r", labels=None, traceparent=None,
 )  # fmt: skip
 
 

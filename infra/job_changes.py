@@ -1,0 +1,120 @@
+"""What people ask of a job that exists: cancel it, run it again, change when it runs."""
+
+from typing import TypedDict
+
+from sqlalchemy import Connection, select, update
+from sqlalchemy.exc import IntegrityError
+
+from infra.database import write
+from infra.errors import JobChanged, JobConflict
+from infra.job_enqueue import require_may_succeed
+from infra.job_model import ACTIVE, WAITING, EventType, Job, JobState, turn_at
+from infra.job_quotas import require_room
+from infra.job_rows import JobRows
+from infra.schema import job_deps, jobs
+
+
+class JobChanges(TypedDict, total=False):
+    """What may be changed; what is left out stays."""
+
+    priority: int
+    run_at: int
+    deadline_at: int | None
+
+
+class JobRequests(JobRows):
+    """Requests of people, not of workers."""
+
+    def cancel(self, job_id: str, *, tenant_id: str | None, actor: str) -> Job:
+        """Cancel a waiting job, or ask the worker of a running one to stop. Asking twice is the same as once.
+
+        Raises:
+            JobNotFound: no such job, or it is another tenant's.
+            JobConflict: the job has ended.
+        """
+        with write(self._engine) as connection:
+            job = self._lock_job(connection, job_id, tenant_id)
+            if job.state is JobState.CANCELLING:
+                return job
+            if job.state is JobState.RUNNING:
+                return self._transition(connection, job, JobState.CANCELLING, EventType.CANCEL_REQUESTED, actor=actor)
+            return self._transition(connection, job, JobState.CANCELLED, EventType.CANCELLED, actor=actor)
+
+    def retry(self, job_id: str, *, tenant_id: str | None, actor: str) -> Job:
+        """Queue a job again that failed or was cancelled. Its counts start anew; layers that it finished stay finished.
+
+        A deadline that has passed is dropped. Jobs that failed because of this one are not retried with it.
+
+        Raises:
+            JobNotFound: no such job, or it is another tenant's.
+            JobConflict: it has not ended, or has succeeded, or another job is doing the same work.
+            DependencyFailed: a job that it depends on has to be retried first.
+            QuotaExceeded: the tenant has as much as it may have.
+        """
+        try:
+            with write(self._engine) as connection:
+                return self._retry(connection, job_id, tenant_id, actor)
+        except IntegrityError as error:
+            raise JobConflict(f"another job is doing the work of {job_id} already", job_id=job_id) from error
+
+    def _retry(self, connection: Connection, job_id: str, tenant_id: str | None, actor: str) -> Job:
+        # What it depends on first, as in `enqueue`: none of them may end between our look and our move.
+        query = select(jobs).join(job_deps, job_deps.c.depends_on == jobs.c.id).where(job_deps.c.job_id == job_id)
+        needed = [Job.from_row(row) for row in self._locked(connection, query.order_by(jobs.c.id))]
+        job = self._lock_job(connection, job_id, tenant_id)
+        if job.state not in (JobState.FAILED, JobState.CANCELLED):
+            raise JobConflict(f"{job.id} is {job.state}; only a failed or cancelled job can be retried", job_id=job.id)
+        require_may_succeed(needed)
+        require_room(connection, job.tenant_id, gpus=job.gpus)
+        now = connection.execute(select(self._now())).scalar_one()
+        is_blocked = any(each.state is not JobState.SUCCEEDED for each in needed)
+        return self._transition(
+            connection,
+            job,
+            JobState.BLOCKED if is_blocked else JobState.QUEUED,
+            EventType.RETRIED,
+            actor=actor,
+            data={"reason": job.reason},
+            run_at=now,
+            turn_at=turn_at(now, job.priority),
+            deadline_at=job.deadline_at if job.deadline_at is not None and job.deadline_at > now else None,
+            attempt=0,
+            lease_losses=0,
+            reason=None,
+            detail=None,
+        )
+
+    def change(
+        self, job_id: str, changes: JobChanges, *, tenant_id: str | None, actor: str, version: int | None = None
+    ) -> Job:
+        """Change when a job runs. `version` makes sure that it is still as the caller has seen it.
+
+        Raises:
+            JobNotFound: no such job, or it is another tenant's.
+            JobChanged: it has another version by now.
+            JobConflict: it has ended; or it runs, and something else than its deadline was to be changed.
+        """
+        with write(self._engine) as connection:
+            job = self._lock_job(connection, job_id, tenant_id)
+            if version is not None and job.version != version:
+                raise JobChanged(f"{job.id} has version {job.version}, not {version}", job_id=job.id)
+            allowed = ACTIVE if changes.keys() <= {"deadline_at"} else WAITING
+            if job.state not in allowed:
+                raise JobConflict(f"{job.id} is {job.state}; this cannot be changed any more", job_id=job.id)
+            return self._change(connection, job, changes, actor) if changes else job
+
+    def _change(self, connection: Connection, job: Job, changes: JobChanges, actor: str) -> Job:
+        now = connection.execute(select(self._now())).scalar_one()
+        run_at = max(changes["run_at"], now) if "run_at" in changes else job.run_at
+        values = {**changes, "run_at": run_at, "turn_at": turn_at(run_at, changes.get("priority", job.priority))}
+        to = job.state
+        if "run_at" in changes and to is not JobState.BLOCKED:
+            to = JobState.SCHEDULED if run_at > now else JobState.QUEUED
+        if to is not job.state:
+            return self._transition(
+                connection, job, to, EventType.CHANGED, actor=actor, data={"changes": changes}, **values
+            )
+        statement = update(jobs).where(jobs.c.id == job.id).values(version=jobs.c.version + 1, **values).returning(jobs)
+        changed = Job.from_row(connection.execute(statement).mappings().one())
+        self._event(connection, job.id, EventType.CHANGED, actor, {"changes": changes})
+        return changed

@@ -1,0 +1,135 @@
+"""How a try ends: by its worker's own word, under its claim's fence."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import Connection, func, select
+
+from infra.database import write
+from infra.errors import JobConflict
+from infra.job_model import Claim, EventType, FailureReason, Job, JobState
+from infra.job_results import record_result
+from infra.job_rows import JobRows, clean
+from infra.schema import job_layers, jobs
+
+
+class JobEndings(JobRows):
+    """Complete, fail, release."""
+
+    def complete(self, claim: Claim, result: Mapping[str, Any]) -> Job:
+        """End the job well; its artifact or evaluation is listed from the same moment.
+
+        Also after its deadline: what is done is done.
+
+        Raises:
+            LeaseLost: the claim is stale.
+            JobConflict: a cancel was requested (finish it), or a planned layer is not done.
+        """
+        with write(self._engine) as connection:
+            job = self._held(connection, claim)
+            unfinished = select(func.count()).where(job_layers.c.job_id == job.id, job_layers.c.state != "done")
+            if (missing := connection.execute(unfinished).scalar_one()) > 0:
+                raise JobConflict(f"{job.id} cannot succeed: {missing} layers are not done", job_id=job.id)
+            done = self._transition(
+                connection, job, JobState.SUCCEEDED, EventType.SUCCEEDED, actor=claim.owner, result=dict(result)
+            )
+            record_result(connection, done, self._now())
+            return done
+
+    def fail(
+        self,
+        claim: Claim,
+        reason: FailureReason,
+        detail: str,
+        *,
+        retry_in_seconds: float | None = None,
+        has_progressed: bool = False,
+    ) -> Job:
+        """End this try badly: with a retry time and tries left the job waits for the next, otherwise it has failed.
+
+        A try that committed a layer starts the count again: a long job may meet more short outages than `max_attempts`.
+        A job whose cancelling was requested becomes cancelled instead.
+
+        Raises:
+            LeaseLost: the claim is stale.
+        """
+        with write(self._engine) as connection:
+            job = self._held(connection, claim)
+            detail = clean(detail)
+            if job.state is JobState.CANCELLING:
+                return self._end_cancel(connection, job, claim.owner)
+            attempt = 1 if has_progressed else job.attempt
+            if retry_in_seconds is not None and attempt < job.max_attempts:
+                return self._schedule_retry(connection, job, claim.owner, reason, detail, retry_in_seconds, attempt)
+            final = reason if retry_in_seconds is None else "retries_exhausted"
+            return self._end_failed(connection, job, final, detail, claim.owner)
+
+    def _schedule_retry(
+        self,
+        connection: Connection,
+        job: Job,
+        actor: str,
+        reason: FailureReason,
+        detail: str,
+        seconds: float,
+        attempt: int,
+    ) -> Job:
+        return self._transition(
+            connection,
+            job,
+            JobState.SCHEDULED,
+            EventType.RETRY_SCHEDULED,
+            actor=actor,
+            data={"reason": reason, "detail": detail, "in_seconds": seconds},
+            # The place in the queue stays: a job that waits for a retry gets no younger.
+            run_at=self._after(seconds),
+            attempt=attempt,
+            reason=reason,
+            detail=detail,
+        )
+
+    def finish_cancel(self, claim: Claim) -> Job:
+        """Report that the work of a job being cancelled has stopped.
+
+        Raises:
+            LeaseLost: the claim is stale.
+            JobConflict: nobody asked to cancel it.
+        """
+        with write(self._engine) as connection:
+            return self._end_cancel(connection, self._held(connection, claim), claim.owner)
+
+    def release(self, claim: Claim) -> Job:
+        """Give the job back to the queue, for a graceful stop: the try does not count.
+
+        A job whose cancelling was requested becomes cancelled instead.
+
+        Raises:
+            LeaseLost: the claim is stale.
+        """
+        with write(self._engine) as connection:
+            job = self._held(connection, claim)
+            if job.state is JobState.CANCELLING:
+                return self._end_cancel(connection, job, claim.owner)
+            return self._transition(
+                connection,
+                job,
+                JobState.QUEUED,
+                EventType.RELEASED,
+                actor=claim.owner,
+                attempt=jobs.c.attempt - 1,
+            )
+
+    def _end_cancel(self, connection: Connection, job: Job, actor: str) -> Job:
+        return self._transition(connection, job, JobState.CANCELLED, EventType.CANCELLED, actor=actor)
+
+    def _end_failed(self, connection: Connection, job: Job, reason: FailureReason, detail: str, actor: str) -> Job:
+        return self._transition(
+            connection,
+            job,
+            JobState.FAILED,
+            EventType.FAILED,
+            actor=actor,
+            data={"reason": reason, "detail": detail},
+            reason=reason,
+            detail=detail,
+        )

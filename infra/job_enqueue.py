@@ -1,0 +1,134 @@
+"""Adding jobs: the same work is done once, quotas hold, and what a job depends on exists."""
+
+from collections.abc import Iterable, Sequence
+
+from sqlalchemy import Connection, case, exists, insert, select
+from sqlalchemy.exc import IntegrityError
+
+from infra.database import write
+from infra.errors import DependencyFailed, DependencyNotFound, JobConflict, QueueNotFound
+from infra.ids import new_id
+from infra.job_model import ACTIVE, TERMINAL, EventType, Job, JobState, NewJob, turn_at
+from infra.job_quotas import require_room
+from infra.job_rows import JobRows, state_is
+from infra.schema import artifacts, job_deps, jobs, queues
+
+_MAX_LEASE_LOSSES = 5
+
+
+class JobEnqueue(JobRows):
+    """The way in."""
+
+    def enqueue(self, new: NewJob, *, force: bool = False, actor: str) -> tuple[Job, bool]:
+        """Add a job, or return the one that already does or did the same work for this tenant.
+
+        Returns:
+            The job, and whether it is new. With `force` it always is.
+
+        Raises:
+            TenantNotFound: no such tenant.
+            QueueNotFound: no such queue.
+            DependencyNotFound: a job in `depends_on` is not there, or is another tenant's.
+            DependencyFailed: a job in `depends_on` has failed or was cancelled.
+            QuotaExceeded: the tenant has as much as it may have.
+        """
+        for _ in range(3):
+            try:
+                with write(self._engine) as connection:
+                    if not force and (existing := self._same_work(connection, new)) is not None:
+                        return existing, False
+                    return self._insert(connection, new, force=force, actor=actor), True
+            except IntegrityError:
+                # Another request inserted the same work between our look and our insert: look again.
+                if force:
+                    raise
+        raise JobConflict("the same job is being added and finished again and again; try later")
+
+    def _same_work(self, connection: Connection, new: NewJob) -> Job | None:
+        is_deleted = exists().where(artifacts.c.job_id == jobs.c.id, artifacts.c.deleted_at.is_not(None))
+        query = (
+            select(jobs)
+            .where(jobs.c.tenant_id == new.tenant_id, jobs.c.fingerprint == new.fingerprint)
+            .where(state_is(*ACTIVE, JobState.SUCCEEDED), ~is_deleted)
+            # A finished artifact is worth more than a second run of the same work.
+            .order_by(case((state_is(JobState.SUCCEEDED), 0), else_=1), jobs.c.created_at.desc(), jobs.c.id.desc())
+            .limit(1)
+        )
+        row = connection.execute(query).mappings().one_or_none()
+        return None if row is None else Job.from_row(row)
+
+    def _insert(self, connection: Connection, new: NewJob, *, force: bool, actor: str) -> Job:
+        # Jobs are locked before the tenant, as everywhere: two orders would be a deadlock.
+        is_blocked = self._is_blocked(connection, new.tenant_id, new.depends_on)
+        require_room(connection, new.tenant_id, gpus=new.gpus)
+        look = select(self._now(), exists().where(queues.c.name == new.queue))
+        now, has_queue = connection.execute(look).one()
+        if not has_queue:
+            raise QueueNotFound(f"no queue {new.queue}", queue=new.queue)
+        # A time in the past would be a way to the front of the queue.
+        run_at = max(now, new.run_at or now)
+        state = JobState.BLOCKED if is_blocked else JobState.SCHEDULED if run_at > now else JobState.QUEUED
+        statement = (
+            insert(jobs)
+            .values(
+                id=new_id("job"),
+                tenant_id=new.tenant_id,
+                kind=new.kind,
+                state=state,
+                spec=dict(new.spec),
+                fingerprint=new.fingerprint,
+                forced=int(force),
+                priority=new.priority,
+                created_at=now,
+                run_at=run_at,
+                turn_at=turn_at(run_at, new.priority),
+                deadline_at=new.deadline_at,
+                queue=new.queue,
+                batch_id=new.batch_id,
+                gpus=new.gpus,
+                model_name=new.model_name,
+                recipe_name=new.recipe_name,
+                labels=None if new.labels is None else dict(new.labels),
+                traceparent=new.traceparent,
+                attempt=0,
+                max_attempts=new.max_attempts,
+                lease_losses=0,
+                max_lease_losses=_MAX_LEASE_LOSSES,
+                fence=0,
+                phase="",
+                progress_done=0,
+                progress_total=0,
+                version=1,
+            )
+            .returning(jobs)
+        )
+        job = Job.from_row(connection.execute(statement).mappings().one())
+        for depends_on in dict.fromkeys(new.depends_on):
+            connection.execute(insert(job_deps).values(job_id=job.id, depends_on=depends_on))
+        data = {"to": job.state, "forced": force}
+        if new.depends_on:
+            data["depends_on"] = list(new.depends_on)
+        self._event(connection, job.id, EventType.ENQUEUED, actor, data)
+        return job
+
+    def _is_blocked(self, connection: Connection, tenant_id: str, depends_on: Sequence[str]) -> bool:
+        """Look at the jobs that a new one waits for, and keep them from ending before it is in.
+
+        A cycle cannot arise: only jobs that exist already can be named.
+        """
+        if not depends_on:
+            return False
+        query = select(jobs).where(jobs.c.tenant_id == tenant_id, jobs.c.id.in_(depends_on)).order_by(jobs.c.id)
+        found = {row["id"]: Job.from_row(row) for row in self._locked(connection, query)}
+        for job_id in depends_on:
+            if job_id not in found:
+                raise DependencyNotFound(f"no job {job_id} to wait for", job_id=job_id)
+        require_may_succeed(found.values())
+        return any(job.state is not JobState.SUCCEEDED for job in found.values())
+
+
+def require_may_succeed(dependencies: Iterable[Job]) -> None:
+    """Raise DependencyFailed if one of these jobs has ended without success."""
+    for job in dependencies:
+        if job.state in TERMINAL and job.state is not JobState.SUCCEEDED:
+            raise DependencyFailed(f"{job.id}, which it depends on, is {job.state}", job_id=job.id, state=job.state)

@@ -1,0 +1,98 @@
+"""What a tenant may have: waiting jobs, running GPU slots, bytes of artifacts. Counted from the rows, never cached."""
+
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, Connection, func, select
+
+from infra.errors import QuotaExceeded, TenantNotFound
+from infra.job_model import HELD, WAITING, JobState
+from infra.job_rows import state_is
+from infra.schema import artifacts, jobs, tenants
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """A tenant's limits; none means no limit."""
+
+    max_queued: int | None
+    max_running: int | None
+    max_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What a tenant has now of what its limits are about."""
+
+    queued: int
+    running: int
+    size_bytes: int
+
+
+def allowance(connection: Connection, tenant_id: str) -> Allowance:
+    """Return a tenant's limits. A tenant that has any stays locked, so that two requests cannot both take the last.
+
+    Raises:
+        TenantNotFound: no such tenant.
+    """
+    query = select(tenants.c.max_queued, tenants.c.max_running, tenants.c.max_bytes).where(tenants.c.id == tenant_id)
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        raise TenantNotFound(f"no tenant {tenant_id}", tenant_id=tenant_id)
+    if row.max_queued is not None or row.max_bytes is not None:
+        row = connection.execute(query.with_for_update(key_share=True)).one()
+    return Allowance(row.max_queued, row.max_running, row.max_bytes)
+
+
+def require_room(connection: Connection, tenant_id: str, *, gpus: int) -> None:
+    """Raise unless the tenant may queue one more job of this size.
+
+    Raises:
+        TenantNotFound: no such tenant.
+        QuotaExceeded: it may not, now or (max_running) ever.
+    """
+    limits = allowance(connection, tenant_id)
+    if limits.max_running is not None and gpus > limits.max_running:
+        raise _exceeded("max_running", limits.max_running, gpus, "GPU slots at once; this job alone needs")
+    if limits.max_queued is not None:
+        waiting = connection.execute(select(_count(tenant_id, *WAITING))).scalar_one()
+        if waiting >= limits.max_queued:
+            raise _exceeded("max_queued", limits.max_queued, waiting, "waiting jobs and has")
+    if limits.max_bytes is not None:
+        size = connection.execute(select(_live_bytes(tenant_id))).scalar_one()
+        if size >= limits.max_bytes:
+            raise _exceeded("max_bytes", limits.max_bytes, size, "bytes of artifacts and has")
+
+
+def holding(connection: Connection, tenant_id: str) -> Holding:
+    """Return what a tenant has now."""
+    query = select(_count(tenant_id, *WAITING), _running_gpus(tenant_id), _live_bytes(tenant_id))
+    return Holding(*connection.execute(query).one())
+
+
+def _exceeded(quota: str, limit: int, used: int, words: str) -> QuotaExceeded:
+    return QuotaExceeded(f"this tenant may have {limit} {words} {used}", quota=quota, limit=limit, used=used)
+
+
+def _count(tenant_id: str, *states: JobState) -> ColumnElement[int]:
+    # finished_at says the same as the states, and is what the partial index is about.
+    return (
+        select(func.count())
+        .where(jobs.c.tenant_id == tenant_id, jobs.c.finished_at.is_(None), state_is(*states))
+        .scalar_subquery()
+    )
+
+
+def _running_gpus(tenant_id: str) -> ColumnElement[int]:
+    return (
+        select(func.coalesce(func.sum(jobs.c.gpus), 0))
+        .where(jobs.c.tenant_id == tenant_id, jobs.c.finished_at.is_(None), state_is(*HELD))
+        .scalar_subquery()
+    )
+
+
+def _live_bytes(tenant_id: str) -> ColumnElement[int]:
+    return (
+        select(func.coalesce(func.sum(artifacts.c.size_bytes), 0))
+        .where(artifacts.c.tenant_id == tenant_id, artifacts.c.deleted_at.is_(None))
+        .scalar_subquery()
+    )

@@ -1,0 +1,55 @@
+"""The outbox of webhooks: what is to be told is written in the transaction in which it happens, and sent later."""
+
+from sqlalchemy import ColumnElement, Connection, insert, select
+
+from infra.ids import new_id
+from infra.job_model import Job, JobState
+from infra.schema import webhook_deliveries, webhooks
+
+JOB_EVENTS = {
+    JobState.RUNNING: "job.started",
+    JobState.SUCCEEDED: "job.succeeded",
+    JobState.FAILED: "job.failed",
+    JobState.CANCELLED: "job.cancelled",
+}
+"""The event that entering a state is; other transitions are told to nobody."""
+
+
+def post_job_event(connection: Connection, job: Job, now: ColumnElement[int]) -> None:
+    """Put a delivery for each webhook of the job's tenant that wants to hear of the state the job is in now."""
+    event = JOB_EVENTS.get(job.state)
+    if event is None:
+        return
+    query = select(webhooks.c.id, webhooks.c.events).where(
+        webhooks.c.tenant_id == job.tenant_id, webhooks.c.enabled == 1
+    )
+    wanted = [row.id for row in connection.execute(query) if not row.events or event in row.events]
+    if not wanted:
+        return
+    payload = job_payload(event, job)
+    statement = insert(webhook_deliveries).values(
+        event=event, job_id=job.id, payload=payload, state="pending", attempt=0, next_at=now, created_at=now
+    )
+    for webhook_id in wanted:
+        connection.execute(statement.values(id=new_id("msg"), webhook_id=webhook_id))
+
+
+def job_payload(event: str, job: Job) -> dict[str, object]:
+    """Return what a delivery about a job says: facts to act on without asking back, and no secrets."""
+    return {
+        "type": event,
+        "data": {
+            "job_id": job.id,
+            "kind": job.kind,
+            "state": job.state.value,
+            "reason": job.reason,
+            "detail": job.detail,
+            "model_name": job.model_name,
+            "recipe_name": job.recipe_name,
+            "batch_id": job.batch_id,
+            "fingerprint": job.fingerprint,
+            "created_at": job.created_at,
+            "started_at": job.started_at,
+            "finished_at": job.finished_at,
+        },
+    }

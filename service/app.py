@@ -21,12 +21,14 @@ from infra.keys import KeyStore
 from infra.models import ModelCatalog
 from infra.schema import DEFAULT_TENANT
 from infra.storage import ObjectStore
+from infra.tenants import TenantStore
 from service import errors, openapi
 from service.auth import SCOPES
 from service.context import Context
+from service.limits import RateLimiter
 from service.middleware import BodyLimit, RequestContext
 from service.pages import filters
-from service.routers import artifacts, dashboard, health, jobs, recipes
+from service.routers import artifacts, dashboard, health, jobs, keys, recipes, tenants
 from service.settings import ServiceSettings
 
 log = structlog.get_logger(__name__)
@@ -64,7 +66,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         redoc_url=None,
     )
     app.state.context = service
-    for resource in (jobs, artifacts, recipes, health, dashboard):
+    for resource in (jobs, artifacts, recipes, keys, tenants, health, dashboard):
         app.include_router(resource.router)
     app.mount("/static", StaticFiles(directory=_HERE / "static"), name="static")
     errors.install(app)
@@ -79,15 +81,18 @@ def build_context(settings: ServiceSettings) -> Context:
     engine = make_engine(settings.database_url)
     pages = Jinja2Templates(directory=_HERE / "templates")
     pages.env.filters.update(filters())
+    rate = settings.rate_limit_per_second
     return Context(
         settings=settings,
         engine=engine,
         jobs=JobStore(engine),
         keys=KeyStore(engine, settings.key_pepper),
+        tenants=TenantStore(engine),
         idempotency=IdempotencyStore(engine, lifetime_ms=settings.idempotency_hours * 3_600_000),
         models=ModelCatalog.from_settings(settings),
         storage=ObjectStore.from_settings(settings, public_endpoint=settings.s3_public_endpoint),
         pages=pages,
+        limits=RateLimiter(rate, settings.rate_limit_burst) if rate else None,
     )
 
 
@@ -123,6 +128,8 @@ def _make_bootstrap_key(service: Context) -> None:
     if service.settings.bootstrap_key is None:
         return
     token = service.settings.bootstrap_key.get_secret_value()
-    if service.keys.authenticate(token) is None:
-        service.keys.create(DEFAULT_TENANT, "bootstrap", SCOPES, token=token)
+    known = service.keys.authenticate(token)
+    if known is None or known.scopes != set(SCOPES):
+        # A newer version may know scopes that the key was made without.
+        service.keys.create(DEFAULT_TENANT, "bootstrap", SCOPES, token=token, actor="service")
         log.info("bootstrap_key_created", tenant=DEFAULT_TENANT)

@@ -6,9 +6,9 @@ import hashlib
 import hmac
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 from urllib.parse import urlsplit
 
 import anyio.to_thread
@@ -22,7 +22,7 @@ from service.errors import ProblemError
 from service.metrics import RATE_LIMITED
 
 COOKIE = "duquant_session"
-SCOPES = (
+Scope = Literal[
     "jobs:read",
     "jobs:write",
     "artifacts:read",
@@ -33,7 +33,8 @@ SCOPES = (
     "queue:admin",
     "usage:read",
     "tenants:admin",
-)
+]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
 """What a key can allow. The last one reaches across tenants; the bootstrap key has all of them."""
 
 _bearer = HTTPBearer(
@@ -108,6 +109,16 @@ def _needs(scope: str) -> Callable[[Caller], Caller]:
         return caller
 
     return check
+
+
+def require_scopes(caller: Caller, scopes: Iterable[str]) -> None:
+    """Refuse to let a caller hand out, in a key that it makes or gets the token of, what it may not do itself.
+
+    Raises:
+        ProblemError: some scope is not the caller's.
+    """
+    if lacking := sorted(set(scopes) - caller.scopes):
+        raise ProblemError("missing-scope", f"This API key cannot give what it lacks: {', '.join(lacking)}.")
 
 
 Reader = Annotated[Caller, Depends(_needs("jobs:read"))]

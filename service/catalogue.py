@@ -64,6 +64,12 @@ CATALOGUE: dict[str, ProblemKind] = {
         "the job's state does not allow this, such as cancelling a finished one",
         "read the job",
     ),
+    "dependency-failed": ProblemKind(
+        409,
+        "A job that this one depends on has not succeeded",
+        "a job in `depends_on` has failed or was cancelled, so this one would never start",
+        "retry that job first",
+    ),
     "artifact-not-ready": ProblemKind(
         409,
         "The job has no artifact",
@@ -119,6 +125,12 @@ CATALOGUE: dict[str, ProblemKind] = {
     ),
     "text-not-found": ProblemKind(
         422, "The calibration text was not found", "there is no such text file or object", "check the name"
+    ),
+    "dependency-not-found": ProblemKind(
+        422,
+        "A job to depend on was not found",
+        "a job in `depends_on` does not exist, or is another tenant's",
+        "check the ids",
     ),
     "idempotency-key-reused": ProblemKind(
         422,

@@ -12,6 +12,7 @@ from infra.jobs import JobStore
 from infra.keys import KeyStore
 from infra.models import ModelCatalog
 from infra.storage import ObjectStore
+from infra.tenants import TenantStore
 from service.limits import RateLimiter
 from service.settings import ServiceSettings
 
@@ -24,6 +25,7 @@ class Context:
     engine: Engine
     jobs: JobStore
     keys: KeyStore
+    tenants: TenantStore
     idempotency: IdempotencyStore
     models: ModelCatalog
     storage: ObjectStore

@@ -15,15 +15,26 @@ from starlette.exceptions import HTTPException
 
 from duquant.errors import ConfigError, DuQuantError
 from infra.errors import (
+    DependencyFailed,
+    DependencyNotFound,
     IdempotencyInProgress,
     IdempotencyMismatch,
     InfraError,
+    JobChanged,
     JobConflict,
     JobNotFound,
+    KeyConflict,
+    KeyNotFound,
     ModelForbidden,
     ModelNotFound,
     ObjectNotFound,
+    QueueNotFound,
+    QuotaExceeded,
+    TenantExists,
+    TenantNotFound,
     TransientError,
+    WebhookForbidden,
+    WebhookNotFound,
 )
 from service.catalogue import CATALOGUE, ProblemKind
 
@@ -160,22 +171,37 @@ def _http_problem(error: HTTPException) -> ProblemError:
     return ProblemError(name, detail, headers=dict(error.headers or {}))
 
 
+_BY_ERROR: dict[type[Exception], tuple[str, str | None]] = {
+    DependencyFailed: ("dependency-failed", None),
+    DependencyNotFound: ("dependency-not-found", "/depends_on"),
+    IdempotencyMismatch: ("idempotency-key-reused", None),
+    JobChanged: ("precondition-failed", None),
+    JobConflict: ("job-conflict", None),
+    JobNotFound: ("job-not-found", None),
+    KeyConflict: ("key-conflict", None),
+    KeyNotFound: ("key-not-found", None),
+    ModelForbidden: ("model-forbidden", "/model/name"),
+    ModelNotFound: ("model-not-found", "/model/name"),
+    ObjectNotFound: ("not-found", None),
+    QueueNotFound: ("queue-not-found", None),
+    TenantExists: ("tenant-exists", "/id"),
+    TenantNotFound: ("tenant-not-found", None),
+    WebhookForbidden: ("webhook-forbidden", "/url"),
+    WebhookNotFound: ("webhook-not-found", None),
+}
+"""Which problem an error of ours is, and the field of the body that it is about."""
+
+
 def _domain_problem(error: Exception) -> ProblemError:
+    if type(error) in _BY_ERROR:
+        name, pointer = _BY_ERROR[type(error)]
+        errors = [] if pointer is None else [FieldProblem(pointer=pointer, detail=str(error))]
+        return ProblemError(name, str(error), errors)
     match error:
-        case JobNotFound():
-            return ProblemError("job-not-found", str(error))
-        case JobConflict():
-            return ProblemError("job-conflict", str(error))
-        case ModelForbidden():
-            return ProblemError("model-forbidden", str(error), [FieldProblem(pointer="/model/name", detail=str(error))])
-        case ModelNotFound():
-            return ProblemError("model-not-found", str(error), [FieldProblem(pointer="/model/name", detail=str(error))])
-        case IdempotencyMismatch():
-            detail = f"{error} Send another request with another key, or this one as it was."
-            pointer = FieldProblem(location="header", pointer="/Idempotency-Key", detail=detail)
-            return ProblemError("idempotency-key-reused", detail, [pointer])
         case IdempotencyInProgress():
             return ProblemError("idempotency-in-progress", str(error), headers={"Retry-After": "1"})
+        case QuotaExceeded():
+            return ProblemError("quota-exceeded", str(error), headers={"Retry-After": "60"})
         case TransientError():
             # The message names hosts and drivers, which is for the operator's log and not for a client.
             log.warning("dependency_unavailable", error=str(error))
@@ -184,8 +210,6 @@ def _domain_problem(error: Exception) -> ProblemError:
                 "A part of the service is down for the moment; GET /readyz names it. Try again.",
                 headers={"Retry-After": "5"},
             )
-        case ObjectNotFound():
-            return ProblemError("not-found", str(error))
         case ConfigError():
             return config_problem(error)
     return ProblemError("internal-error", "Something went wrong on the server; its log has the request id.")
@@ -220,7 +244,9 @@ def install(app: FastAPI) -> None:
 def responses(*names: str) -> dict[int | str, dict[str, Any]]:
     """Describe problems for OpenAPI, with an example of each."""
     described: dict[int | str, dict[str, Any]] = {}
-    for name in names:
+    if "unauthorized" in names:
+        names = (*names, "rate-limited")  # whoever asks for a key counts its requests
+    for name in dict.fromkeys(names):
         kind = CATALOGUE[name]
         entry = described.setdefault(
             kind.status,

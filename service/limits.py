@@ -21,6 +21,8 @@ class Verdict:
     limit: int
     """Requests that may come at once."""
     remaining: int
+    window_s: int
+    """Seconds in which an empty bucket fills."""
     full_in_s: int
     """Seconds until the bucket is full again."""
     retry_in_s: int
@@ -29,9 +31,8 @@ class Verdict:
     @property
     def headers(self) -> dict[str, str]:
         """The fields of draft-ietf-httpapi-ratelimit-headers-10, and Retry-After on a refusal."""
-        window = max(self.full_in_s, 1)
         headers = {
-            "RateLimit-Policy": f'"key";q={self.limit};w={window}',
+            "RateLimit-Policy": f'"key";q={self.limit};w={self.window_s}',
             "RateLimit": f'"key";r={self.remaining};t={self.full_in_s}',
         }
         return headers if self.is_allowed else {**headers, "Retry-After": str(self.retry_in_s)}
@@ -61,6 +62,7 @@ class RateLimiter:
             is_allowed=is_allowed,
             limit=self._burst,
             remaining=int(tokens),
+            window_s=max(1, math.ceil(self._burst / self._rate)),
             full_in_s=math.ceil((self._burst - tokens) / self._rate),
             retry_in_s=0 if is_allowed else max(1, math.ceil((1 - tokens) / self._rate)),
         )

@@ -16,6 +16,7 @@ from infra import migrate
 from infra.database import make_engine
 from infra.errors import InfraError
 from infra.idempotency import IdempotencyStore
+from infra.job_search import JobSearch
 from infra.jobs import JobStore
 from infra.keys import KeyStore
 from infra.models import ModelCatalog
@@ -86,6 +87,7 @@ def build_context(settings: ServiceSettings) -> Context:
         settings=settings,
         engine=engine,
         jobs=JobStore(engine),
+        search=JobSearch(engine),
         keys=KeyStore(engine, settings.key_pepper),
         tenants=TenantStore(engine),
         idempotency=IdempotencyStore(engine, lifetime_ms=settings.idempotency_hours * 3_600_000),

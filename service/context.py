@@ -8,6 +8,7 @@ from fastapi.templating import Jinja2Templates
 from sqlalchemy import Engine
 
 from infra.idempotency import IdempotencyStore
+from infra.job_search import JobSearch
 from infra.jobs import JobStore
 from infra.keys import KeyStore
 from infra.models import ModelCatalog
@@ -24,6 +25,7 @@ class Context:
     settings: ServiceSettings
     engine: Engine
     jobs: JobStore
+    search: JobSearch
     keys: KeyStore
     tenants: TenantStore
     idempotency: IdempotencyStore

@@ -31,6 +31,22 @@ JOB_REQUESTS: dict[str, Any] = {
             "priority": 50,
         },
     },
+    "later": {
+        "summary": "Not before a time, not after another, and after another job",
+        "value": {
+            "model": {"source": "demo", "name": "smollm2-135m"},
+            "recipe": "duquant",
+            "run_at": "2026-01-05T22:00:00Z",
+            "deadline_at": "2036-01-06T06:00:00Z",
+            "depends_on": ["job_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"],
+            "labels": {"team": "search"},
+        },
+    },
+}
+
+JOB_CHANGES: dict[str, Any] = {
+    "sooner": {"summary": "Ahead of the others", "value": {"priority": 10}},
+    "tonight": {"summary": "Not before tonight", "value": {"run_at": "2026-01-05T22:00:00Z", "deadline_at": None}},
 }
 
 JOB: dict[str, Any] = {
@@ -41,21 +57,52 @@ JOB: dict[str, Any] = {
     "detail": None,
     "model": _MODEL,
     "recipe_name": "duquant",
+    "queue": "default",
     "priority": 100,
+    "batch_id": None,
+    "labels": {"team": "search"},
     "created_at": "2026-01-05T09:30:00.000Z",
+    "run_at": "2026-01-05T09:30:00.000Z",
+    "deadline_at": "2026-01-06T09:30:00.000Z",
     "started_at": "2026-01-05T09:30:01.000Z",
     "finished_at": None,
     "attempt": 1,
     "max_attempts": 6,
     "lease_losses": 0,
+    "gpu_seconds": 18.2,
     "progress": {"phase": "layers", "done": 12, "total": 31},
     "fingerprint": "9f2b6c0d1e8a47f35b6c7d8e9fa0b1c2d3e4f5061728394a5b6c7d8e9fa0b1c2",
     "recipe": preset("duquant").to_dict(),
+    "depends_on": [],
     "layers": {"total": 31, "pending": 17, "running": 2, "done": 12, "failed": 0},
     "queue_position": None,
     "eta_seconds": 48.5,
     "result": None,
     "version": 17,
+}
+
+_DETAILS = ("recipe", "depends_on", "layers", "queue_position", "eta_seconds", "result", "version")
+JOB_PAGE: dict[str, Any] = {
+    "items": [{name: value for name, value in JOB.items() if name not in _DETAILS}],
+    "next_cursor": "WzE3NjcyMzQ2MDAwMDAsICJqb2JfMDE5OWExYjJjM2Q0N2U1ZjhhOWIwYzFkMmUzZjRhNWIiXQ",
+}
+
+LAYERS: dict[str, Any] = {
+    "items": [
+        {
+            "layer": 0,
+            "state": "done",
+            "attempt": 1,
+            "seconds": 1.62,
+            "size_bytes": 1_800_000,
+            "sha256": "0c9a3f4d5e6b7a8190a1b2c3d4e5f60718293a4b5c6d7e8f90a1b2c3d4e5f607",
+            "metrics": {"mlp_in": {"output_nmse": 0.0123}},
+            "node": "worker-1",
+            "detail": None,
+            "started_at": "2026-01-05T09:30:02.000Z",
+            "finished_at": "2026-01-05T09:30:03.620Z",
+        }
+    ]
 }
 
 EVENT_STREAM = (

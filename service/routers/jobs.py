@@ -4,21 +4,26 @@ import re
 from typing import Annotated
 
 import anyio.to_thread
-from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Path, Response
 from fastapi.responses import StreamingResponse
 
+from infra.errors import JobChanged, QueueNotFound
+from infra.job_search import JobFilter
 from infra.jobs import Job, JobState, NewJob
 from service import conditions, idempotency, stream
 from service.auth import Reader, Writer
-from service.conditions import IfNoneMatch
+from service.bodies import BODY_PROBLEMS, JSON_BODY
+from service.conditions import IfMatch, IfNoneMatch
 from service.context import Context, context
 from service.errors import FieldProblem, ProblemError, responses
-from service.examples import EVENT_STREAM, JOB, JOB_REQUESTS
+from service.examples import EVENT_STREAM, JOB, JOB_CHANGES, JOB_PAGE, JOB_REQUESTS, LAYERS
+from service.filters import job_filter
 from service.idempotency import Made, Once
+from service.openapi import shows
 from service.paging import Cursor, Limit, cut, read_cursor
 from service.preferences import Prefer, Wait, wait_seconds
-from service.schemas.jobs import JobDetail, JobPage, JobRequest, JobSubmitted, LayerList
-from service.submit import new_job
+from service.schemas.jobs import JobChange, JobDetail, JobPage, JobRequest, JobSubmitted, LayerList
+from service.submit import changes_of, new_job
 from service.views import job_detail, job_summary, layer_view
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
@@ -30,19 +35,13 @@ _COMMON = ("unauthorized", "missing-scope", "validation-failed", "internal-error
 _ONE_JOB = (*_COMMON, "job-not-found")
 
 
-def _is_json(request: Request) -> None:
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        raise ProblemError("unsupported-media-type", f"The body's content type is {media_type!r}.")
-
-
 @router.post(
     "/jobs",
     operation_id="submitJob",
     summary="Submit a quantization job",
     status_code=201,
     response_model=JobSubmitted,
-    dependencies=[Depends(_is_json)],
+    dependencies=[JSON_BODY],
     responses={
         200: {
             "model": JobSubmitted,
@@ -57,9 +56,10 @@ def _is_json(request: Request) -> None:
         },
         **responses(
             *_COMMON,
-            "malformed-request",
-            "body-too-large",
-            "unsupported-media-type",
+            *BODY_PROBLEMS,
+            "dependency-failed",
+            "dependency-not-found",
+            "quota-exceeded",
             "model-forbidden",
             "model-not-found",
             "text-forbidden",
@@ -77,7 +77,12 @@ def submit_job(service: Service, caller: Writer, body: JobRequest, once: Once) -
     """
 
     def make(new: NewJob) -> Made:
-        job, created = service.jobs.enqueue(new, force=body.force, actor=caller.actor)
+        try:
+            job, created = service.jobs.enqueue(new, force=body.force, actor=caller.actor)
+        except QueueNotFound as error:
+            raise ProblemError(
+                "validation-failed", str(error), [FieldProblem(pointer="/queue", detail=str(error))]
+            ) from error
         view = JobSubmitted(**job_detail(service, job).model_dump(), reused=not created)
         return Made(view, status=201 if created else 200, location=f"/v1/jobs/{job.id}")
 
@@ -88,20 +93,17 @@ def submit_job(service: Service, caller: Writer, body: JobRequest, once: Once) -
     "/jobs",
     operation_id="listJobs",
     summary="List jobs, newest first",
-    responses={
-        200: {"content": {"application/json": {"example": {"items": [], "next_cursor": None}}}},
-        **responses(*_COMMON),
-    },
+    responses={200: shows(JOB_PAGE), **responses(*_COMMON)},
 )
 def list_jobs(
     service: Service,
     caller: Reader,
-    state: Annotated[JobState | None, Query(description="Only jobs in this state")] = None,
+    wanted: Annotated[JobFilter, Depends(job_filter)],
     limit: Limit = 50,
     cursor: Cursor = None,
 ) -> JobPage:
     """List this tenant's jobs by pages. A page stays right when jobs are added meanwhile."""
-    jobs = service.jobs.list(caller.tenant_id, state=state, limit=limit + 1, before=read_cursor(cursor))
+    jobs = service.search.page(caller.tenant_id, wanted, limit=limit + 1, before=read_cursor(cursor))
     page, next_cursor = cut(jobs, limit)
     return JobPage(items=[job_summary(job) for job in page], next_cursor=next_cursor)
 
@@ -169,6 +171,55 @@ def _read_job(service: Context, job_id: str, tenant_id: str) -> tuple[Job, str, 
     return job, detail.model_dump_json(), tag
 
 
+@router.patch(
+    "/jobs/{job_id}",
+    operation_id="changeJob",
+    summary="Change when a job runs",
+    response_model=JobDetail,
+    dependencies=[JSON_BODY],
+    responses={
+        200: shows(JOB, "The job as it is now", headers=conditions.HEADER),
+        **responses(*_ONE_JOB, *BODY_PROBLEMS, "job-conflict", "precondition-failed"),
+    },
+    openapi_extra={"requestBody": {"content": {"application/json": {"examples": JOB_CHANGES}}}},
+)
+def change_job(service: Service, caller: Writer, job_id: JobId, body: JobChange, if_match: IfMatch = None) -> Response:
+    """Change a waiting job's priority or start, or any unfinished job's deadline.
+
+    With `If-Match` only if the job is still as it was read; somebody else's change is then a 412 and not overwritten.
+    """
+    expected = conditions.versions(if_match)
+    version = None
+    if expected is not None:
+        # The store compares once more, under its lock.
+        version = service.jobs.get(job_id, caller.tenant_id).version
+        if version not in expected:
+            raise JobChanged(f"Job {job_id} has changed since it was read.")
+    service.jobs.change(job_id, changes_of(body), tenant_id=caller.tenant_id, actor=caller.actor, version=version)
+    _, shown, tag = _read_job(service, job_id, caller.tenant_id)
+    return Response(shown, headers={"ETag": tag}, media_type="application/json")
+
+
+@router.post(
+    "/jobs/{job_id}:retry",
+    operation_id="retryJob",
+    summary="Run a failed or cancelled job again",
+    response_model=JobDetail,
+    responses={
+        200: shows(JOB, "The job is waiting again", headers=idempotency.HEADERS),
+        **responses(*_ONE_JOB, *idempotency.PROBLEMS, "job-conflict", "dependency-failed", "quota-exceeded"),
+    },
+)
+def retry_job(service: Service, caller: Writer, job_id: JobId, once: Once) -> Response:
+    """Put a failed or cancelled job back in its queue. It goes on from the layers that it has finished."""
+
+    def make(_: None) -> Made:
+        job = service.jobs.retry(job_id, tenant_id=caller.tenant_id, actor=caller.actor)
+        return Made(job_detail(service, job), status=200, location=f"/v1/jobs/{job.id}")
+
+    return once.answer(caller, lambda: None, make)
+
+
 @router.post(
     "/jobs/{job_id}:cancel",
     operation_id="cancelJob",
@@ -193,7 +244,7 @@ def cancel_job(service: Service, caller: Writer, job_id: JobId, response: Respon
     "/jobs/{job_id}/layers",
     operation_id="listJobLayers",
     summary="List a job's layers",
-    responses={200: {"content": {"application/json": {"example": {"items": []}}}}, **responses(*_ONE_JOB)},
+    responses={200: shows(LAYERS), **responses(*_ONE_JOB)},
 )
 def list_job_layers(service: Service, caller: Reader, job_id: JobId) -> LayerList:
     """List the layers in order, with state, error and time. Empty until the job has been planned."""

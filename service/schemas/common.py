@@ -1,7 +1,24 @@
 """What several resources share: times, and the check that a database can keep a text."""
 
+import re
 from datetime import UTC, datetime
-from typing import overload
+from typing import Annotated, overload
+
+from pydantic import AwareDatetime, BeforeValidator
+
+_RFC_3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)", re.ASCII | re.IGNORECASE)
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def _require_rfc_3339(value: object) -> object:
+    """Refuse what pydantic would take, too: numbers, and times that leave out their offset."""
+    if isinstance(value, datetime) or (isinstance(value, str) and _RFC_3339.fullmatch(value)):
+        return value
+    raise ValueError("must be a time as RFC 3339 writes it, such as 2026-01-05T09:30:00Z")
+
+
+Moment = Annotated[AwareDatetime, BeforeValidator(_require_rfc_3339, json_schema_input_type=AwareDatetime)]
+"""A time in a request."""
 
 
 def check_text(value: object) -> None:
@@ -25,3 +42,16 @@ def moment(at_ms: None) -> None: ...
 def moment(at_ms: int | None) -> datetime | None:
     """Turn the job store's milliseconds into a time."""
     return None if at_ms is None else datetime.fromtimestamp(at_ms / 1000, UTC)
+
+
+@overload
+def milliseconds(at: datetime) -> int: ...
+@overload
+def milliseconds(at: None) -> None: ...
+def milliseconds(at: datetime | None) -> int | None:
+    """Turn a time into the job store's milliseconds.
+
+    >>> milliseconds(datetime(1970, 1, 1, 0, 0, 1, tzinfo=UTC))
+    1000
+    """
+    return None if at is None else round((at - _EPOCH).total_seconds() * 1000)

@@ -1,14 +1,22 @@
 """Jobs and their layers."""
 
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from duquant.config import DEFAULT_PRESET, preset
-from service.schemas.common import check_text
+from infra.schema import DEFAULT_QUEUE
+from service.schemas.common import Moment, check_text
 from service.schemas.models import ModelRequest
 from service.schemas.recipes import CalibrationOverrides, RecipeInput
+
+DEFAULT_PRIORITY = 100
+QueueName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$", examples=["default"])]
+JobIdText = Annotated[str, Field(pattern=r"^job_[0-9a-z]{1,60}$", examples=["job_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]
+Labels = dict[
+    Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,63}$")], Annotated[str, Field(min_length=1, max_length=200)]
+]
 
 
 class JobRequest(BaseModel):
@@ -22,16 +30,39 @@ class JobRequest(BaseModel):
     """A preset's name, or a whole recipe."""
     calibration: CalibrationOverrides | None = None
     """Changes to the recipe's calibration."""
-    priority: int = Field(default=100, ge=0, le=1000, strict=True)
+    priority: int = Field(default=DEFAULT_PRIORITY, ge=0, le=1000, strict=True)
     """Lower numbers start first."""
     force: bool = Field(default=False, strict=True)
     """Make the artifact again even if there is one for this model and recipe."""
+    queue: QueueName = DEFAULT_QUEUE
+    """The queue that it waits in."""
+    run_at: Moment | None = None
+    """When it may start; left out, at once."""
+    deadline_at: Moment | None = None
+    """When it fails if it has not ended."""
+    depends_on: list[JobIdText] = Field(default=[], max_length=100)
+    """Jobs that must succeed first. If one does not, this job fails."""
+    labels: Labels = Field(default={}, max_length=20, examples=[{"team": "search"}])
+    """Words of your own, to find jobs by."""
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unstorable(cls, value: object) -> object:
         check_text(value)
         return value
+
+
+class JobChange(BaseModel):
+    """What to change: what is left out stays, and null is the same as never having said it (RFC 7396)."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    priority: int | None = Field(default=None, ge=0, le=1000, strict=True)
+    """Lower numbers start first; null is the usual 100."""
+    run_at: Moment | None = None
+    """When it may start; null is at once."""
+    deadline_at: Moment | None = None
+    """When it fails if it has not ended; null takes the deadline away."""
 
 
 class Progress(BaseModel):
@@ -63,15 +94,24 @@ class JobSummary(BaseModel):
     """Why it failed, as a word."""
     detail: str | None
     """Why it failed, in a sentence."""
-    model: ModelRequest
+    model: ModelRequest | None
+    """Null for the evaluation of an artifact."""
     recipe_name: str
+    queue: str
     priority: int
+    batch_id: str | None
+    labels: dict[str, str]
     created_at: datetime
+    run_at: datetime
+    """It does not start before."""
+    deadline_at: datetime | None
     started_at: datetime | None
     finished_at: datetime | None
     attempt: int
     max_attempts: int
     lease_losses: int
+    gpu_seconds: float
+    """GPU time so far, as it is billed; on a machine without one, the time of the processor."""
     progress: Progress
     fingerprint: str
     """The same for equal models and recipes."""
@@ -80,7 +120,8 @@ class JobSummary(BaseModel):
 class JobDetail(JobSummary):
     """A job."""
 
-    recipe: dict[str, Any]
+    recipe: dict[str, Any] | None
+    depends_on: list[str]
     layers: LayerCounts
     queue_position: int | None
     """1 is next; null when it is not waiting."""

@@ -63,7 +63,8 @@ class Harness:
             "model_identity": "demo:smollm2-135m",
             "recipe": preset("duquant").to_dict(),
         }
-        new = NewJob(tenant_id=tenant, kind="quantize", spec=spec, fingerprint="f" * 64, **changes)
+        names = {"model_name": "smollm2-135m", "recipe_name": "duquant"}
+        new = NewJob(tenant_id=tenant, kind="quantize", spec=spec, fingerprint="f" * 64, **{**names, **changes})
         return self.jobs.enqueue(new, force=True, actor="test")[0]
 
     def claim(self) -> Claim:
@@ -108,7 +109,13 @@ class Harness:
         )
         manifest = {"schema_version": 1, "format": "duquant", "files": [*files, *extra_files], "evaluation": {}}
         self.storage.put_bytes(keys.manifest, json.dumps(manifest).encode(), if_none_match=True)
-        artifact = {"manifest_key": keys.manifest, "files": len(files), "fingerprint": claim.job.fingerprint}
+        artifact = {
+            "manifest_key": keys.manifest,
+            "files": len(files),
+            "fingerprint": claim.job.fingerprint,
+            "size_bytes": sum(file["size_bytes"] for file in files),
+            "summary": {},
+        }
         return self.jobs.complete(claim, {"artifact": artifact, "seconds": 3.0, "layers": len(files) - 2})
 
     def finished_job(self, layers: int = 2) -> Job:

@@ -1,0 +1,72 @@
+"""Lists of jobs by what people look for, a page at a time."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from sqlalchemy import ColumnElement, Engine, select, tuple_
+
+from infra.database import read
+from infra.job_model import Job, JobState
+from infra.job_rows import state_is
+from infra.schema import job_deps, jobs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobFilter:
+    """What a listed job must be; what is left out does not matter. Times are milliseconds since 1970."""
+
+    states: Sequence[JobState] = ()
+    """It is in one of these."""
+    kind: str | None = None
+    model_name: str | None = None
+    recipe_name: str | None = None
+    queue: str | None = None
+    batch_id: str | None = None
+    fingerprint: str | None = None
+    reason: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """It has all of these."""
+    created_from: int | None = None
+    created_until: int | None = None
+    """It is older than this."""
+
+    def conditions(self) -> list[ColumnElement[bool]]:
+        """Return what a row of the jobs table must fulfil."""
+        equal = ("kind", "model_name", "recipe_name", "queue", "batch_id", "fingerprint", "reason")
+        found = [jobs.c[name] == value for name in equal if (value := getattr(self, name)) is not None]
+        found += [jobs.c.labels[name].as_string() == value for name, value in self.labels.items()]
+        if self.states:
+            found.append(state_is(*self.states))
+        if self.created_from is not None:
+            found.append(jobs.c.created_at >= self.created_from)
+        if self.created_until is not None:
+            found.append(jobs.c.created_at < self.created_until)
+        return found
+
+
+class JobSearch:
+    """Reads jobs, and nothing else."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def page(
+        self, tenant_id: str, wanted: JobFilter, *, limit: int, before: tuple[int, str] | None = None
+    ) -> Sequence[Job]:
+        """Return a tenant's jobs, newest first; `before` is (created_at, id) of the last one on the page before."""
+        query = (
+            select(jobs)
+            .where(jobs.c.tenant_id == tenant_id, *wanted.conditions())
+            .order_by(jobs.c.created_at.desc(), jobs.c.id.desc())
+            .limit(limit)
+        )
+        if before is not None:
+            query = query.where(tuple_(jobs.c.created_at, jobs.c.id) < tuple_(*before))
+        with read(self._engine) as connection:
+            return [Job.from_row(row) for row in connection.execute(query).mappings()]
+
+    def dependencies(self, job_id: str) -> Sequence[str]:
+        """Return the ids of the jobs that this one waits for, or has waited for."""
+        query = select(job_deps.c.depends_on).where(job_deps.c.job_id == job_id).order_by(job_deps.c.depends_on)
+        with read(self._engine) as connection:
+            return connection.execute(query).scalars().all()

@@ -118,5 +118,21 @@ class WebhookNotFound(InfraError):
     """No such webhook, or no such delivery."""
 
 
+class ArtifactNotFound(InfraError):
+    """No such artifact."""
+
+
+class ArtifactConflict(InfraError):
+    """The artifact is in use."""
+
+
+class EvaluationNotFound(InfraError):
+    """No such evaluation."""
+
+
+class BatchNotFound(InfraError):
+    """No such batch."""
+
+
 class StartupError(InfraError):
     """An embedded server did not start."""

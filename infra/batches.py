@@ -1,0 +1,228 @@
+"""Batches: many jobs from one request. A batch has no state of its own; it is what its jobs are."""
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sqlalchemy import Connection, Engine, func, insert, select, tuple_, update
+
+from infra.database import now_ms, read, transaction, write
+from infra.errors import BatchNotFound, DependencyFailed, JobConflict
+from infra.ids import new_id
+from infra.job_model import ACTIVE, Job, JobState, NewJob, Record
+from infra.job_rows import state_is
+from infra.jobs import JobStore
+from infra.schema import batch_items, batches, jobs
+
+REFUSED = "refused"
+"""The state of an item whose job was never made."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch(Record):
+    """A batch as it was asked for."""
+
+    id: str
+    tenant_id: str
+    name: str
+    spec: dict[str, Any]
+    created_at: int
+    cancelled_at: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewItem:
+    """One piece of work of a batch: a job, or the reason why there is none."""
+
+    model_name: str
+    recipe_name: str
+    job: NewJob | None = None
+    detail: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchItem(Record):
+    """One piece of work of a batch."""
+
+    batch_id: str
+    idx: int
+    model_name: str
+    recipe_name: str
+    job_id: str | None
+    reused: bool
+    """Whether its job was there before the batch."""
+    detail: str | None
+    """Why it has no job."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reused", bool(self.reused))
+
+
+Tally = Mapping[tuple[str, str], int]
+"""How many items there are by kind of job and state; those without a job are quantize and refused."""
+
+
+class BatchStore:
+    """Adds, reads and steers batches. Their jobs are the job store's."""
+
+    def __init__(self, engine: Engine, jobs_: JobStore) -> None:
+        self._engine = engine
+        self._jobs = jobs_
+
+    def add(self, tenant_id: str, name: str, spec: Mapping[str, Any]) -> Batch:
+        """Add a batch without items."""
+        values = {"id": new_id("batch"), "tenant_id": tenant_id, "name": name, "spec": dict(spec)}
+        statement = insert(batches).values(created_at=now_ms(self._engine.dialect), **values).returning(batches)
+        with write(self._engine) as connection:
+            return Batch.from_row(connection.execute(statement).mappings().one())
+
+    def add_item(self, batch: Batch, item: NewItem, *, force: bool = False, actor: str) -> tuple[BatchItem, Job | None]:
+        """Add one piece of work: a job that is there already, or a new one. Its place is behind the others.
+
+        Raises:
+            InfraError: the job store refuses the job.
+        """
+        job, is_new = None, True
+        with transaction(self._engine), write(self._engine) as connection:
+            if item.job is not None:
+                new = replace(item.job, batch_id=batch.id)
+                job, is_new = self._jobs.enqueue(new, force=force, actor=actor)
+            last = select(func.coalesce(func.max(batch_items.c.idx), -1)).where(batch_items.c.batch_id == batch.id)
+            values = {
+                "batch_id": batch.id,
+                "idx": connection.execute(last).scalar_one() + 1,
+                "model_name": item.model_name,
+                "recipe_name": item.recipe_name,
+                "job_id": None if job is None else job.id,
+                "reused": int(not is_new),
+                "detail": item.detail,
+            }
+            row = connection.execute(insert(batch_items).values(values).returning(batch_items)).mappings().one()
+        return BatchItem.from_row(row), job
+
+    def get(self, batch_id: str, tenant_id: str) -> Batch:
+        """Return one batch.
+
+        Raises:
+            BatchNotFound: no such batch, or it is another tenant's.
+        """
+        with read(self._engine) as connection:
+            return self._find(connection, batch_id, tenant_id)
+
+    def _find(self, connection: Connection, batch_id: str, tenant_id: str) -> Batch:
+        query = select(batches).where(batches.c.id == batch_id, batches.c.tenant_id == tenant_id)
+        row = connection.execute(query).mappings().one_or_none()
+        if row is None:
+            raise BatchNotFound(f"no batch {batch_id}", batch_id=batch_id)
+        return Batch.from_row(row)
+
+    def page(self, tenant_id: str, *, limit: int, before: tuple[int, str] | None = None) -> Sequence[Batch]:
+        """Return a tenant's batches, newest first; `before` is (created_at, id) of the last one on the page before."""
+        query = (
+            select(batches)
+            .where(batches.c.tenant_id == tenant_id)
+            .order_by(batches.c.created_at.desc(), batches.c.id.desc())
+            .limit(limit)
+        )
+        if before is not None:
+            query = query.where(tuple_(batches.c.created_at, batches.c.id) < tuple_(*before))
+        with read(self._engine) as connection:
+            return [Batch.from_row(row) for row in connection.execute(query).mappings()]
+
+    def tallies(self, batch_ids: Iterable[str]) -> Mapping[str, Tally]:
+        """Return the counts of each of these batches."""
+        kind = func.coalesce(jobs.c.kind, "quantize")
+        state = func.coalesce(jobs.c.state, REFUSED)
+        query = (
+            select(batch_items.c.batch_id, kind, state, func.count())
+            .outerjoin(jobs, jobs.c.id == batch_items.c.job_id)
+            .where(batch_items.c.batch_id.in_(list(batch_ids)))
+            .group_by(batch_items.c.batch_id, kind, state)
+        )
+        found: dict[str, dict[tuple[str, str], int]] = defaultdict(dict)
+        with read(self._engine) as connection:
+            for batch_id, job_kind, job_state, count in connection.execute(query):
+                found[batch_id][job_kind, job_state] = count
+        return found
+
+    def reused(self, batch_ids: Iterable[str]) -> Mapping[str, int]:
+        """Return how many quantizations of each of these batches were there already."""
+        query = (
+            select(batch_items.c.batch_id, func.count().label("jobs"))
+            .join(jobs, jobs.c.id == batch_items.c.job_id)
+            .where(batch_items.c.batch_id.in_(list(batch_ids)), batch_items.c.reused == 1, jobs.c.kind == "quantize")
+            .group_by(batch_items.c.batch_id)
+        )
+        with read(self._engine) as connection:
+            return {row.batch_id: row.jobs for row in connection.execute(query)}
+
+    def items(self, batch_id: str) -> Sequence[tuple[BatchItem, Job | None]]:
+        """Return a batch's items in order, each with its job."""
+        listed = select(batch_items).where(batch_items.c.batch_id == batch_id).order_by(batch_items.c.idx)
+        named = select(batch_items.c.job_id).where(batch_items.c.batch_id == batch_id)
+        with read(self._engine) as connection:
+            items = [BatchItem.from_row(row) for row in connection.execute(listed).mappings()]
+            rows = connection.execute(select(jobs).where(jobs.c.id.in_(named))).mappings()
+            by_id = {row["id"]: Job.from_row(row) for row in rows}
+        return [(item, None if item.job_id is None else by_id.get(item.job_id)) for item in items]
+
+    def cancel(self, batch_id: str, *, tenant_id: str, actor: str) -> Batch:
+        """Cancel the jobs that the batch made and that have not ended. What it found there goes on.
+
+        Raises:
+            BatchNotFound: no such batch.
+        """
+        with transaction(self._engine), write(self._engine) as connection:
+            self._find(connection, batch_id, tenant_id)
+            # Evaluations first: they would fail for want of what they wait for.
+            query = (
+                select(jobs.c.id).where(jobs.c.batch_id == batch_id, state_is(*ACTIVE)).order_by(jobs.c.kind, jobs.c.id)
+            )
+            for job_id in connection.execute(query).scalars().all():
+                with contextlib.suppress(JobConflict):  # it has ended meanwhile
+                    self._jobs.cancel(job_id, tenant_id=tenant_id, actor=actor)
+            return self._set_cancelled(connection, batch_id, now_ms(self._engine.dialect))
+
+    def retry_failed(self, batch_id: str, *, tenant_id: str, actor: str) -> tuple[Batch, int]:
+        """Queue the jobs of a batch again that failed or were cancelled; return the batch and how many.
+
+        Where somebody else has meanwhile submitted the same work, the batch takes over that job.
+
+        Raises:
+            BatchNotFound: no such batch.
+            QuotaExceeded: the tenant has as much as it may have; nothing is queued then.
+        """
+        count = 0
+        with transaction(self._engine), write(self._engine) as connection:
+            self._find(connection, batch_id, tenant_id)
+            # In the order of the items: what an evaluation waits for comes before it.
+            for item, job in self.items(batch_id):
+                if job is None or job.state not in (JobState.FAILED, JobState.CANCELLED):
+                    continue
+                with contextlib.suppress(DependencyFailed):  # what it waits for is not the batch's
+                    try:
+                        self._jobs.retry(job.id, tenant_id=tenant_id, actor=actor)
+                    except JobConflict:
+                        self._take_over(connection, item, job, actor)
+                    count += 1
+            return self._set_cancelled(connection, batch_id, None), count
+
+    def _take_over(self, connection: Connection, item: BatchItem, job: Job, actor: str) -> None:
+        names = ("tenant_id", "spec", "fingerprint", "priority", "max_attempts", "queue", "model_name", "recipe_name")
+        new = NewJob(
+            kind="evaluate" if job.kind == "evaluate" else "quantize",
+            batch_id=item.batch_id,
+            **{name: getattr(job, name) for name in names},
+        )
+        other, is_new = self._jobs.enqueue(new, actor=actor)
+        connection.execute(
+            update(batch_items)
+            .where(batch_items.c.batch_id == item.batch_id, batch_items.c.idx == item.idx)
+            .values(job_id=other.id, reused=int(not is_new))
+        )
+
+    def _set_cancelled(self, connection: Connection, batch_id: str, value: Any) -> Batch:
+        statement = update(batches).where(batches.c.id == batch_id).values(cancelled_at=value).returning(batches)
+        return Batch.from_row(connection.execute(statement).mappings().one())

@@ -1,0 +1,59 @@
+"""Evaluations as rows; a job that measures writes one when it succeeds."""
+
+from collections.abc import Sequence
+
+from sqlalchemy import Engine, or_, select, tuple_
+
+from infra.artifacts import Evaluation
+from infra.database import read
+from infra.errors import EvaluationNotFound
+from infra.schema import evaluations
+
+
+class EvaluationStore:
+    """Reads evaluations."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def get(self, name: str, tenant_id: str) -> Evaluation:
+        """Return the evaluation with this id, or of the job with this id.
+
+        Raises:
+            EvaluationNotFound: there is none, or it is another tenant's.
+        """
+        query = (
+            select(evaluations)
+            .where(evaluations.c.tenant_id == tenant_id)
+            .where(or_(evaluations.c.id == name, evaluations.c.job_id == name))
+        )
+        with read(self._engine) as connection:
+            row = connection.execute(query).mappings().one_or_none()
+        if row is None:
+            raise EvaluationNotFound(f"no evaluation {name}", evaluation_id=name)
+        return Evaluation.from_row(row)
+
+    def page(
+        self,
+        tenant_id: str,
+        *,
+        artifact_id: str | None = None,
+        model_name: str | None = None,
+        limit: int,
+        before: tuple[int, str] | None = None,
+    ) -> Sequence[Evaluation]:
+        """Return a tenant's evaluations, newest first; `before` is (created_at, id) of the last one before."""
+        query = (
+            select(evaluations)
+            .where(evaluations.c.tenant_id == tenant_id)
+            .order_by(evaluations.c.created_at.desc(), evaluations.c.id.desc())
+            .limit(limit)
+        )
+        if artifact_id is not None:
+            query = query.where(evaluations.c.artifact_id == artifact_id)
+        if model_name is not None:
+            query = query.where(evaluations.c.model_name == model_name)
+        if before is not None:
+            query = query.where(tuple_(evaluations.c.created_at, evaluations.c.id) < tuple_(*before))
+        with read(self._engine) as connection:
+            return [Evaluation.from_row(row) for row in connection.execute(query).mappings()]

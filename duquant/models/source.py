@@ -12,6 +12,7 @@ from torch import Tensor
 from duquant.errors import SourceError
 from duquant.models.architecture import Architecture, architecture_of
 
+_CHECK_CHUNK = 1 << 18
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 TOKENIZER_FILES = (
@@ -86,7 +87,7 @@ class SourceCheckpoint:
                         raise SourceError(
                             f"{self.path / file}: {name} has dtype {tensor.dtype}; is the model already quantized?"
                         )
-                    if not bool(torch.isfinite(tensor).all()):
+                    if not _is_finite(tensor):
                         raise SourceError(f"{self.path / file}: {name} holds NaN or Inf")
                     found[name] = tensor
         return found
@@ -125,6 +126,11 @@ class SourceCheckpoint:
             with self._open(file) as reader:
                 file_of.update(dict.fromkeys(reader.keys(), file))
         return file_of
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Look at a little at a time: torch.isfinite makes several copies of what it is given."""
+    return all(bool(torch.isfinite(chunk).all()) for chunk in tensor.reshape(-1).split(_CHECK_CHUNK))
 
 
 def read_json(path: Path) -> dict[str, Any]:

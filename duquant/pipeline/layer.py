@@ -1,7 +1,7 @@
 """quantize_layer: one decoder layer in, the tensors of its packed shard out."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +20,8 @@ from duquant.transforms.site import SiteTransform, search_transform
 from duquant.transforms.smoothing import exact_fold, share_over_heads, smoothing_scale
 
 _ERROR_ROW_STRIDE = 4
-_ROW_CHUNK = 512
+_BLOCK_ELEMENTS = 1 << 18
+"""Weights are worked on a few rows at a time, so that float32 copies of a big one never exist as a whole."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def quantize_layer(
     count = 0
     for site in sites:
         rows = statistics[site.name].rows.float().div_(folds.columns[site.name])
-        peak_before = float(rows.abs().max())
+        peak_before = _peak(rows)
         generator = torch.Generator().manual_seed(site_seed(recipe.seed, layer, site.name))
         transform = search_transform(rows, recipe.transform, generator)
         transformed = transform.apply(rows)
@@ -98,10 +99,8 @@ def quantize_layer(
         error = _SiteError(transformed, recipe)
         for linear in site.linears:
             parts = []
-            # Rows do not depend on each other; a few at a time keep float32 copies of a big weight out of memory.
             stored = state.pop(f"{linear}.weight")
-            for first in range(0, stored.shape[0], _ROW_CHUNK):
-                block = slice(first, first + _ROW_CHUNK)
+            for block in _row_blocks(stored):
                 W = transform.apply(folds.weight(linear, stored[block], block).mul_(folds.columns[site.name]))
                 parts.append(quantize_weight(W, recipe.weight, importance))
                 error.add(W, parts[-1])
@@ -113,12 +112,22 @@ def quantize_layer(
         output.update(_site_tensors(site, transform, recipe))
         report[site.name] = SiteReport(
             peak_before=peak_before,
-            peak_after=float(transformed.abs().max()),
+            peak_after=_peak(transformed),
             output_nmse=error.nmse(),
         )
     # Norms, biases and linears that were left out keep 16 bits.
     output.update({name: folds.tensor(name, tensor).to(torch.bfloat16) for name, tensor in state.items()})
     return QuantizedLayer(tensors=output, report=report, quantized_weights=count)
+
+
+def _row_blocks(W: Tensor) -> Iterator[slice]:
+    step = max(1, _BLOCK_ELEMENTS // W.shape[1])
+    return (slice(first, first + step) for first in range(0, W.shape[0], step))
+
+
+def _peak(X: Tensor) -> float:
+    low, high = torch.aminmax(X)
+    return float(torch.maximum(-low, high))
 
 
 @dataclass(frozen=True)
@@ -159,12 +168,14 @@ def _smoothing(
     alpha = recipe.transform.smooth_alpha
     if alpha is None:
         return folds
-    everything = slice(None)
     for site in sorted(sites, key=lambda site: site.fold_kind == "norm"):
-        stored = {linear: state[f"{linear}.weight"] for linear in site.linears}
-        weights = [folds.weight(name, W, everything) if name in folds.rows else W for name, W in stored.items()]
-        scale = smoothing_scale(statistics[site.name].absmax, weights, alpha)
-        del weights, stored
+        weight_absmax = torch.zeros_like(statistics[site.name].absmax)
+        for linear in site.linears:
+            stored = state[f"{linear}.weight"]
+            for block in _row_blocks(stored):
+                folded = folds.weight(linear, stored[block], block)
+                weight_absmax = torch.maximum(weight_absmax, folded.abs_().amax(0))
+        scale = smoothing_scale(statistics[site.name].absmax, weight_absmax, alpha)
         if site.fold_kind == "norm":
             gain = state[f"{site.fold_into}.weight"].to(scale.device, torch.bfloat16)
             state[f"{site.fold_into}.weight"], scale = exact_fold(gain, scale)

@@ -120,9 +120,14 @@ def greedy_rotation(
     # The search saw the largest rows only; over all rows, too, the result must not be worse than doing nothing.
     everything = X.float().view(X.shape[0], -1, n)
     everything = everything.reshape(1, -1, n) if shared else everything.transpose(0, 1)
-    worse = (everything @ R.float()).abs().flatten(1).amax(1) > everything.abs().flatten(1).amax(1)
+    worse = _magnitude(everything @ R.float()) > _magnitude(everything)
     R = torch.where(worse[:, None, None], torch.eye(n, dtype=R.dtype, device=R.device), R)
     return R[0] if shared else R
+
+
+def _magnitude(rows: Float[Tensor, "problems rows n"]) -> Float[Tensor, " problems"]:
+    """Return the largest magnitude of each problem, without a copy of `rows`."""
+    return torch.maximum(rows.amax((1, 2)), -rows.amin((1, 2)))
 
 
 def _peak(rows: Float[Tensor, "problems rows n"]) -> tuple[Float[Tensor, " problems"], Int64[Tensor, " problems"]]:

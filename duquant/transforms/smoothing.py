@@ -1,7 +1,5 @@
 """Smoothing: moving outliers from activations to weights by one scale per channel."""
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -12,18 +10,22 @@ _FLOOR = 1e-5
 
 def smoothing_scale(
     act_absmax: Float[Tensor, " channels"],
-    weights: Sequence[Float[Tensor, "_ channels"]],
+    weight_absmax: Float[Tensor, " channels"],
     alpha: float,
 ) -> Float[Tensor, " channels"]:
     """Return smooth_scale = max|X|^alpha / max|W|^(1 - alpha) per channel, float32, at least 0.01.
 
-    X is divided by it and every weight that reads X is multiplied by it. The weights' maximum is over *all* consumers
-    of the site (the authors' code looks at q_proj and up_proj only). A dead channel (zero on either side) keeps 1.
+    X is divided by it and every weight that reads X is multiplied by it. A dead channel (zero on either side) keeps 1.
+
+    Args:
+        act_absmax: max|X| of each channel over the calibration tokens.
+        weight_absmax: max|W| of each channel over *all* linears that read X (the authors' code looks at q_proj and
+            up_proj only).
+        alpha: migration strength; 0 leaves the activations alone, 1 makes them all alike.
 
     Reference: SmoothQuant, arXiv 2211.10438v7, equation 4; DuQuant, arXiv 2406.01721v3, equation 2.
     """
-    weight_absmax = torch.stack([W.abs().amax(0).float() for W in weights]).amax(0)
-    act_absmax = act_absmax.float()
+    act_absmax, weight_absmax = act_absmax.float(), weight_absmax.float()
     scale = act_absmax.clamp_min(_FLOOR) ** alpha / weight_absmax.clamp_min(_FLOOR) ** (1 - alpha)
     dead = (act_absmax == 0) | (weight_absmax == 0)
     return torch.where(dead, 1.0, scale.clamp_min(MIN_SCALE))

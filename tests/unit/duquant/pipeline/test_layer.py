@@ -151,6 +151,15 @@ def test_smoothing_does_something(make_layer: Callable[..., Layer], recipe: Reci
         )
 
 
+@pytest.mark.parametrize("linear", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"])
+def test_smoothing_looks_at_every_consumer(make_layer: Callable[..., Layer], recipe: Recipe, linear: str) -> None:
+    layer = make_layer()
+    _, before = smoothed(layer, recipe)
+    larger = {**layer.tensors, f"{linear}.weight": 64 * layer.tensors[f"{linear}.weight"]}
+    _, after = smoothed(replace(layer, tensors=larger), recipe)
+    assert float((after["attn_in"] / before["attn_in"]).max()) < 0.5
+
+
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
 def test_shard_holds_exactly_what_the_quantized_layer_needs(
     make_layer: Callable[..., Layer], recipe: Recipe, model_type: str

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,24 +20,43 @@ from service.context import Context
 from service.errors import FieldProblem, ProblemError, config_problem
 from service.schemas.common import milliseconds
 from service.schemas.jobs import DEFAULT_PRIORITY, JobChange, JobRequest
+from service.schemas.models import ModelRequest
+from service.schemas.recipes import CalibrationOverrides
 
-_SOURCE_POINTER = "/calibration/source/name"
-_MAX_ATTEMPTS = 10
+_SOURCE_POINTER = "/calibration/source"
+MAX_ATTEMPTS = 10
 """The pauses between them add up to 12 minutes on average: an outage of five minutes costs hardly any job."""
 
 
-def new_job(service: Context, caller: Caller, request: JobRequest) -> NewJob:
-    """Build the job that a request asks for.
+@dataclass(frozen=True)
+class Work:
+    """A model and a recipe that were checked, and what tells this work from any other."""
+
+    ref: ModelRef
+    recipe: Recipe
+    model_identity: str
+    text_identity: str | None
+    fingerprint: str
+
+
+def work_of(
+    service: Context,
+    caller: Caller,
+    model: ModelRequest,
+    recipe: Recipe,
+    calibration: CalibrationOverrides | None = None,
+) -> Work:
+    """Check the model and the text that a request names; return what is to be done.
 
     Raises:
         ProblemError: a calibration field or text is refused.
         ModelForbidden: the model reference is not allowed.
         ModelNotFound: there is no such model.
     """
-    ref = ModelRef(source=request.model.source, name=request.model.name, revision=request.model.revision)
+    ref = ModelRef(source=model.source, name=model.name, revision=model.revision)
     model_identity = service.models.check(ref)
-    recipe = _with_overrides(request)
-    text_identity = _check_text(service, caller, recipe.calibration.source)
+    recipe = _with_overrides(recipe, calibration)
+    text_identity = check_source(service, caller, recipe.calibration.source, _SOURCE_POINTER)
     identity = {
         "algorithm_version": ALGORITHM_VERSION,
         "model_identity": model_identity,
@@ -44,23 +64,47 @@ def new_job(service: Context, caller: Caller, request: JobRequest) -> NewJob:
     }
     if text_identity is not None:
         identity["text_identity"] = text_identity
+    return Work(ref, recipe, model_identity, text_identity, fingerprint_of(identity))
+
+
+def new_job(service: Context, caller: Caller, request: JobRequest) -> NewJob:
+    """Build the job that a request asks for.
+
+    Raises:
+        ProblemError: a calibration field, text or time is refused.
+        ModelForbidden: the model reference is not allowed.
+        ModelNotFound: there is no such model.
+    """
     _require_future(request.deadline_at)
+    work = work_of(service, caller, request.model, request.recipe, request.calibration)
+    return replace(
+        quantize_job(caller.tenant_id, work),
+        priority=request.priority,
+        queue=request.queue,
+        run_at=milliseconds(request.run_at),
+        deadline_at=milliseconds(request.deadline_at),
+        depends_on=request.depends_on,
+        labels=request.labels,
+    )
+
+
+def quantize_job(tenant_id: str, work: Work) -> NewJob:
+    """Return the plain job that does this work."""
     spec = {
         "kind": "quantize",
-        "model": {"source": ref.source, "name": ref.name, "revision": ref.revision},
-        "model_identity": model_identity,
-        "text_identity": text_identity,
-        "recipe": recipe.to_dict(),
+        "model": {"source": work.ref.source, "name": work.ref.name, "revision": work.ref.revision},
+        "model_identity": work.model_identity,
+        "text_identity": work.text_identity,
+        "recipe": work.recipe.to_dict(),
     }
     return NewJob(
-        tenant_id=caller.tenant_id,
+        tenant_id=tenant_id,
         kind="quantize",
         spec=spec,
-        fingerprint=fingerprint_of(identity),
-        priority=request.priority,
-        model_name=ref.name,
-        recipe_name=recipe.name,
-        max_attempts=_MAX_ATTEMPTS,
+        fingerprint=work.fingerprint,
+        model_name=work.ref.name,
+        recipe_name=work.recipe.name,
+        max_attempts=MAX_ATTEMPTS,
     )
 
 
@@ -88,53 +132,58 @@ def fingerprint_of(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _with_overrides(request: JobRequest) -> Recipe:
-    if request.calibration is None:
-        return request.recipe
-    changes = {name: getattr(request.calibration, name) for name in request.calibration.model_fields_set}
+def _with_overrides(recipe: Recipe, overrides: CalibrationOverrides | None) -> Recipe:
+    if overrides is None:
+        return recipe
+    changes = {name: getattr(overrides, name) for name in overrides.model_fields_set}
     try:
-        return with_calibration(request.recipe, **changes)
+        return with_calibration(recipe, **changes)
     except ConfigError as error:
         raise config_problem(error) from error
 
 
-def _check_text(service: Context, caller: Caller, source: TextSource) -> str | None:
-    """Check that the text may be read; return what changes when its bytes do, for texts that can change."""
-    match source.kind:
-        case "file":
-            return file_identity(_text_file(service, source))
-        case "object":
-            return _text_object(service, caller, source)
-        case "hub" if not service.settings.allow_hub:
-            raise _text_problem("text-forbidden", "hub data sets are switched off on this server (DUQUANT_ALLOW_HUB)")
+def check_source(service: Context, caller: Caller, source: TextSource, pointer: str) -> str | None:
+    """Check that a text may be read; return what changes when its bytes do, for texts that can change.
+
+    Raises:
+        ProblemError: it may not, or is not there; the problem points at the source's name below `pointer`.
+    """
+    try:
+        match source.kind:
+            case "file":
+                return file_identity(_text_file(service, source))
+            case "object":
+                return _text_object(service, caller, source)
+            case "hub" if not service.settings.allow_hub:
+                detail = "hub data sets are switched off on this server (DUQUANT_ALLOW_HUB)"
+                raise ProblemError("text-forbidden", detail)
+    except ProblemError as problem:
+        problem.errors.append(FieldProblem(pointer=f"{pointer}/name", detail=problem.detail))
+        raise
     return None
-
-
-def _text_problem(name: str, detail: str) -> ProblemError:
-    return ProblemError(name, detail, [FieldProblem(pointer=_SOURCE_POINTER, detail=detail)])
 
 
 def _text_file(service: Context, source: TextSource) -> Path:
     if not service.settings.text_roots:
-        raise _text_problem("text-forbidden", "no text files may be used on this server; it has no DUQUANT_TEXT_ROOTS")
+        raise ProblemError("text-forbidden", "no text files may be used on this server; it has no DUQUANT_TEXT_ROOTS")
     try:
         path = find_under(service.settings.text_roots, source.name)
     except PathForbidden as error:
-        raise _text_problem("text-forbidden", f"text file {error}") from error
+        raise ProblemError("text-forbidden", f"text file {error}") from error
     except PathNotFound as error:
         detail = f"there is no text file {source.name!r} under the server's text roots"
-        raise _text_problem("text-not-found", detail) from error
+        raise ProblemError("text-not-found", detail) from error
     if not path.is_file():
-        raise _text_problem("text-not-found", f"{source.name!r} is no file")
+        raise ProblemError("text-not-found", f"{source.name!r} is no file")
     return path
 
 
 def _text_object(service: Context, caller: Caller, source: TextSource) -> str:
     prefix = f"texts/{caller.tenant_id}/"
     if not source.name.startswith(prefix) or ".." in source.name.split("/"):
-        raise _text_problem("text-forbidden", f"text objects of this key's tenant start with {prefix}")
+        raise ProblemError("text-forbidden", f"text objects of this key's tenant start with {prefix}")
     try:
         info = service.storage.head(source.name)
     except ObjectNotFound as error:
-        raise _text_problem("text-not-found", f"there is no object {source.name!r}") from error
+        raise ProblemError("text-not-found", f"there is no object {source.name!r}") from error
     return object_identity(info)

@@ -1,6 +1,7 @@
 """Real servers for the tests: a PostgreSQL and an S3 server, each started once a session and only when asked for."""
 
 import shutil
+import signal
 import tempfile
 import uuid
 import warnings
@@ -28,6 +29,12 @@ class S3Server:
     endpoint: str
     access_key: str
     secret_key: str
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C reach the processes that tests start: a shell has what it runs in the background ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -53,13 +53,17 @@ def test_demo_proves_itself_and_a_second_run_reuses_the_artifacts(tmp_path: Path
 def test_demo_that_is_interrupted_says_so_and_leaves_nothing_running(tmp_path: Path):
     with (tmp_path / "said").open("w+") as said:
         process = subprocess.Popen(_command(tmp_path / "home"), stdout=said, stderr=said, start_new_session=True)
-        deadline = time.monotonic() + 120
-        while "submitted" not in (tmp_path / "said").read_text():
-            assert process.poll() is None, (tmp_path / "said").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(100) == 130
+        try:
+            deadline = time.monotonic() + 120
+            while "submitted" not in (tmp_path / "said").read_text():
+                assert process.poll() is None, (tmp_path / "said").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(100) == 130
+        finally:
+            process.kill()
+            process.wait()
     assert "interrupted; nothing is left running" in (tmp_path / "said").read_text()
     assert _processes_of(tmp_path / "home") == []
 

@@ -372,11 +372,14 @@ def test_a_full_disk_is_named_and_the_pull_goes_on_later(service: Any, tmp_path:
 def test_ctrl_c_on_wait_detaches(service: Any) -> None:
     job = service.submit()
     command = [sys.executable, "-m", "client.main", "job", "wait", job["id"], "--url", service.url]
-    process = subprocess.Popen([*command, "--key", service.token], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    assert "queued" in process.stderr.readline()
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    with subprocess.Popen([*command, "--key", service.token], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            assert "queued" in process.stderr.readline()
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=20)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert f"duquant job wait {job['id']}" in err
     assert "Traceback" not in err

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sqlalchemy import ColumnElement, Engine, select, tuple_
+from sqlalchemy import ColumnElement, Engine, case, exists, func, select, tuple_
 
 from infra.database import read
-from infra.job_model import Job, JobState
+from infra.job_model import ACTIVE, Job, JobState
 from infra.job_rows import state_is
-from infra.schema import job_deps, jobs
+from infra.schema import artifacts, job_deps, jobs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +64,26 @@ class JobSearch:
             query = query.where(tuple_(jobs.c.created_at, jobs.c.id) < tuple_(*before))
         with read(self._engine) as connection:
             return [Job.from_row(row) for row in connection.execute(query).mappings()]
+
+    def held_by_owner(self) -> dict[str, int]:
+        """Return how many jobs each dispatcher holds, of all tenants."""
+        query = select(jobs.c.lease_owner, func.count().label("held")).where(jobs.c.lease_until.is_not(None))
+        with read(self._engine) as connection:
+            rows = connection.execute(query.group_by(jobs.c.lease_owner)).mappings().all()
+        return {row["lease_owner"]: row["held"] for row in rows}
+
+    def same_work(self, tenant_id: str, fingerprint: str) -> str | None:
+        """Return the id of the job that would be returned if this work were submitted."""
+        is_deleted = exists().where(artifacts.c.job_id == jobs.c.id, artifacts.c.deleted_at.is_not(None))
+        query = (
+            select(jobs.c.id)
+            .where(jobs.c.tenant_id == tenant_id, jobs.c.fingerprint == fingerprint)
+            .where(state_is(*ACTIVE, JobState.SUCCEEDED), ~is_deleted)
+            .order_by(case((state_is(JobState.SUCCEEDED), 0), else_=1), jobs.c.created_at.desc(), jobs.c.id.desc())
+            .limit(1)
+        )
+        with read(self._engine) as connection:
+            return connection.execute(query).scalar_one_or_none()
 
     def dependencies(self, job_id: str) -> Sequence[str]:
         """Return the ids of the jobs that this one waits for, or has waited for."""

@@ -23,6 +23,7 @@ class ModelShape:
     """The sizes in a model's config.json that decide how long it takes and how large it becomes."""
 
     architecture: str
+    """The model_type, such as llama."""
     layers: int
     hidden_size: int
     linear_params: int
@@ -56,10 +57,8 @@ class ModelShape:
             return None
         attention = 2 * hidden * head_dim * (sizes["heads"] + sizes["key_heads"])
         tables = 1 if config.get("tie_word_embeddings") else 2
-        architectures = config.get("architectures")
-        is_named = isinstance(architectures, list) and architectures and isinstance(architectures[0], str)
         return cls(
-            architecture=architectures[0] if is_named else str(config.get("model_type", "")),
+            architecture=str(config.get("model_type", ""))[:100],
             layers=layers,
             hidden_size=hidden,
             linear_params=layers * (attention + 3 * hidden * sizes["inner"]),

@@ -15,27 +15,63 @@ from fastapi.templating import Jinja2Templates
 from infra import migrate
 from infra.database import make_engine
 from infra.errors import InfraError
+from infra.history import History
 from infra.idempotency import IdempotencyStore
 from infra.job_search import JobSearch
 from infra.jobs import JobStore
 from infra.keys import KeyStore
+from infra.model_shelf import ModelShelf
 from infra.models import ModelCatalog
+from infra.queues import QueueStore
 from infra.schema import DEFAULT_TENANT
 from infra.storage import ObjectStore
 from infra.tenants import TenantStore
+from infra.usage import UsageStore
+from infra.webhooks.addresses import AddressPolicy, GuardedTransport
+from infra.webhooks.sender import WebhookSender
+from infra.webhooks.store import WebhookStore
 from service import errors, openapi
 from service.auth import SCOPES
 from service.context import Context
 from service.limits import RateLimiter
 from service.middleware import BodyLimit, RequestContext
 from service.pages import filters
-from service.routers import artifacts, dashboard, health, jobs, keys, recipes, tenants
+from service.routers import (
+    artifacts,
+    dashboard,
+    estimates,
+    health,
+    jobs,
+    keys,
+    queues,
+    recipes,
+    tenants,
+    usage,
+    webhooks,
+)
+from service.routers import models as models_routes
 from service.settings import ServiceSettings
 
 log = structlog.get_logger(__name__)
 
 _HERE = Path(__file__).parent
+ROUTERS = (
+    jobs,
+    estimates,
+    queues,
+    artifacts,
+    models_routes,
+    recipes,
+    usage,
+    keys,
+    tenants,
+    webhooks,
+    health,
+    dashboard,
+)
+"""In the order in which the description lists them."""
 _RETRY_SECONDS = 5.0
+_LAST_SECONDS = 2.0
 _DESCRIPTION = """Turns Hugging Face language models into packed INT4 checkpoints.
 
 Every call under `/v1` needs an API key. Every error is an `application/problem+json` document of a documented type.
@@ -50,10 +86,14 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         is_ready = await anyio.to_thread.run_sync(prepare, service)
         retry = None if is_ready else asyncio.create_task(_prepare_later(service))
+        service.webhook_sender = sender = asyncio.create_task(_send_webhooks(service))
         yield
         service.stopping.set()
         if retry is not None:
             await retry
+        # What is cut off here is sent again by the next process.
+        await asyncio.wait({sender}, timeout=_LAST_SECONDS)
+        sender.cancel()
         service.storage.close()
         service.engine.dispose()
 
@@ -67,7 +107,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         redoc_url=None,
     )
     app.state.context = service
-    for resource in (jobs, artifacts, recipes, keys, tenants, health, dashboard):
+    for resource in ROUTERS:
         app.include_router(resource.router)
     app.mount("/static", StaticFiles(directory=_HERE / "static"), name="static")
     errors.install(app)
@@ -80,6 +120,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
 def build_context(settings: ServiceSettings) -> Context:
     """Build what the endpoints work with."""
     engine = make_engine(settings.database_url)
+    models = ModelCatalog.from_settings(settings)
     pages = Jinja2Templates(directory=_HERE / "templates")
     pages.env.filters.update(filters())
     rate = settings.rate_limit_per_second
@@ -90,8 +131,14 @@ def build_context(settings: ServiceSettings) -> Context:
         search=JobSearch(engine),
         keys=KeyStore(engine, settings.key_pepper),
         tenants=TenantStore(engine),
+        webhooks=WebhookStore(engine, settings.key_pepper),
+        webhook_policy=AddressPolicy(settings.webhook_networks),
         idempotency=IdempotencyStore(engine, lifetime_ms=settings.idempotency_hours * 3_600_000),
-        models=ModelCatalog.from_settings(settings),
+        queues=QueueStore(engine),
+        usage=UsageStore(engine),
+        history=History(engine),
+        models=models,
+        shelf=ModelShelf(settings.model_roots, models),
         storage=ObjectStore.from_settings(settings, public_endpoint=settings.s3_public_endpoint),
         pages=pages,
         limits=RateLimiter(rate, settings.rate_limit_burst) if rate else None,
@@ -124,6 +171,17 @@ async def _prepare_later(service: Context) -> None:
         except TimeoutError:
             if await anyio.to_thread.run_sync(prepare, service):
                 return
+
+
+async def _send_webhooks(service: Context) -> None:
+    """Send webhooks until the service stops."""
+    async with GuardedTransport(service.webhook_policy) as transport:
+        try:
+            await WebhookSender(service.webhooks, transport).run(service.stopping)
+        except Exception:
+            # /readyz tells that it is gone; nobody else would notice before the service stops.
+            log.exception("webhook_sender_died")
+            raise
 
 
 def _make_bootstrap_key(service: Context) -> None:

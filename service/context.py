@@ -7,13 +7,19 @@ from fastapi import Request
 from fastapi.templating import Jinja2Templates
 from sqlalchemy import Engine
 
+from infra.history import History
 from infra.idempotency import IdempotencyStore
 from infra.job_search import JobSearch
 from infra.jobs import JobStore
 from infra.keys import KeyStore
+from infra.model_shelf import ModelShelf
 from infra.models import ModelCatalog
+from infra.queues import QueueStore
 from infra.storage import ObjectStore
 from infra.tenants import TenantStore
+from infra.usage import UsageStore
+from infra.webhooks.addresses import AddressPolicy
+from infra.webhooks.store import WebhookStore
 from service.limits import RateLimiter
 from service.settings import ServiceSettings
 
@@ -28,12 +34,20 @@ class Context:
     search: JobSearch
     keys: KeyStore
     tenants: TenantStore
+    webhooks: WebhookStore
+    webhook_policy: AddressPolicy
     idempotency: IdempotencyStore
+    queues: QueueStore
+    usage: UsageStore
+    history: History
     models: ModelCatalog
+    shelf: ModelShelf
     storage: ObjectStore
     pages: Jinja2Templates
     limits: RateLimiter | None = None
     """Counts requests by key; none when the limit is switched off."""
+    webhook_sender: asyncio.Task[None] | None = None
+    """Sends webhooks while the service runs."""
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the server shuts down, so that open event streams end."""
 

@@ -4,7 +4,7 @@ import re
 from datetime import UTC, datetime
 from typing import Annotated, overload
 
-from pydantic import AwareDatetime, BeforeValidator
+from pydantic import AfterValidator, AwareDatetime, BeforeValidator
 
 _RFC_3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)", re.ASCII | re.IGNORECASE)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -17,7 +17,18 @@ def _require_rfc_3339(value: object) -> object:
     raise ValueError("must be a time as RFC 3339 writes it, such as 2026-01-05T09:30:00Z")
 
 
-Moment = Annotated[AwareDatetime, BeforeValidator(_require_rfc_3339, json_schema_input_type=AwareDatetime)]
+def _to_utc(at: datetime) -> datetime:
+    try:
+        return at.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("must lie between the years 1 and 9999") from None
+
+
+Moment = Annotated[
+    AwareDatetime,
+    BeforeValidator(_require_rfc_3339, json_schema_input_type=AwareDatetime),
+    AfterValidator(_to_utc),
+]
 """A time in a request."""
 
 

@@ -16,3 +16,25 @@ class ModelRequest(BaseModel):
     """smollm2-135m, the folder's name, or owner/repository."""
     revision: str | None = Field(default=None, max_length=100)
     """A full commit hash; needed for hub models and unused for the rest."""
+
+
+class ModelView(BaseModel):
+    """A model that a job may name."""
+
+    source: Literal["demo", "local", "hub"]
+    name: str
+    architecture: str | None
+    """The model_type of its config.json, such as llama."""
+    layers: int | None
+    """Decoder layers."""
+    hidden_size: int | None
+    size_bytes: int | None
+    """Of its weights, as they are stored; these are null for models that are fetched when they are needed."""
+
+
+class ModelList(BaseModel):
+    """The models that this server has at hand."""
+
+    items: list[ModelView]
+    allows_hub: bool
+    """Whether a job may name any repository of the Hugging Face hub, too."""

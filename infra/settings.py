@@ -25,6 +25,18 @@ def _split_paths(value: object) -> object:
 Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split_paths)]
 
 
+def _split_words(value: object) -> object:
+    """Take words between commas or a JSON list."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        return json.loads(value)
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_words)]
+
+
 class DatabaseSettings(BaseSettings):
     """What a process needs to reach the database; the whole settings of `python -m infra.migrate`."""
 

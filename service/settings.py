@@ -2,7 +2,7 @@
 
 from pydantic import Field, SecretStr
 
-from infra.settings import InfraSettings
+from infra.settings import InfraSettings, Words
 
 
 class ServiceSettings(InfraSettings):
@@ -26,6 +26,8 @@ class ServiceSettings(InfraSettings):
     """How long the answer to a request with an Idempotency-Key is kept."""
     session_seconds: int = Field(default=12 * 3600, ge=60)
     """How long a dashboard login lasts."""
+    webhook_networks: Words = ()
+    """Private networks that webhooks may go to, as 10.1.0.0/16; there also over http and to any port."""
     bootstrap_key: SecretStr | None = None
     """An API key of the default tenant that is made at start when it is not there."""
 

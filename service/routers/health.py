@@ -28,6 +28,7 @@ _READY = {
         "database": {"ok": True, "detail": "answers"},
         "storage": {"ok": True, "detail": "answers"},
         "dispatcher": {"ok": False, "detail": "no dispatcher has reported within 60 s; start `python -m workers`"},
+        "webhooks": {"ok": True, "detail": "sending"},
     },
 }
 
@@ -95,7 +96,13 @@ def _dispatcher(service: Context) -> Check:
     return Check(ok=True, detail=f"{count} reporting")
 
 
-_CHECKS = {"database": _database, "storage": _storage, "dispatcher": _dispatcher}
+def _webhooks(service: Context) -> Check:
+    if service.webhook_sender is None or service.webhook_sender.done():
+        return Check(ok=False, detail="the sender has stopped; restart the service, its log says why")
+    return Check(ok=True, detail="sending")
+
+
+_CHECKS = {"database": _database, "storage": _storage, "dispatcher": _dispatcher, "webhooks": _webhooks}
 
 
 @router.get(

@@ -142,6 +142,7 @@ def make_settings(home: Path, database_url: str, storage: ObjectStore, s3: Any, 
         "bootstrap_key": SecretStr(load_secrets(home).api_key),
         "model_roots": (home / "models",),
         "text_roots": (home / "texts",),
+        "webhook_networks": ("127.0.0.0/8",),
     }
     return ServiceSettings(**{**values, **changes})
 

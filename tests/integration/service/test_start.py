@@ -97,6 +97,7 @@ def test_it_starts_without_storage_and_says_what_is_down(running: Any, tmp_path:
         "database": True,
         "storage": False,
         "dispatcher": False,
+        "webhooks": True,
     }
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) in (0, -signal.SIGTERM)

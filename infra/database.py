@@ -32,6 +32,7 @@ from sqlalchemy.exc import (
 )
 
 from infra.errors import DatabaseUnusable, InfraError, SettingsError, TransientError
+from infra.metrics import DATABASE_ERRORS
 
 _BUSY_TIMEOUT_S = 30
 _CONNECT_TIMEOUT_S = 5
@@ -188,7 +189,9 @@ def _translated(engine: Engine) -> Iterator[None]:
     except IntegrityError:
         raise  # callers know which constraint they may hit
     except DBAPIError as error:
-        raise _translate(engine.url, error) from error
+        translated = _translate(engine.url, error)
+        DATABASE_ERRORS.labels("unavailable" if isinstance(translated, TransientError) else "unusable").inc()
+        raise translated from error
 
 
 def _translate(url: URL, error: DBAPIError) -> InfraError:

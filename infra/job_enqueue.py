@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from sqlalchemy import Connection, case, exists, insert, select
 from sqlalchemy.exc import IntegrityError
 
+from infra import tracing
 from infra.database import write
 from infra.errors import DependencyFailed, DependencyNotFound, JobConflict, QueueNotFound
 from infra.ids import new_id
@@ -89,7 +90,7 @@ class JobEnqueue(JobRows):
                 model_name=new.model_name,
                 recipe_name=new.recipe_name,
                 labels=None if new.labels is None else dict(new.labels),
-                traceparent=new.traceparent,
+                traceparent=new.traceparent or tracing.current_traceparent(),
                 attempt=0,
                 max_attempts=new.max_attempts,
                 lease_losses=0,

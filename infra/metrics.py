@@ -30,6 +30,10 @@ DATABASE_ERRORS = Counter(
     registry=REGISTRY,
 )
 
+for _errors in (STORAGE_ERRORS, DATABASE_ERRORS):
+    for _kind in ("unavailable", "refused" if _errors is STORAGE_ERRORS else "unusable"):
+        _errors.labels(_kind)  # a series that begins at zero shows its first error as a rise
+
 Snapshot = list[dict[str, Any]]
 
 

@@ -104,3 +104,5 @@ class InfraSettings(StorageSettings):
     """Folders that calibration and evaluation text files may come from."""
     allow_hub: bool = False
     """Whether models may be fetched from the Hugging Face hub."""
+    otel_endpoint: str | None = None
+    """OpenTelemetry collector that traces go to (OTLP over HTTP), such as http://collector:4318; null is no tracing."""

@@ -24,6 +24,7 @@ from infra.errors import (
     StorageRefused,
     TransientError,
 )
+from infra.metrics import STORAGE_ERRORS
 from infra.settings import StorageSettings
 
 if TYPE_CHECKING:
@@ -294,8 +295,12 @@ class ObjectStore:
         try:
             yield
         except ClientError as error:
-            raise self._translate(error, key) from error
+            translated = self._translate(error, key)
+            if isinstance(translated, TransientError | StorageRefused):
+                STORAGE_ERRORS.labels("unavailable" if isinstance(translated, TransientError) else "refused").inc()
+            raise translated from error
         except BotoCoreError as error:
+            STORAGE_ERRORS.labels("unavailable").inc()
             raise TransientError(
                 f"the object store at {self.endpoint} does not answer: {type(error).__name__}", endpoint=self.endpoint
             ) from error

@@ -8,6 +8,7 @@ import uvicorn
 
 from infra.errors import InfraError
 from infra.logging import setup_logging
+from infra.tracing import flush, setup_tracing
 from service.app import create_app
 from service.context import Context
 from service.settings import ServiceSettings
@@ -32,6 +33,7 @@ def main() -> int:
     try:
         settings = ServiceSettings.load()
         setup_logging("service", level=settings.log_level, fmt=settings.log_format, secrets=settings.secrets())
+        setup_tracing("service", settings.otel_endpoint)
         app = create_app(settings)
     except InfraError as error:
         return _refuse(str(error))
@@ -45,6 +47,7 @@ def main() -> int:
     )
     with listener:
         _Server(config, app.state.context).run(sockets=[listener])
+    flush()
     return 0
 
 

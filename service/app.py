@@ -43,6 +43,7 @@ from service.routers import (
     health,
     jobs,
     keys,
+    metrics,
     queues,
     recipes,
     tenants,
@@ -67,6 +68,7 @@ ROUTERS = (
     tenants,
     webhooks,
     health,
+    metrics,
     dashboard,
 )
 """In the order in which the description lists them."""

@@ -37,7 +37,7 @@ Scope = Literal[
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 """What a key can allow. The last one reaches across tenants; the bootstrap key has all of them."""
 
-_bearer = HTTPBearer(
+BEARER = HTTPBearer(
     auto_error=False, scheme_name="ApiKey", description="An API key: `Authorization: Bearer dq_live_...`"
 )
 
@@ -64,12 +64,25 @@ class Caller:
 async def authenticate(
     request: Request,
     service: Annotated[Context, Depends(context)],
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)],
 ) -> Caller:
     """Return the caller of an API request, and count the request against the key's rate limit.
 
     Raises:
         ProblemError: there is no key, it is not valid, or it is used too often.
+    """
+    key = await check_key(service, credentials)
+    # Bound here, in the request's own task, it is on every line that the endpoint and the middleware write.
+    structlog.contextvars.bind_contextvars(key_id=key.id, tenant_id=key.tenant_id)
+    _count(request, service, key)
+    return Caller.of(key)
+
+
+async def check_key(service: Context, credentials: HTTPAuthorizationCredentials | None) -> ApiKey:
+    """Return the key that a request brings.
+
+    Raises:
+        ProblemError: there is no key, or it is not valid.
     """
     if credentials is None:
         raise ProblemError(
@@ -84,10 +97,7 @@ async def authenticate(
             "This API key is not valid; it may be misspelt, revoked or expired.",
             headers={"WWW-Authenticate": 'Bearer error="invalid_token"'},
         )
-    # Bound here, in the request's own task, it is on every line that the endpoint and the middleware write.
-    structlog.contextvars.bind_contextvars(key_id=key.id, tenant_id=key.tenant_id)
-    _count(request, service, key)
-    return Caller.of(key)
+    return key
 
 
 def _count(request: Request, service: Context, key: ApiKey) -> None:

@@ -3,16 +3,24 @@
 import re
 import time
 import uuid
+from typing import TYPE_CHECKING
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from infra import tracing
+from service.metrics import REQUEST_SECONDS, REQUESTS
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
 log = structlog.get_logger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_QUIET_PATHS = ("/healthz", "/static/")
+_QUIET_PATHS = ("/healthz", "/metrics", "/static/")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PATCH", "PUT", "DELETE", "OPTIONS"})
 
 SECURITY_HEADERS = {
     "Content-Security-Policy": (
@@ -27,7 +35,7 @@ SECURITY_HEADERS = {
 
 
 class RequestContext:
-    """Gives each request an id (the caller's, when it is a sane one), adds headers and writes one log line."""
+    """Gives each request an id (the caller's, when it is a sane one) and headers; logs, counts and traces it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -40,33 +48,63 @@ class RequestContext:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex[:16]
         scope.setdefault("state", {})["request_id"] = request_id
-        started = time.perf_counter()
-        status = 500
+        record = _Record(scope)
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
                 headers.update(scope["state"].get("extra_headers", {}))
                 for name, value in SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
                 headers.setdefault("Cache-Control", "no-store")
+                record.status = message["status"]
+                record.is_stream = headers.get("content-type", "").startswith("text/event-stream")
             await send(message)
 
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
+        parent = Headers(scope=scope).get("traceparent")
+        with (
+            structlog.contextvars.bound_contextvars(request_id=request_id),
+            tracing.span("request", kind="server", parent=parent) as span,
+        ):
             try:
                 await self.app(scope, receive, send_with_headers)
             finally:
-                if not scope["path"].startswith(_QUIET_PATHS):
-                    log.info(
-                        "http_request",
-                        method=scope["method"],
-                        path=scope["path"],
-                        status=status,
-                        seconds=round(time.perf_counter() - started, 4),
-                    )
+                record.end(span, request_id)
+
+
+class _Record:
+    """What is noted of one request when it has ended."""
+
+    def __init__(self, scope: Scope) -> None:
+        self.status = 500
+        self.is_stream = False
+        self._scope = scope
+        self._started = time.perf_counter()
+
+    def end(self, span: "Span | None", request_id: str) -> None:
+        """Count the request, describe its span and write its log line."""
+        method, path = self._scope["method"], self._scope["path"]
+        seconds = time.perf_counter() - self._started
+        # The template and never the path: ids in it would make a series for each job.
+        route = getattr(self._scope.get("route"), "path", "none")
+        REQUESTS.labels(method if method in _METHODS else "other", route, str(self.status)).inc()
+        if not self.is_stream:
+            REQUEST_SECONDS.labels(method if method in _METHODS else "other", route).observe(seconds)
+        if span is not None:
+            span.update_name(f"{method} {route}")
+            span.set_attributes(
+                {
+                    "http.request.method": method,
+                    "http.route": route,
+                    "http.response.status_code": self.status,
+                    "duquant.request_id": request_id,
+                }
+            )
+        if not path.startswith(_QUIET_PATHS):
+            job_id = self._scope.get("path_params", {}).get("job_id")
+            about = {} if job_id is None else {"job_id": job_id}
+            log.info("http_request", method=method, path=path, status=self.status, seconds=round(seconds, 4), **about)
 
 
 class BodyLimit:

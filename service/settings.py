@@ -1,5 +1,7 @@
 """Settings of the API process, read from the environment once."""
 
+from typing import Literal
+
 from pydantic import Field, SecretStr
 
 from infra.settings import InfraSettings, Words
@@ -26,6 +28,8 @@ class ServiceSettings(InfraSettings):
     """How long the answer to a request with an Idempotency-Key is kept."""
     session_seconds: int = Field(default=12 * 3600, ge=60)
     """How long a dashboard login lasts."""
+    metrics_access: Literal["loopback", "open", "key"] = "loopback"
+    """Who may read /metrics without an API key: this machine, anybody, or nobody."""
     webhook_networks: Words = ()
     """Private networks that webhooks may go to, as 10.1.0.0/16; there also over http and to any port."""
     bootstrap_key: SecretStr | None = None

@@ -7,13 +7,16 @@ from typing import Any
 import structlog
 
 from duquant.errors import DuQuantError
+from infra import tracing
 from infra.errors import InfraError, JobConflict, LeaseLost, TransientError
-from infra.jobs import ACTIVE, Claim, FailureReason, JobStore
+from infra.jobs import ACTIVE, Claim, FailureReason, JobState, JobStore
+from infra.metrics import snapshot
 from infra.storage import ObjectStore
 from workers.endings import JobFailed, JobStopped
 from workers.evaluation_run import EvaluationRun
 from workers.job_run import JobRun
 from workers.lease import LeaseKeeper
+from workers.metrics import CLAIM_SECONDS, ENDINGS, WAIT_SECONDS
 from workers.retries import ErrorClass, class_of, pause_s
 from workers.scratch import Scratch
 from workers.settings import WorkerSettings
@@ -22,6 +25,7 @@ from workers.tasks import Executor
 log = structlog.stdlib.get_logger(__name__)
 
 _MAX_IDLE_FACTOR = 5
+_ENDINGS = {JobState.FAILED: "failed", JobState.CANCELLED: "cancelled"}
 _RUNS: Mapping[str, type[JobRun] | type[EvaluationRun]] = {"quantize": JobRun, "evaluate": EvaluationRun}
 
 
@@ -61,7 +65,8 @@ class Dispatcher:
         """Take back expired jobs, and run one if there is one. Database trouble is waited out."""
         try:
             self._store.sweep()
-            claim = self._store.claim(self._owner, lease_seconds=self._settings.lease_seconds)
+            with CLAIM_SECONDS.time():
+                claim = self._store.claim(self._owner, lease_seconds=self._settings.lease_seconds)
         except TransientError as err:
             log.warning("queue_unreachable", error=str(err))
             return False
@@ -73,18 +78,28 @@ class Dispatcher:
     def run_job(self, claim: Claim) -> None:
         """Run one claimed job to whatever end it comes to."""
         job = claim.job
-        log.info("job_claimed", job_id=job.id, fence=claim.fence, attempt=job.attempt)
+        if job.attempt == 1 and not job.lease_losses and job.started_at is not None:
+            WAIT_SECONDS.observe(max(job.started_at - job.run_at, 0) / 1000)
         lease = LeaseKeeper(
             self._store, claim, lease_seconds=self._settings.lease_seconds, beat_seconds=self._settings.beat_seconds
         )
-        try:
-            with lease:
-                self._run_held(claim, lease)
-        except LeaseLost:
-            log.warning("lease_lost", job_id=job.id, fence=claim.fence)
-        except InfraError as err:
-            # The verdict itself could not be written: the lease runs out and the job is taken up again.
-            log.warning("verdict_not_written", job_id=job.id, error=str(err))
+        facts = {"duquant.job_id": job.id, "duquant.fence": claim.fence, "duquant.tenant": job.tenant_id}
+        with (
+            # On every line from here on, of ours and of the libraries.
+            structlog.contextvars.bound_contextvars(job_id=job.id, fence=claim.fence),
+            tracing.span(f"job {job.kind}", kind="consumer", parent=job.traceparent, attributes=facts),
+        ):
+            log.info("job_claimed", attempt=job.attempt)
+            try:
+                with lease:
+                    self._run_held(claim, lease)
+            except LeaseLost:
+                ENDINGS.labels("lost").inc()
+                log.warning("lease_lost")
+            except InfraError as err:
+                # The verdict itself could not be written: the lease runs out and the job is taken up again.
+                ENDINGS.labels("lost").inc()
+                log.warning("verdict_not_written", error=str(err))
 
     def _run_held(self, claim: Claim, lease: LeaseKeeper) -> None:
         run: JobRun | EvaluationRun | None = None
@@ -115,7 +130,7 @@ class Dispatcher:
         except (InfraError, DuQuantError) as err:
             self._fail(claim, "error", str(err))
         except Exception as err:  # the job loop's last resort: a bug must fail its job, not the dispatcher
-            log.exception("job_crashed", job_id=claim.job.id)
+            log.exception("job_crashed")
             self._fail(claim, "error", f"unexpected {type(err).__name__}: {err}")
         else:
             self._complete(claim, result)
@@ -127,9 +142,11 @@ class Dispatcher:
         except JobConflict:
             # A cancel that came while the manifest was written; without one this raises, too.
             self._store.finish_cancel(claim)
-            log.info("job_cancelled", job_id=claim.job.id)
+            ENDINGS.labels("cancelled").inc()
+            log.info("job_cancelled")
         else:
-            log.info("job_succeeded", job_id=claim.job.id, seconds=result["seconds"])
+            ENDINGS.labels("succeeded").inc()
+            log.info("job_succeeded", seconds=result["seconds"])
 
     def _stop_job(self, claim: Claim, lease: LeaseKeeper) -> None:
         """End a job that must not go on: nobody may write its files any more before we let go of it."""
@@ -139,12 +156,14 @@ class Dispatcher:
         if lease.stop_reason == "cancel":
             self._store.finish_cancel(claim)
             self._scratch.drop(claim.job.id)
-            log.info("job_cancelled", job_id=claim.job.id)
+            ENDINGS.labels("cancelled").inc()
+            log.info("job_cancelled")
         elif lease.stop_reason == "deadline":
             self._fail(claim, "deadline", "its deadline passed while it ran")
         else:
             self._store.release(claim)
-            log.info("job_released", job_id=claim.job.id)
+            ENDINGS.labels("released").inc()
+            log.info("job_released")
 
     def _fail(
         self,
@@ -160,7 +179,9 @@ class Dispatcher:
         tries = 1 if has_progressed else claim.job.attempt
         delay = None if retry_as is None else pause_s(retry_as, tries, first_s=self._settings.retry_seconds)
         job = self._store.fail(claim, reason, detail, retry_in_seconds=delay, has_progressed=has_progressed)
-        log.warning("job_failed", job_id=job.id, state=job.state, reason=reason, detail=detail)
+        # A job that was to be cancelled anyway is, whatever went wrong meanwhile.
+        ENDINGS.labels(_ENDINGS.get(job.state, "retried")).inc()
+        log.warning("job_failed", state=job.state, reason=reason, detail=detail)
         if job.state.is_terminal:
             self._scratch.drop(job.id)
 
@@ -168,7 +189,7 @@ class Dispatcher:
         info = {"slots": self._executor.slots, "executor": self._settings.executor, "device": self._settings.device}
         while True:
             try:
-                self._store.worker_beat(self._owner, info)
+                self._store.worker_beat(self._owner, {**info, "metrics": snapshot()})
             except InfraError as err:
                 log.warning("worker_beat_failed", error=str(err))
             if self._stopping.wait(self._settings.beat_seconds):

@@ -17,6 +17,7 @@ from workers.endings import JobFailed, JobStopped
 from workers.inputs import find_text, model_reference
 from workers.lease import LeaseKeeper
 from workers.measure import PROGRESS, STOP
+from workers.metrics import STEP_FAILURES
 from workers.settings import WorkerSettings
 from workers.tasks import Completion, EvaluationSpec, EvaluationTask, Executor
 
@@ -119,9 +120,9 @@ class EvaluationRun:
 
     def _handle_failure(self, completion: Completion[EvaluationTask], attempt: int) -> None:
         """Note a failed attempt; raise when there is no point in another."""
+        STEP_FAILURES.labels(completion.kind).inc()
         log.warning(
             "evaluation_failed",
-            job_id=self._claim.job.id,
             attempt=attempt,
             kind=completion.kind,
             error=completion.error,

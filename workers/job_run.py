@@ -17,6 +17,7 @@ from duquant.errors import DuQuantError
 from duquant.models.references import resolve_model
 from duquant.pipeline import ModelRun, ShardOutcome, plan
 from duquant.pipeline.plan import StepId
+from infra import tracing
 from infra.artifact_keys import ArtifactKeys
 from infra.errors import ObjectExists, ObjectNotFound
 from infra.jobs import Claim, JobStore, LayerRow
@@ -24,6 +25,7 @@ from infra.storage import ObjectStore
 from workers.endings import JobFailed, JobStopped
 from workers.inputs import find_text, model_reference
 from workers.lease import LeaseKeeper
+from workers.metrics import LAYER_SECONDS, STEP_FAILURES
 from workers.schedule import Schedule
 from workers.settings import WorkerSettings
 from workers.tasks import Completion, Executor, RunSpec, Task
@@ -150,9 +152,9 @@ class JobRun:
         detail = where + (completion.error or "").removeprefix(where)
         if step.kind in ("quantize", "extra"):
             self._rows[step.layer] = self._store.fail_layer(self._claim, step.layer, completion.error or "")
+        STEP_FAILURES.labels(completion.kind).inc()
         log.warning(
             "step_failed",
-            job_id=self._claim.job.id,
             task=completion.task.label,
             kind=completion.kind,
             error=completion.error,
@@ -181,6 +183,8 @@ class JobRun:
         )
         self._rows[outcome.layer] = self._store.commit_layer(self._claim, row, device=completion.device)
         self.has_progressed = True
+        LAYER_SECONDS.observe(outcome.seconds)
+        tracing.record("layer", outcome.seconds, {"duquant.layer": outcome.layer, "duquant.attempt": row.attempt})
         if outcome.layer >= 0:
             run.forget(outcome.layer)
             done = sum(row.state == "done" for layer, row in self._rows.items() if layer >= 0)

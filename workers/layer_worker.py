@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 
 from duquant.config import Recipe
@@ -31,6 +32,11 @@ class LayerWorker:
 
     def do(self, task: TaskT) -> Completion[TaskT]:
         """Run a task; every foreseeable error becomes a completion that says whether another try makes sense."""
+        # In a thread or process of its own: what is logged down there shall still say for which job.
+        with structlog.contextvars.bound_contextvars(job_id=task.run.job_id, task=task.label):
+            return self._outcome(task)
+
+    def _outcome(self, task: TaskT) -> Completion[TaskT]:
         try:
             result = self._evaluate(task) if isinstance(task, EvaluationTask) else self._do(task)
             return Completion(task, result=result, device=_device_name(task.run.device))

@@ -16,6 +16,7 @@ from infra.jobs import JobStore
 from infra.logging import fail_with, setup_logging
 from infra.migrate import upgrade_engine
 from infra.storage import ObjectStore
+from infra.tracing import flush, setup_tracing
 from workers.dispatcher import Dispatcher
 from workers.executors.local import LocalExecutor
 from workers.executors.on_ray import RayExecutor
@@ -51,6 +52,7 @@ def main() -> None:
         settings = WorkerSettings.load()
         secrets = (settings.s3_access_key, settings.s3_secret_key, settings.key_pepper)
         log = setup_logging("workers", level=settings.log_level, fmt=settings.log_format, secrets=secrets)
+        setup_tracing("workers", settings.otel_endpoint)
         engine = make_engine(settings.database_url)
         upgrade_engine(engine)
         storage = ObjectStore.from_settings(settings)
@@ -76,4 +78,5 @@ def main() -> None:
     except InfraError as err:
         fail_with(err)
     finally:
+        flush()
         engine.dispose()

@@ -11,7 +11,7 @@ from sqlalchemy.sql.elements import UnaryExpression
 from infra import audit
 from infra.database import now_ms, read, write
 from infra.errors import ArtifactConflict, ArtifactNotFound
-from infra.job_model import ACTIVE, Record
+from infra.job_model import ACTIVE, Job, Record
 from infra.job_rows import state_is
 from infra.schema import artifact_tags, artifacts, evaluations, jobs
 
@@ -118,6 +118,12 @@ class ArtifactStore:
         query = select(artifacts).where(artifacts.c.job_id.in_(list(job_ids)), artifacts.c.deleted_at.is_(None))
         with read(self._engine) as connection:
             return {row["job_id"]: Artifact.from_row(row) for row in connection.execute(query).mappings()}
+
+    def makers(self, made: Iterable[Artifact]) -> Mapping[str, Job]:
+        """Return the jobs that made these artifacts, by the jobs' ids."""
+        query = select(jobs).where(jobs.c.id.in_([artifact.job_id for artifact in made]))
+        with read(self._engine) as connection:
+            return {row["id"]: Job.from_row(row) for row in connection.execute(query).mappings()}
 
     def tags(self, artifact_ids: Iterable[str]) -> Mapping[str, Sequence[str]]:
         """Return the tags of each of these artifacts, in order."""

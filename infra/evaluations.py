@@ -1,6 +1,6 @@
 """Evaluations as rows; a job that measures writes one when it succeeds."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from sqlalchemy import Engine, or_, select, tuple_
 
@@ -32,6 +32,12 @@ class EvaluationStore:
         if row is None:
             raise EvaluationNotFound(f"no evaluation {name}", evaluation_id=name)
         return Evaluation.from_row(row)
+
+    def of_jobs(self, job_ids: Iterable[str]) -> Mapping[str, Evaluation]:
+        """Return what these jobs have measured, by the jobs' ids."""
+        query = select(evaluations).where(evaluations.c.job_id.in_(list(job_ids)))
+        with read(self._engine) as connection:
+            return {row["job_id"]: Evaluation.from_row(row) for row in connection.execute(query).mappings()}
 
     def page(
         self,

@@ -13,8 +13,11 @@ from fastapi.staticfiles import StaticFiles
 from fastapi.templating import Jinja2Templates
 
 from infra import migrate
+from infra.artifacts import ArtifactStore
+from infra.batches import BatchStore
 from infra.database import make_engine
 from infra.errors import InfraError
+from infra.evaluations import EvaluationStore
 from infra.history import History
 from infra.idempotency import IdempotencyStore
 from infra.job_search import JobSearch
@@ -38,8 +41,10 @@ from service.middleware import BodyLimit, RequestContext
 from service.pages import filters
 from service.routers import (
     artifacts,
+    batches,
     dashboard,
     estimates,
+    evaluations,
     health,
     jobs,
     keys,
@@ -58,9 +63,11 @@ log = structlog.get_logger(__name__)
 _HERE = Path(__file__).parent
 ROUTERS = (
     jobs,
+    batches,
     estimates,
     queues,
     artifacts,
+    evaluations,
     models_routes,
     recipes,
     usage,
@@ -122,6 +129,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
 def build_context(settings: ServiceSettings) -> Context:
     """Build what the endpoints work with."""
     engine = make_engine(settings.database_url)
+    job_store = JobStore(engine)
     models = ModelCatalog.from_settings(settings)
     pages = Jinja2Templates(directory=_HERE / "templates")
     pages.env.filters.update(filters())
@@ -129,13 +137,16 @@ def build_context(settings: ServiceSettings) -> Context:
     return Context(
         settings=settings,
         engine=engine,
-        jobs=JobStore(engine),
+        jobs=job_store,
         search=JobSearch(engine),
         keys=KeyStore(engine, settings.key_pepper),
         tenants=TenantStore(engine),
         webhooks=WebhookStore(engine, settings.key_pepper),
         webhook_policy=AddressPolicy(settings.webhook_networks),
         idempotency=IdempotencyStore(engine, lifetime_ms=settings.idempotency_hours * 3_600_000),
+        artifacts=ArtifactStore(engine),
+        evaluations=EvaluationStore(engine),
+        batches=BatchStore(engine, job_store),
         queues=QueueStore(engine),
         usage=UsageStore(engine),
         history=History(engine),

@@ -45,6 +45,18 @@ CATALOGUE: dict[str, ProblemKind] = {
     "not-found": ProblemKind(404, "There is nothing here", "no such path", "see `/openapi.json`"),
     "job-not-found": ProblemKind(404, "There is no such job", "no such job, or it is another tenant's", "check the id"),
     "queue-not-found": ProblemKind(404, "There is no such queue", "no queue has this name", "see `GET /v1/queues`"),
+    "artifact-not-found": ProblemKind(
+        404, "There is no such artifact", "no such artifact, or it is another tenant's or deleted", "check the id"
+    ),
+    "evaluation-not-found": ProblemKind(
+        404,
+        "There is no such evaluation",
+        "no such evaluation, or it is another tenant's, or its job has not succeeded yet",
+        "check the id, or read the job",
+    ),
+    "batch-not-found": ProblemKind(
+        404, "There is no such batch", "no such batch, or it is another tenant's", "check the id"
+    ),
     "key-not-found": ProblemKind(
         404, "There is no such API key", "no such key, or it is another project's", "check the id"
     ),
@@ -75,6 +87,12 @@ CATALOGUE: dict[str, ProblemKind] = {
         "The job has no artifact",
         "the job has not succeeded, or its artifact was deleted",
         "wait, or submit again with `force`",
+    ),
+    "artifact-conflict": ProblemKind(
+        409,
+        "The artifact is in use",
+        "it has tags, or a job that has not ended needs it",
+        "take the tags away or use `force`; wait for the job, or cancel it",
     ),
     "idempotency-in-progress": ProblemKind(
         409,

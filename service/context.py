@@ -7,6 +7,9 @@ from fastapi import Request
 from fastapi.templating import Jinja2Templates
 from sqlalchemy import Engine
 
+from infra.artifacts import ArtifactStore
+from infra.batches import BatchStore
+from infra.evaluations import EvaluationStore
 from infra.history import History
 from infra.idempotency import IdempotencyStore
 from infra.job_search import JobSearch
@@ -37,6 +40,9 @@ class Context:
     webhooks: WebhookStore
     webhook_policy: AddressPolicy
     idempotency: IdempotencyStore
+    artifacts: ArtifactStore
+    evaluations: EvaluationStore
+    batches: BatchStore
     queues: QueueStore
     usage: UsageStore
     history: History

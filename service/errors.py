@@ -15,8 +15,12 @@ from starlette.exceptions import HTTPException
 
 from duquant.errors import ConfigError, DuQuantError
 from infra.errors import (
+    ArtifactConflict,
+    ArtifactNotFound,
+    BatchNotFound,
     DependencyFailed,
     DependencyNotFound,
+    EvaluationNotFound,
     IdempotencyInProgress,
     IdempotencyMismatch,
     InfraError,
@@ -172,8 +176,12 @@ def _http_problem(error: HTTPException) -> ProblemError:
 
 
 _BY_ERROR: dict[type[Exception], tuple[str, str | None]] = {
+    ArtifactConflict: ("artifact-conflict", None),
+    ArtifactNotFound: ("artifact-not-found", None),
+    BatchNotFound: ("batch-not-found", None),
     DependencyFailed: ("dependency-failed", None),
     DependencyNotFound: ("dependency-not-found", "/depends_on"),
+    EvaluationNotFound: ("evaluation-not-found", None),
     IdempotencyMismatch: ("idempotency-key-reused", None),
     JobChanged: ("precondition-failed", None),
     JobConflict: ("job-conflict", None),

@@ -18,8 +18,8 @@ from infra.texts import file_identity, object_identity
 from service.auth import Caller
 from service.context import Context
 from service.errors import FieldProblem, ProblemError, config_problem
-from service.schemas.common import milliseconds
-from service.schemas.jobs import DEFAULT_PRIORITY, JobChange, JobRequest
+from service.schemas.common import DEFAULT_PRIORITY, milliseconds
+from service.schemas.jobs import JobChange, JobRequest
 from service.schemas.models import ModelRequest
 from service.schemas.recipes import CalibrationOverrides
 
@@ -57,6 +57,11 @@ def work_of(
     model_identity = service.models.check(ref)
     recipe = _with_overrides(recipe, calibration)
     text_identity = check_source(service, caller, recipe.calibration.source, _SOURCE_POINTER)
+    return Work(ref, recipe, model_identity, text_identity, work_fingerprint(model_identity, recipe, text_identity))
+
+
+def work_fingerprint(model_identity: str, recipe: Recipe, text_identity: str | None) -> str:
+    """Return what tells this work from any other, with the algorithm as it is today."""
     identity = {
         "algorithm_version": ALGORITHM_VERSION,
         "model_identity": model_identity,
@@ -64,7 +69,7 @@ def work_of(
     }
     if text_identity is not None:
         identity["text_identity"] = text_identity
-    return Work(ref, recipe, model_identity, text_identity, fingerprint_of(identity))
+    return fingerprint_of(identity)
 
 
 def new_job(service: Context, caller: Caller, request: JobRequest) -> NewJob:

@@ -1,32 +1,190 @@
-"""/v1/jobs/{id}/artifact: what a job made, with download links."""
+"""/v1/artifacts and /v1/jobs/{id}/artifact: what jobs made, with download links."""
 
-import hashlib
-import json
-import time
-from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Path, Query, Response
 
-from infra.artifact_keys import ArtifactKeys
-from infra.errors import ObjectNotFound
-from infra.jobs import Job, JobState
-from service.auth import ArtifactReader
+from infra.artifacts import ArtifactFilter
+from service.artifact_views import artifact_summaries, artifact_summary, artifact_view, compare
+from service.auth import ArtifactReader, ArtifactWriter
+from service.bodies import BODY_PROBLEMS, JSON_BODY
 from service.context import Context, context
-from service.errors import ProblemError, responses
+from service.errors import responses
 from service.examples import ARTIFACT
+from service.filters import CreatedFrom, CreatedUntil, Name, require_text
+from service.openapi import shows
+from service.paging import Cursor, Limit, cut, read_cursor
 from service.routers.jobs import JobId
-from service.schemas.artifacts import ArtifactFile, ArtifactView
+from service.schemas.artifacts import (
+    ArtifactChange,
+    ArtifactComparison,
+    ArtifactPage,
+    ArtifactSummary,
+    ArtifactView,
+)
+from service.schemas.batches import TAG, TAG_PATTERN
+from service.schemas.common import milliseconds
+from service.zoo_examples import ARTIFACT_COMPARISON, ARTIFACT_SUMMARY
 
 router = APIRouter(prefix="/v1", tags=["artifacts"])
+
+Service = Annotated[Context, Depends(context)]
+ID_PATTERN = r"^(art|job)_[0-9a-z]{1,60}$"
+ArtifactId = Annotated[
+    str,
+    Path(
+        pattern=ID_PATTERN,
+        description="The id of the artifact, or of the job that made it",
+        examples=["art_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"],
+    ),
+]
+TagName = Annotated[str, Path(pattern=TAG, description="A name of your own", examples=["prod"])]
+
+_COMMON = ("unauthorized", "missing-scope", "validation-failed", "internal-error", "service-unavailable")
+_ONE = (*_COMMON, "artifact-not-found")
+
+
+@router.get(
+    "/artifacts",
+    operation_id="listArtifacts",
+    summary="List artifacts, newest first",
+    responses={200: shows({"items": [ARTIFACT_SUMMARY], "next_cursor": None}), **responses(*_COMMON)},
+)
+def list_artifacts(
+    service: Service,
+    caller: ArtifactReader,
+    model: Annotated[Name, Query(description="Only artifacts of the model with this name")] = None,
+    recipe: Annotated[Name, Query(description="Only artifacts made with the recipe of this name")] = None,
+    tag: Annotated[
+        str | None,
+        Query(pattern=TAG_PATTERN, description="Only artifacts with this tag; with * at its end, the beginning of one"),
+    ] = None,
+    created_from: CreatedFrom = None,
+    created_until: CreatedUntil = None,
+    limit: Limit = 50,
+    cursor: Cursor = None,
+) -> ArtifactPage:
+    """List this tenant's artifacts by pages, each with its tags and what was measured on it."""
+    require_text("model", model)
+    require_text("recipe", recipe)
+    wanted = ArtifactFilter(
+        model_name=model,
+        recipe_name=recipe,
+        tag=tag,
+        created_from=milliseconds(created_from),
+        created_until=milliseconds(created_until),
+    )
+    found = service.artifacts.page(caller.tenant_id, wanted, limit=limit + 1, before=read_cursor(cursor))
+    page, next_cursor = cut(found, limit)
+    return ArtifactPage(items=artifact_summaries(service, page), next_cursor=next_cursor)
+
+
+@router.get(
+    "/artifacts/{artifact_id}",
+    operation_id="getArtifact",
+    summary="Read an artifact",
+    responses={200: shows(ARTIFACT_SUMMARY), **responses(*_ONE)},
+)
+def get_artifact(service: Service, caller: ArtifactReader, artifact_id: ArtifactId) -> ArtifactSummary:
+    """Read what an artifact is, its tags, and what was measured on it."""
+    return artifact_summary(service, service.artifacts.get(artifact_id, caller.tenant_id))
+
+
+@router.get(
+    "/artifacts/{artifact_id}/files",
+    operation_id="listArtifactFiles",
+    summary="Get an artifact's files",
+    responses={200: shows(ARTIFACT), **responses(*_ONE, "artifact-not-ready")},
+)
+def list_artifact_files(service: Service, caller: ArtifactReader, artifact_id: ArtifactId) -> ArtifactView:
+    """List the files, each with its sha256, its size and a download link."""
+    artifact = service.artifacts.get(artifact_id, caller.tenant_id)
+    return artifact_view(service, service.jobs.get(artifact.job_id, caller.tenant_id))
+
+
+@router.get(
+    "/artifacts/{artifact_id}/comparison",
+    operation_id="compareArtifacts",
+    summary="Compare two artifacts",
+    responses={200: shows(ARTIFACT_COMPARISON), **responses(*_ONE, "artifact-not-ready")},
+)
+def compare_artifacts(
+    service: Service,
+    caller: ArtifactReader,
+    artifact_id: ArtifactId,
+    other: Annotated[str, Query(alias="with", pattern=ID_PATTERN, description="The other artifact")],
+) -> ArtifactComparison:
+    """Show how two artifacts differ: their recipes, their measures and their files."""
+    a = service.artifacts.get(artifact_id, caller.tenant_id)
+    return compare(service, a, service.artifacts.get(other, caller.tenant_id))
+
+
+@router.patch(
+    "/artifacts/{artifact_id}",
+    operation_id="changeArtifact",
+    summary="Change how long an artifact is kept",
+    dependencies=[JSON_BODY],
+    responses={200: shows(ARTIFACT_SUMMARY), **responses(*_ONE, *BODY_PROBLEMS)},
+)
+def change_artifact(
+    service: Service, caller: ArtifactWriter, artifact_id: ArtifactId, body: ArtifactChange
+) -> ArtifactSummary:
+    """Say when an artifact may be deleted."""
+    artifact = service.artifacts.keep_until(
+        artifact_id, milliseconds(body.expires_at), tenant_id=caller.tenant_id, actor=caller.actor
+    )
+    return artifact_summary(service, artifact)
+
+
+@router.delete(
+    "/artifacts/{artifact_id}",
+    operation_id="deleteArtifact",
+    summary="Delete an artifact",
+    status_code=204,
+    response_class=Response,
+    responses={204: {"description": "It is deleted"}, **responses(*_ONE, "artifact-conflict")},
+)
+def delete_artifact(
+    service: Service,
+    caller: ArtifactWriter,
+    artifact_id: ArtifactId,
+    force: Annotated[bool, Query(description="Delete it also when it has tags")] = False,
+) -> Response:
+    """Delete an artifact. Its files follow when the collector runs; links that were given out work until then."""
+    service.artifacts.delete(artifact_id, tenant_id=caller.tenant_id, actor=caller.actor, force=force)
+    return Response(status_code=204)
+
+
+@router.put(
+    "/artifacts/{artifact_id}/tags/{tag}",
+    operation_id="tagArtifact",
+    summary="Tag an artifact",
+    responses={200: shows(ARTIFACT_SUMMARY), **responses(*_ONE)},
+)
+def tag_artifact(service: Service, caller: ArtifactWriter, artifact_id: ArtifactId, tag: TagName) -> ArtifactSummary:
+    """Give an artifact a tag. The artifact that had it loses it."""
+    artifact = service.artifacts.tag(artifact_id, tag, tenant_id=caller.tenant_id, actor=caller.actor)
+    return artifact_summary(service, artifact)
+
+
+@router.delete(
+    "/artifacts/{artifact_id}/tags/{tag}",
+    operation_id="untagArtifact",
+    summary="Take a tag away",
+    responses={200: shows(ARTIFACT_SUMMARY), **responses(*_ONE)},
+)
+def untag_artifact(service: Service, caller: ArtifactWriter, artifact_id: ArtifactId, tag: TagName) -> ArtifactSummary:
+    """Take a tag away from an artifact; one that is not there is no error."""
+    artifact = service.artifacts.untag(artifact_id, tag, tenant_id=caller.tenant_id, actor=caller.actor)
+    return artifact_summary(service, artifact)
 
 
 @router.get(
     "/jobs/{job_id}/artifact",
-    operation_id="getArtifact",
-    summary="Get a job's artifact",
+    operation_id="getJobArtifact",
+    summary="Get the files of a job's artifact",
     responses={
-        200: {"content": {"application/json": {"example": ARTIFACT}}},
+        200: shows(ARTIFACT),
         **responses(
             "unauthorized",
             "missing-scope",
@@ -38,58 +196,6 @@ router = APIRouter(prefix="/v1", tags=["artifacts"])
         ),
     },
 )
-def get_artifact(service: Annotated[Context, Depends(context)], caller: ArtifactReader, job_id: JobId) -> ArtifactView:
+def get_job_artifact(service: Service, caller: ArtifactReader, job_id: JobId) -> ArtifactView:
     """List the files of a finished artifact, each with its sha256, its size and a download link."""
     return artifact_view(service, service.jobs.get(job_id, caller.tenant_id))
-
-
-def artifact_view(service: Context, job: Job) -> ArtifactView:
-    """Read the manifest of a job's artifact and sign a link for each file.
-
-    Raises:
-        ProblemError: the job has not succeeded.
-    """
-    if job.state is not JobState.SUCCEEDED or job.result is None:
-        detail = f"Job {job.id} is {job.state.value}; only a succeeded job has an artifact."
-        raise ProblemError("artifact-not-ready", detail)
-    prefix = ArtifactKeys(job.tenant_id, job.id).prefix
-    manifest_key = job.result["artifact"]["manifest_key"]
-    try:
-        content = service.storage.get_bytes(manifest_key)
-    except ObjectNotFound as error:
-        detail = f"The artifact of job {job.id} is gone from the object store; submit it again with force."
-        raise ProblemError("artifact-not-ready", detail) from error
-    manifest: dict[str, Any] = json.loads(content)
-    expires_at = datetime.fromtimestamp(time.time() + service.settings.presign_seconds, UTC)
-
-    def link(key: str, name: str) -> str:
-        # The manifest is ours, but links are signed with our rights: never for anything outside this job's folder.
-        assert key.startswith(prefix), key
-        filename = name.rpartition("/")[2]
-        return service.storage.presign(key, service.settings.presign_seconds, filename)
-
-    files = [
-        ArtifactFile(
-            name=entry["name"],
-            sha256=entry["sha256"],
-            size_bytes=entry["size_bytes"],
-            url=link(entry["key"], entry["name"]),
-        )
-        for entry in manifest["files"]
-    ]
-    files.append(
-        ArtifactFile(
-            name="manifest.json",
-            sha256=hashlib.sha256(content).hexdigest(),
-            size_bytes=len(content),
-            url=link(manifest_key, "manifest.json"),
-        )
-    )
-    return ArtifactView(
-        job_id=job.id,
-        fingerprint=job.fingerprint,
-        size_bytes=sum(file.size_bytes for file in files),
-        expires_at=expires_at,
-        evaluation=manifest.get("evaluation", {}),
-        files=files,
-    )

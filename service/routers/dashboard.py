@@ -12,11 +12,11 @@ from fastapi.responses import RedirectResponse, StreamingResponse
 from infra.errors import InfraError, JobConflict, JobNotFound
 from infra.jobs import Job, JobState
 from service import stream
+from service.artifact_views import artifact_view
 from service.auth import Caller, check_same_site, end_session, session_caller, start_session
 from service.context import Context, context
 from service.errors import ProblemError
 from service.pages import STATE_ICONS, layer_cells, recipe_parts
-from service.routers.artifacts import artifact_view
 from service.schemas.artifacts import ArtifactView
 from service.schemas.common import moment
 from service.views import job_detail, job_summary

@@ -1,6 +1,7 @@
 """/v1/jobs: submit, list, read, cancel, follow."""
 
 import re
+from dataclasses import replace
 from typing import Annotated
 
 import anyio.to_thread
@@ -16,6 +17,7 @@ from service.bodies import BODY_PROBLEMS, JSON_BODY
 from service.conditions import IfMatch, IfNoneMatch
 from service.context import Context, context
 from service.errors import FieldProblem, ProblemError, responses
+from service.evaluate import check_settings, of_artifact
 from service.examples import EVENT_STREAM, JOB, JOB_CHANGES, JOB_PAGE, JOB_REQUESTS, LAYERS
 from service.filters import job_filter
 from service.idempotency import Made, Once
@@ -76,17 +78,31 @@ def submit_job(service: Service, caller: Writer, body: JobRequest, once: Once) -
     unless `force` is set.
     """
 
-    def make(new: NewJob) -> Made:
+    def prepare() -> tuple[NewJob, str | None]:
+        new = new_job(service, caller, body)
+        settings = body.evaluate
+        return new, None if settings is None else check_settings(service, caller, settings, "/evaluate")
+
+    def make(prepared: tuple[NewJob, str | None]) -> Made:
+        new, text_identity = prepared
         try:
             job, created = service.jobs.enqueue(new, force=body.force, actor=caller.actor)
         except QueueNotFound as error:
             raise ProblemError(
                 "validation-failed", str(error), [FieldProblem(pointer="/queue", detail=str(error))]
             ) from error
-        view = JobSubmitted(**job_detail(service, job).model_dump(), reused=not created)
+        evaluation = None
+        if body.evaluate is not None:
+            measuring = replace(of_artifact(job, body.evaluate, text_identity), priority=job.priority, queue=job.queue)
+            evaluation, _ = service.jobs.enqueue(measuring, actor=caller.actor)
+        view = JobSubmitted(
+            **job_detail(service, job).model_dump(),
+            reused=not created,
+            evaluation_job_id=None if evaluation is None else evaluation.id,
+        )
         return Made(view, status=201 if created else 200, location=f"/v1/jobs/{job.id}")
 
-    return once.answer(caller, lambda: new_job(service, caller, body), make)
+    return once.answer(caller, prepare, make)
 
 
 @router.get(
@@ -227,7 +243,7 @@ def retry_job(service: Service, caller: Writer, job_id: JobId, once: Once) -> Re
     response_model=JobDetail,
     responses={
         200: {"description": "The job is cancelled", "content": {"application/json": {"example": JOB}}},
-        202: {"model": JobDetail, "description": "The job is running; it stops at the next beat"},
+        202: shows({**JOB, "state": "cancelling"}, "The job is running; it stops at the next beat", model=JobDetail),
         **responses(*_ONE_JOB, "job-conflict"),
     },
 )

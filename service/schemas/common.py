@@ -6,6 +6,8 @@ from typing import Annotated, overload
 
 from pydantic import AfterValidator, AwareDatetime, BeforeValidator
 
+DEFAULT_PRIORITY = 100
+"""Of a job whose request names none."""
 _RFC_3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)", re.ASCII | re.IGNORECASE)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 

@@ -7,11 +7,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from duquant.config import DEFAULT_PRESET, preset
 from infra.schema import DEFAULT_QUEUE
-from service.schemas.common import Moment, check_text
+from service.schemas.common import DEFAULT_PRIORITY, Moment, check_text
+from service.schemas.evaluations import EvaluationSettings
 from service.schemas.models import ModelRequest
 from service.schemas.recipes import CalibrationOverrides, RecipeInput
 
-DEFAULT_PRIORITY = 100
 QueueName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$", examples=["default"])]
 JobIdText = Annotated[str, Field(pattern=r"^job_[0-9a-z]{1,60}$", examples=["job_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]
 Labels = dict[
@@ -42,6 +42,8 @@ class JobRequest(BaseModel):
     """When it fails if it has not ended."""
     depends_on: list[JobIdText] = Field(default=[], max_length=100)
     """Jobs that must succeed first. If one does not, this job fails."""
+    evaluate: EvaluationSettings | None = None
+    """Measure the artifact when it is made, in a job of its own; left out, nothing is measured."""
     labels: Labels = Field(default={}, max_length=20, examples=[{"team": "search"}])
     """Words of your own, to find jobs by."""
 
@@ -134,6 +136,8 @@ class JobDetail(JobSummary):
 class JobSubmitted(JobDetail):
     """A job, and whether it was there before."""
 
+    evaluation_job_id: str | None = None
+    """The job that measures the artifact, where the request asked for it."""
     reused: bool
     """True when an active or finished job for the same model and recipe was returned and nothing new was started."""
 

@@ -1,0 +1,122 @@
+"""/v1/evaluations: measure artifacts and models, and read what was measured."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Path, Query, Response
+
+from infra.jobs import NewJob
+from service import idempotency
+from service.auth import Reader, Writer
+from service.bodies import BODY_PROBLEMS, JSON_BODY
+from service.context import Context, context
+from service.errors import responses
+from service.evaluate import requested_evaluation
+from service.filters import Name, require_text
+from service.idempotency import Made, Once
+from service.openapi import shows
+from service.paging import Cursor, Limit, cut, read_cursor
+from service.routers.artifacts import ID_PATTERN
+from service.schemas.evaluations import EvaluationPage, EvaluationRequest, EvaluationView, evaluation_view
+from service.schemas.jobs import JobSubmitted
+from service.views import job_detail
+from service.zoo_examples import EVALUATION, EVALUATION_JOB, EVALUATION_REQUESTS
+
+router = APIRouter(prefix="/v1", tags=["evaluations"])
+
+Service = Annotated[Context, Depends(context)]
+EvaluationId = Annotated[
+    str,
+    Path(
+        pattern=r"^(eval|job)_[0-9a-z]{1,60}$",
+        description="The id of the evaluation, or of the job that measured",
+        examples=["eval_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"],
+    ),
+]
+
+_COMMON = ("unauthorized", "missing-scope", "validation-failed", "internal-error", "service-unavailable")
+
+
+@router.post(
+    "/evaluations",
+    operation_id="submitEvaluation",
+    summary="Submit an evaluation",
+    status_code=201,
+    response_model=JobSubmitted,
+    dependencies=[JSON_BODY],
+    responses={
+        200: shows(
+            {**EVALUATION_JOB, "reused": True},
+            "A job that measures or measured the same was there; it is returned",
+            model=JobSubmitted,
+            headers=idempotency.HEADERS,
+        ),
+        201: shows(
+            {**EVALUATION_JOB, "reused": False}, "The job was made; Location names it", headers=idempotency.HEADERS
+        ),
+        **responses(
+            *_COMMON,
+            *BODY_PROBLEMS,
+            "artifact-not-found",
+            "quota-exceeded",
+            "model-forbidden",
+            "model-not-found",
+            "text-forbidden",
+            "text-not-found",
+            *idempotency.PROBLEMS,
+        ),
+    },
+    openapi_extra={"requestBody": {"content": {"application/json": {"examples": EVALUATION_REQUESTS}}}},
+)
+def submit_evaluation(service: Service, caller: Writer, body: EvaluationRequest, once: Once) -> Response:
+    """Queue a job that measures the perplexity of an artifact or of an unquantized model.
+
+    Measuring the same again gives back the job that is active or finished, with `reused: true` and status 200, unless
+    `force` is set.
+    """
+
+    def make(new: NewJob) -> Made:
+        job, created = service.jobs.enqueue(new, force=body.force, actor=caller.actor)
+        view = JobSubmitted(**job_detail(service, job).model_dump(), reused=not created)
+        return Made(view, status=201 if created else 200, location=f"/v1/jobs/{job.id}")
+
+    return once.answer(caller, lambda: requested_evaluation(service, caller, body), make)
+
+
+@router.get(
+    "/evaluations",
+    operation_id="listEvaluations",
+    summary="List evaluations, newest first",
+    responses={
+        200: shows({"items": [EVALUATION], "next_cursor": None}),
+        **responses(*_COMMON, "artifact-not-found"),
+    },
+)
+def list_evaluations(
+    service: Service,
+    caller: Reader,
+    artifact: Annotated[
+        str | None, Query(pattern=ID_PATTERN, description="Only what was measured on this artifact")
+    ] = None,
+    model: Annotated[Name, Query(description="Only what was measured on the model with this name")] = None,
+    limit: Limit = 50,
+    cursor: Cursor = None,
+) -> EvaluationPage:
+    """List by pages what was measured."""
+    require_text("model", model)
+    artifact_id = None if artifact is None else service.artifacts.get(artifact, caller.tenant_id).id
+    found = service.evaluations.page(
+        caller.tenant_id, artifact_id=artifact_id, model_name=model, limit=limit + 1, before=read_cursor(cursor)
+    )
+    page, next_cursor = cut(found, limit)
+    return EvaluationPage(items=[evaluation_view(each) for each in page], next_cursor=next_cursor)
+
+
+@router.get(
+    "/evaluations/{evaluation_id}",
+    operation_id="getEvaluation",
+    summary="Read an evaluation",
+    responses={200: shows(EVALUATION), **responses(*_COMMON, "evaluation-not-found")},
+)
+def get_evaluation(service: Service, caller: Reader, evaluation_id: EvaluationId) -> EvaluationView:
+    """Read what was measured. The job that measures has an evaluation when it has succeeded."""
+    return evaluation_view(service.evaluations.get(evaluation_id, caller.tenant_id))

@@ -1,0 +1,134 @@
+"""Turns a request for many artifacts into a batch: finds the models, makes the jobs, measures what they make."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from duquant.config import Recipe
+from infra.artifacts import Artifact, ArtifactFilter
+from infra.batches import Batch, NewItem
+from infra.errors import ModelForbidden, ModelNotFound
+from infra.jobs import Job, NewJob
+from infra.models import ModelRef
+from service import evaluate
+from service.auth import Caller
+from service.context import Context
+from service.errors import FieldProblem, ProblemError
+from service.schemas.batches import BatchEvaluation, BatchRequest, ModelPrefix, ModelTag
+from service.schemas.models import ModelRequest
+from service.submit import quantize_job, work_of
+
+MOST_ITEMS = 500
+"""Models times recipes in one batch: they become jobs in one transaction."""
+_PAGE = 200
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a batch will do, checked as far as it can be without the database."""
+
+    items: Sequence[NewItem]
+    evaluation: BatchEvaluation | None
+    text_identity: str | None
+    force: bool = False
+
+
+def plan_batch(service: Context, caller: Caller, request: BatchRequest) -> Plan:
+    """Check a request. A model that cannot be used becomes an item without a job: the rest goes on.
+
+    Raises:
+        ProblemError: a selector finds nothing, there are too many items, or a text is refused.
+    """
+    models = list(dict.fromkeys(_models(service, caller, request)))
+    recipes = list(dict.fromkeys(request.recipes))
+    if len(models) * len(recipes) > MOST_ITEMS:
+        detail = f"{len(models)} models times {len(recipes)} recipes are more than {MOST_ITEMS} in one batch"
+        raise ProblemError("validation-failed", detail, [FieldProblem(pointer="/models", detail=detail)])
+    text_identity = check_evaluation(service, caller, request.evaluate)
+    items = [_item(service, caller, request, ref, recipe) for ref in models for recipe in recipes]
+    return Plan(items, request.evaluate, text_identity, force=request.force)
+
+
+def check_evaluation(service: Context, caller: Caller, settings: BatchEvaluation | None) -> str | None:
+    """Check the text of a batch's evaluations, if it has any; return what changes when its bytes do.
+
+    Raises:
+        ProblemError: the text may not be used, or is not there.
+    """
+    return None if settings is None else evaluate.check_settings(service, caller, settings, "/evaluate")
+
+
+def _item(service: Context, caller: Caller, request: BatchRequest, ref: ModelRef, recipe: Recipe) -> NewItem:
+    model = ModelRequest(source=ref.source, name=ref.name, revision=ref.revision)
+    try:
+        work = work_of(service, caller, model, recipe, request.calibration)
+    except (ModelForbidden, ModelNotFound) as error:
+        return NewItem(model_name=ref.name, recipe_name=recipe.name, detail=str(error))
+    job = replace(quantize_job(caller.tenant_id, work), priority=request.priority, queue=request.queue)
+    return NewItem(model_name=job.model_name, recipe_name=job.recipe_name, job=job)
+
+
+def _models(service: Context, caller: Caller, request: BatchRequest) -> Iterator[ModelRef]:
+    for index, selector in enumerate(request.models):
+        match selector:
+            case ModelPrefix():
+                refs = [model.ref for model in service.shelf.list()]
+                found = [ref for ref in refs if ref.source == selector.source and ref.name.startswith(selector.prefix)]
+            case ModelTag():
+                found = _tagged(service, caller, selector.tag)
+            case _:
+                found = [ModelRef(selector.source, selector.name, selector.revision)]
+        if not found:
+            detail = "no model is found by this"
+            raise ProblemError("model-not-found", detail, [FieldProblem(pointer=f"/models/{index}", detail=detail)])
+        yield from found
+
+
+def _tagged(service: Context, caller: Caller, tag: str) -> list[ModelRef]:
+    artifacts = all_artifacts(service, caller, ArtifactFilter(tag=tag))
+    return [ModelRef(**service.jobs.get(each.job_id, caller.tenant_id).spec["model"]) for each in artifacts]
+
+
+def all_artifacts(service: Context, caller: Caller, wanted: ArtifactFilter) -> Iterator[Artifact]:
+    """Yield every artifact that the filter lets through, newest first."""
+    before = None
+    while True:
+        page = service.artifacts.page(caller.tenant_id, wanted, limit=_PAGE, before=before)
+        yield from page
+        if len(page) < _PAGE:
+            return
+        before = (page[-1].created_at, page[-1].id)
+
+
+def add_batch(service: Context, caller: Caller, name: str, spec: Mapping[str, Any], plan: Plan) -> Batch:
+    """Make the batch and its jobs. To be called inside a transaction, so that it is all or nothing.
+
+    Raises:
+        QueueNotFound: no such queue.
+        QuotaExceeded: the tenant has as much as it may have.
+    """
+    batch = service.batches.add(caller.tenant_id, name, spec)
+    made = []
+    for item in plan.items:
+        _, job = service.batches.add_item(batch, item, force=plan.force, actor=caller.actor)
+        if job is not None:
+            made.append(job)
+    if plan.evaluation is not None:
+        for new in _evaluations(made, plan.evaluation, plan.text_identity):
+            entry = NewItem(model_name=new.model_name, recipe_name=new.recipe_name, job=new)
+            service.batches.add_item(batch, entry, actor=caller.actor)
+    return batch
+
+
+def _evaluations(made: Sequence[Job], settings: BatchEvaluation, text_identity: str | None) -> Iterator[NewJob]:
+    """Yield the evaluations of what the jobs make, and of their models."""
+    seen = set()
+    for job in made:
+        identity = job.spec["model_identity"]
+        options: dict[str, Any] = {"priority": job.priority, "queue": job.queue}
+        if settings.baseline and identity not in seen:
+            seen.add(identity)
+            ref = ModelRef(**job.spec["model"])
+            new = evaluate.of_model(ref, identity, settings, text_identity, tenant_id=job.tenant_id)
+            yield replace(new, **options)
+        yield replace(evaluate.of_artifact(job, settings, text_identity), **options)

@@ -168,37 +168,35 @@ def test_the_same_evaluation_is_made_once(service: Any) -> None:
     assert service.jobs.get(other.json()["id"]).spec["evaluation"]["windows"] is None
 
 
-@pytest.mark.parametrize(
-    ("body", "expected", "pointer"),
-    [
-        ({}, (422, "validation-failed"), ""),
-        ({"artifact": "art_absent"}, (404, "artifact-not-found"), "/artifact"),
-        ({"artifact": "../x"}, (422, "validation-failed"), "/artifact"),
-        ({"model": {"source": "demo", "name": "absent"}}, (422, "model-not-found"), "/model/name"),
-        ({"model": {"source": "local", "name": "../x"}}, (422, "model-forbidden"), "/model/name"),
-        (
-            {"model": {"source": "demo", "name": "smollm2-135m"}, "artifact": "art_x"},
-            (422, "validation-failed"),
-            "",
-        ),
-        (
-            {"artifact": "art_absent", "text": {"kind": "file", "name": "/etc/passwd"}},
-            (422, "text-forbidden"),
-            "/text/name",
-        ),
-        ({"artifact": "art_absent", "text": {"kind": "file", "name": "absent"}}, (422, "text-not-found"), "/text/name"),
-        ({"artifact": "art_absent", "text": {"kind": "random"}}, (422, "validation-failed"), "/text"),
-        ({"artifact": "art_absent", "seq_len": 4}, (422, "validation-failed"), "/seq_len"),
-        ({"artifact": "art_absent", "windows": "2"}, (422, "validation-failed"), "/windows"),
-        ({"artifact": "art_absent", "lenght": 4}, (422, "validation-failed"), "/lenght"),
-    ],
-)
-def test_a_refused_evaluation_points_at_what_is_wrong(
-    service: Any, body: dict[str, Any], expected: tuple[int, str], pointer: str
-) -> None:
-    answer = service.http.post("/v1/evaluations", json=body)
-    assert problem(answer) == expected, answer.text
-    assert [each["pointer"] for each in answer.json()["errors"]] == [pointer]
+_REFUSED: list[tuple[dict[str, Any], Any, str]] = [
+    ({}, (422, "validation-failed"), ""),
+    ({"artifact": "art_absent"}, (404, "artifact-not-found"), "/artifact"),
+    ({"artifact": "../x"}, (422, "validation-failed"), "/artifact"),
+    ({"model": {"source": "demo", "name": "absent"}}, (422, "model-not-found"), "/model/name"),
+    ({"model": {"source": "local", "name": "../x"}}, (422, "model-forbidden"), "/model/name"),
+    (
+        {"model": {"source": "demo", "name": "smollm2-135m"}, "artifact": "art_x"},
+        (422, "validation-failed"),
+        "",
+    ),
+    (
+        {"artifact": "art_absent", "text": {"kind": "file", "name": "/etc/passwd"}},
+        (422, "text-forbidden"),
+        "/text/name",
+    ),
+    ({"artifact": "art_absent", "text": {"kind": "file", "name": "absent"}}, (422, "text-not-found"), "/text/name"),
+    ({"artifact": "art_absent", "text": {"kind": "random"}}, (422, "validation-failed"), "/text"),
+    ({"artifact": "art_absent", "seq_len": 4}, (422, "validation-failed"), "/seq_len"),
+    ({"artifact": "art_absent", "windows": "2"}, (422, "validation-failed"), "/windows"),
+    ({"artifact": "art_absent", "lenght": 4}, (422, "validation-failed"), "/lenght"),
+]
+
+
+def test_a_refused_evaluation_points_at_what_is_wrong(service: Any) -> None:
+    for body, expected, pointer in _REFUSED:
+        answer = service.http.post("/v1/evaluations", json=body)
+        assert problem(answer) == expected, (body, answer.text)
+        assert [each["pointer"] for each in answer.json()["errors"]] == [pointer], (body, answer.text)
 
 
 def test_a_job_brings_its_evaluation_along(service: Any) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from duquant.calibration.statistics import StatisticsRecorder, save_statistics
 from duquant.config import CalibrationConfig, Recipe
-from duquant.errors import CalibrationError, SourceError
+from duquant.errors import CalibrationError, ScratchError, SourceError
 from duquant.models.skeleton import COMPUTE_DTYPE, Skeleton
 from duquant.models.source import SourceCheckpoint
 
@@ -126,6 +126,7 @@ def sweep_layer(
             Y = skeleton.forward(module, X.to(skeleton.device))
             if not last:
                 out.write(Y)
+            del X, Y  # or they would still be there during the next micro-batch
         try:
             statistics = recorder.finish()
         except CalibrationError as err:
@@ -140,10 +141,17 @@ def _read_micro_batches(
 ) -> Iterator[Float[Tensor, "batch seq hidden"]]:
     """Yield micro-batches by plain reads: a memory map would count the whole file towards the process's memory."""
     window_bytes = calibration.seq_len * hidden * 2
-    with path.open("rb") as file:
-        while raw := file.read(window_bytes * calibration.micro_batch):
-            batch = torch.frombuffer(bytearray(raw), dtype=COMPUTE_DTYPE)
-            yield batch.view(-1, calibration.seq_len, hidden)
+    with path.open("rb", buffering=0) as file:
+        left = path.stat().st_size
+        while left:
+            raw = bytearray(min(left, window_bytes * calibration.micro_batch))
+            if (count := file.readinto(raw)) != len(raw):
+                raise ScratchError(f"{path} ends {len(raw) - count} bytes too soon; it changed while it was read")
+            left -= count
+            batch = torch.frombuffer(raw, dtype=COMPUTE_DTYPE).view(-1, calibration.seq_len, hidden)
+            del raw
+            yield batch
+            del batch
 
 
 class _Writer:
@@ -160,7 +168,7 @@ class _Writer:
         return self
 
     def write(self, tensor: Tensor) -> None:
-        self._file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        self._file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._file.close()

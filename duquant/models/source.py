@@ -130,7 +130,7 @@ class SourceCheckpoint:
 
 def _is_finite(tensor: Tensor) -> bool:
     """Look at a little at a time: torch.isfinite makes several copies of what it is given."""
-    return all(bool(torch.isfinite(chunk).all()) for chunk in tensor.reshape(-1).split(_CHECK_CHUNK))
+    return all(bool(torch.isfinite(chunk).all()) for chunk in torch.split(tensor.reshape(-1), _CHECK_CHUNK))
 
 
 def read_json(path: Path) -> dict[str, Any]:

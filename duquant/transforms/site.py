@@ -52,9 +52,10 @@ def search_transform(
     n = resolve_block_size(X.shape[1], config.block_size)
     blocks = None if config.shared_rotation else X.shape[1] // n
 
-    def rotation(rows: Tensor) -> Tensor:
-        if config.rotation == "hadamard":
+    def rotation(rows: Tensor, perm: Tensor | None = None) -> Tensor:
+        if config.rotation == "hadamard":  # looks at no rows, so none are permuted
             return hadamard_rotation(n, blocks, generator).to(device=X.device, dtype=torch.float32)
+        rows = rows if perm is None else rows[:, perm]
         found = greedy_rotation(rows, n, steps=config.greedy_steps, shared=config.shared_rotation, generator=generator)
         return found.float()
 
@@ -62,5 +63,5 @@ def search_transform(
     if config.permutation == "none":
         return SiteTransform(R1=R1)
     rotated = apply_rotation(X, R1)
-    perm = zigzag(rotated.abs().amax(0), n)
-    return SiteTransform(R1=R1, perm=perm, R2=rotation(rotated[:, perm]))
+    perm = zigzag(torch.maximum(rotated.amax(0), -rotated.amin(0)), n)
+    return SiteTransform(R1=R1, perm=perm, R2=rotation(rotated, perm))

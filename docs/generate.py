@@ -1,7 +1,8 @@
-"""Writes what is generated in the documentation: reference/config.md, reference/errors.md, the results in README.md.
+"""Writes what is generated in the documentation: pages and openapi.json in docs/reference, the results in README.md.
 
     python docs/generate.py            # write
     python docs/generate.py --check    # say what is out of date, exit code 1
+    python docs/generate.py --break    # write openapi.json also when it breaks clients of the one before
 
 Field descriptions are read from the docstrings under the fields in duquant/config.py and the settings classes, the
 same text that the OpenAPI schema shows.
@@ -11,13 +12,20 @@ import ast
 import json
 import sys
 from pathlib import Path
+from typing import Any
+
+from compatibility import breaking_changes
+from pydantic import SecretStr
 
 from duquant.config import DEFAULT_PRESET, PRESETS
+from service.app import create_app
 from service.catalogue import CATALOGUE
+from service.settings import ServiceSettings
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIG_PAGE = REPOSITORY / "docs" / "reference" / "config.md"
 ERRORS_PAGE = REPOSITORY / "docs" / "reference" / "errors.md"
+OPENAPI = REPOSITORY / "docs" / "reference" / "openapi.json"
 README = REPOSITORY / "README.md"
 RESULTS = REPOSITORY / "benchmarks" / "results" / "quantize-smollm2.json"
 BEGIN, END = "<!-- generated: results -->", "<!-- end of generated: results -->"
@@ -145,6 +153,32 @@ def errors_page() -> str:
     return _renewed(ERRORS_PAGE, ERRORS_BEGIN, ERRORS_END, "\n".join(lines))
 
 
+def api_description() -> dict[str, Any]:
+    """Return the OpenAPI description of the service. Nothing is connected for it, so any settings do."""
+    secret = SecretStr("only a placeholder")
+    settings = ServiceSettings(
+        home=Path("unused"),
+        database_url="sqlite:///unused.db",
+        s3_endpoint="http://127.0.0.1",
+        s3_bucket="unused",
+        s3_access_key=secret,
+        s3_secret_key=secret,
+        key_pepper=secret,
+    )
+    return create_app(settings).openapi()
+
+
+def openapi_file() -> str:
+    """Return docs/reference/openapi.json."""
+    return json.dumps(api_description(), indent=1, ensure_ascii=False) + "\n"
+
+
+def _broken_by(description: str) -> list[str]:
+    if not OPENAPI.exists():
+        return []
+    return breaking_changes(json.loads(OPENAPI.read_text(encoding="utf-8")), json.loads(description))
+
+
 def _renewed(page: Path, begin: str, end: str, section: str) -> str:
     head, has_begin, rest = page.read_text(encoding="utf-8").partition(begin)
     _, has_end, tail = rest.partition(end)
@@ -155,16 +189,25 @@ def _renewed(page: Path, begin: str, end: str, section: str) -> str:
 
 def main() -> int:
     """Write the generated parts, or check them."""
-    stale = []
-    for path, text in ((CONFIG_PAGE, config_page()), (ERRORS_PAGE, errors_page()), (README, readme())):
-        if path.exists() and path.read_text(encoding="utf-8") == text:
-            continue
-        stale.append(path)
-        if "--check" not in sys.argv:
-            path.write_text(text, encoding="utf-8")
+    parts = {
+        CONFIG_PAGE: config_page(),
+        ERRORS_PAGE: errors_page(),
+        OPENAPI: openapi_file(),
+        README: readme(),
+    }
+    broken = _broken_by(parts[OPENAPI])
+    for change in broken:
+        print(f"breaks clients: {change}")
+    if broken and "--break" not in sys.argv:
+        return 1
+    stale = [path for path, text in parts.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         name = path.relative_to(REPOSITORY)
-        print(f"{name} is out of date: make docs" if "--check" in sys.argv else f"written: {name}")
+        if "--check" in sys.argv:
+            print(f"{name} is out of date: make docs")
+        else:
+            path.write_text(parts[path], encoding="utf-8")
+            print(f"written: {name}")
     return int("--check" in sys.argv and bool(stale))
 
 

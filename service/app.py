@@ -122,7 +122,8 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestContext)
-    app.openapi = lambda: openapi.build(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
+    described = [resource.router for resource in ROUTERS]
+    app.openapi = lambda: openapi.build(app, described)  # type: ignore[method-assign]  # FastAPI's way to extend it
     return app
 
 

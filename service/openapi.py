@@ -1,13 +1,19 @@
 """What the OpenAPI description needs beyond what the framework finds out by itself."""
 
+import copy
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 
 from service import errors
 
 _JSON = "application/json"
+_COLLECTION = re.compile(r"/v1/\w+")
+_FIRST = "$response.body#/items/0/id"
 
 
 def header(description: str) -> dict[str, Any]:
@@ -20,13 +26,83 @@ def shows(example: Any, description: str = "Successful Response", **more: Any) -
     return {"description": description, "content": {_JSON: {"example": example}}, **more}
 
 
-def build(app: FastAPI) -> dict[str, Any]:
-    """Return the app's description; FastAPI's own, and the schema of problems."""
+def takes(**examples: Any) -> dict[str, Any]:
+    """Describe a body by examples, for a route's `openapi_extra`."""
+    named = {name: {"value": value} for name, value in examples.items()}
+    return {"requestBody": {"content": {_JSON: {"examples": named}}}}
+
+
+def build(app: FastAPI, routers: Iterable[APIRouter]) -> dict[str, Any]:
+    """Return the app's description: FastAPI's own, with the schema of problems and the links between calls."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        components = schema.setdefault("components", {}).setdefault("schemas", {})
+        components = schema.setdefault("components", {})
         problem = errors.Problem.model_json_schema(ref_template="#/components/schemas/{model}")
-        components.update(problem.pop("$defs"))
-        components["Problem"] = problem
+        components.setdefault("schemas", {}).update({**problem.pop("$defs"), "Problem": problem})
+        _put_nulls_back(routers, schema)
+        paths = schema["paths"]
+        for path, operations in paths.items():
+            for method, operation in operations.items():
+                _add_common_problems(method, operation)
+                if _COLLECTION.fullmatch(path):
+                    _add_links(operation, _links(paths, path, "$response.body#/id" if method == "post" else _FIRST))
+                components.setdefault("examples", {}).update(_shared_examples(operation))
         app.openapi_schema = schema
     return app.openapi_schema
+
+
+def _put_nulls_back(routers: Iterable[APIRouter], schema: dict[str, Any]) -> None:
+    """Write the examples once more as the routes have them: FastAPI leaves out every null, also those in examples."""
+    for route in (route for router in routers for route in router.routes):
+        if not isinstance(route, APIRoute) or not route.include_in_schema:
+            continue
+        for method in route.methods or ():
+            operation = schema["paths"][route.path_format][method.lower()]
+            given = {str(status): answer for status, answer in route.responses.items()}
+            sides = [(operation["responses"][status], answer) for status, answer in given.items()]
+            if body := (route.openapi_extra or {}).get("requestBody"):
+                sides.append((operation["requestBody"], body))
+            for described, original in sides:
+                for media_type, content in original.get("content", {}).items():
+                    examples = {name: content[name] for name in ("example", "examples") if name in content}
+                    described["content"][media_type].update(copy.deepcopy(examples))
+
+
+def _add_common_problems(method: str, operation: dict[str, Any]) -> None:
+    names = ["body-too-large"] if method in ("post", "put", "patch") else []
+    if operation.get("parameters"):
+        names.append("validation-failed")
+    for status, answer in errors.responses(*names).items():
+        operation["responses"].setdefault(str(status), answer)
+
+
+def _shared_examples(operation: dict[str, Any]) -> dict[str, Any]:
+    """Put references in place of the examples of problems, and return them: each occurs dozens of times."""
+    shared = {}
+    for answer in operation["responses"].values():
+        examples = answer.get("content", {}).get(errors.MEDIA_TYPE, {}).get("examples", {})
+        for name, example in examples.items():
+            shared[f"problem-{name}"] = example
+            examples[name] = {"$ref": f"#/components/examples/problem-{name}"}
+    return shared
+
+
+def _links(paths: Mapping[str, Any], collection: str, source: str) -> dict[str, Any]:
+    """Return links (OpenAPI) from an item of a collection to what can be done with it, by the id in the answer."""
+    links = {}
+    for path, operations in paths.items():
+        found = re.match(re.escape(collection) + r"/\{(\w+)\}(?!.*\{)", path)
+        if found is None:
+            continue
+        for operation in operations.values():
+            links[operation["operationId"]] = {
+                "operationId": operation["operationId"],
+                "parameters": {found[1]: source},
+            }
+    return links
+
+
+def _add_links(operation: dict[str, Any], links: dict[str, Any]) -> None:
+    for status, answer in operation["responses"].items():
+        if links and status in ("200", "201"):
+            answer["links"] = {**links, **answer.get("links", {})}

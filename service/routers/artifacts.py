@@ -12,7 +12,7 @@ from service.context import Context, context
 from service.errors import responses
 from service.examples import ARTIFACT
 from service.filters import CreatedFrom, CreatedUntil, Name, require_text
-from service.openapi import shows
+from service.openapi import shows, takes
 from service.paging import Cursor, Limit, cut, read_cursor
 from service.routers.jobs import JobId
 from service.schemas.artifacts import (
@@ -125,6 +125,7 @@ def compare_artifacts(
     summary="Change how long an artifact is kept",
     dependencies=[JSON_BODY],
     responses={200: shows(ARTIFACT_SUMMARY), **responses(*_ONE, *BODY_PROBLEMS)},
+    openapi_extra=takes(for_ever={"expires_at": None}, a_year={"expires_at": "2036-01-05T09:30:00Z"}),
 )
 def change_artifact(
     service: Service, caller: ArtifactWriter, artifact_id: ArtifactId, body: ArtifactChange

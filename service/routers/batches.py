@@ -12,7 +12,7 @@ from service.bodies import BODY_PROBLEMS, JSON_BODY
 from service.context import Context, context
 from service.errors import FieldProblem, ProblemError, responses
 from service.idempotency import Made, Once, OnceRequired
-from service.openapi import shows
+from service.openapi import shows, takes
 from service.paging import Cursor, Limit, cut, read_cursor
 from service.requantize import plan_requantization
 from service.schemas.batches import (
@@ -99,6 +99,7 @@ def submit_batch(
         201: shows(REQUANTIZED, "The batch was made; Location names it", headers=idempotency.HEADERS),
         **responses(*_SUBMIT, "idempotency-key-required"),
     },
+    openapi_extra=takes(dry_run={"dry_run": True}),
 )
 def requantize(
     service: Service, caller: BatchWriter, body: RequantizeRequest, asked: Asked, once: OnceRequired

@@ -10,7 +10,7 @@ from service.context import Context, context
 from service.errors import responses
 from service.estimates import estimate
 from service.examples import JOB
-from service.openapi import shows
+from service.openapi import shows, takes
 from service.schemas.estimates import EstimateRequest, EstimateView
 from service.submit import work_of
 
@@ -23,7 +23,6 @@ _ESTIMATE = {
     "time": {"seconds": 812.0, "gpu_seconds": 790.5, "basis": "same_work", "jobs": 3},
     "size": {"bytes": 3_900_000_000, "basis": "same_work", "jobs": 3},
 }
-_REQUESTS = {"preset": {"value": {"model": {"source": "local", "name": "llama/7b"}, "recipe": "duquant-fast"}}}
 
 
 @router.post(
@@ -45,7 +44,7 @@ _REQUESTS = {"preset": {"value": {"model": {"source": "local", "name": "llama/7b
             "service-unavailable",
         ),
     },
-    openapi_extra={"requestBody": {"content": {"application/json": {"examples": _REQUESTS}}}},
+    openapi_extra=takes(preset={"model": {"source": "local", "name": "llama/7b"}, "recipe": "duquant-fast"}),
 )
 def estimate_job(service: Annotated[Context, Depends(context)], caller: Reader, body: EstimateRequest) -> EstimateView:
     """Estimate a job from this project's past ones, and say what the estimate rests on. Nothing is queued."""

@@ -13,6 +13,7 @@ from duquant.config import ALGORITHM_VERSION
 from infra.errors import InfraError, TransientError
 from service.context import Context, context
 from service.errors import responses
+from service.openapi import shows
 from service.schemas.health import Check, Health, Readiness, Version
 
 log = structlog.get_logger(__name__)
@@ -22,13 +23,18 @@ router = APIRouter(tags=["health"])
 BEAT_SECONDS = 60.0
 """A dispatcher that has been silent for longer is taken for dead."""
 
-_READY = {
+_ALL_WELL = {
+    "database": {"ok": True, "detail": "answers"},
+    "storage": {"ok": True, "detail": "answers"},
+    "dispatcher": {"ok": True, "detail": "2 reporting"},
+    "webhooks": {"ok": True, "detail": "sending"},
+}
+_READY = {"ready": True, "checks": _ALL_WELL}
+_NOT_READY = {
     "ready": False,
     "checks": {
-        "database": {"ok": True, "detail": "answers"},
-        "storage": {"ok": True, "detail": "answers"},
+        **_ALL_WELL,
         "dispatcher": {"ok": False, "detail": "no dispatcher has reported within 60 s; start `python -m workers`"},
-        "webhooks": {"ok": True, "detail": "sending"},
     },
 }
 
@@ -49,11 +55,11 @@ async def get_health() -> Health:
     operation_id="getReadiness",
     summary="Can the service do its work?",
     responses={
-        200: {"description": "All parts work"},
+        200: shows(_READY, "All parts work"),
         503: {
             "model": Readiness,
             "description": "Some part is down; `checks` names it",
-            "content": {"application/json": {"example": _READY}},
+            "content": {"application/json": {"example": _NOT_READY}},
         },
         **responses("internal-error"),
     },

@@ -14,7 +14,7 @@ from service.bodies import BODY_PROBLEMS, JSON_BODY, JSON_BODY_OR_NONE
 from service.context import Context, context
 from service.errors import responses
 from service.idempotency import Made, Once
-from service.openapi import shows
+from service.openapi import shows, takes
 from service.paging import Cursor, Limit, cut, read_cursor, write_cursor
 from service.schemas.keys import KeyMade, KeyPage, KeyRequest, KeyRotation, KeyView, key_made, key_view
 from service.schemas.tenants import AuditPage, audit_view
@@ -22,6 +22,7 @@ from service.schemas.tenants import AuditPage, audit_view
 router = APIRouter(prefix="/v1", tags=["keys"])
 
 Service = Annotated[Context, Depends(context)]
+KEY_REQUEST = {"name": "ci", "scopes": ["jobs:read", "jobs:write"], "expires_at": "2036-01-05T09:30:00Z"}
 KeyId = Annotated[str, Path(max_length=64, examples=["key_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]
 
 COMMON = ("unauthorized", "missing-scope", "validation-failed", "internal-error", "service-unavailable")
@@ -72,6 +73,7 @@ def _made(key: ApiKey, token: str) -> Made:
         201: shows(MADE, "The key was made; its token is shown this once", headers=idempotency.HEADERS),
         **responses(*COMMON, *BODY_PROBLEMS, *idempotency.PROBLEMS),
     },
+    openapi_extra=takes(ci=KEY_REQUEST),
 )
 def create_key(service: Service, caller: KeyAdmin, body: KeyRequest, once: Once) -> Response:
     """Make a key of this project. It can allow no more than the key that makes it."""
@@ -113,6 +115,7 @@ def get_key(service: Service, caller: KeyAdmin, key_id: KeyId) -> KeyView:
         201: shows(MADE, "The new key; its token is shown this once", headers=idempotency.HEADERS),
         **responses(*_ONE, *BODY_PROBLEMS, "key-conflict", *idempotency.PROBLEMS),
     },
+    openapi_extra=takes(hour={"overlap_seconds": 3600}),
 )
 def rotate_key(
     service: Service, caller: KeyAdmin, key_id: KeyId, once: Once, body: KeyRotation | None = None

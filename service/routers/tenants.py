@@ -10,9 +10,9 @@ from service.bodies import BODY_PROBLEMS, JSON_BODY
 from service.context import Context, context
 from service.errors import responses
 from service.idempotency import Made, Once
-from service.openapi import shows
+from service.openapi import shows, takes
 from service.paging import Cursor, Limit, cut, read_cursor
-from service.routers.keys import COMMON, MADE, make_key
+from service.routers.keys import COMMON, KEY_REQUEST, MADE, make_key
 from service.schemas.keys import KeyMade, KeyRequest
 from service.schemas.tenants import TenantChange, TenantPage, TenantRequest, TenantView, tenant_view
 
@@ -45,6 +45,7 @@ _TENANT = {
         201: shows(_TENANT, "The project was made", headers=idempotency.HEADERS),
         **responses(*COMMON, *BODY_PROBLEMS, "tenant-exists", *idempotency.PROBLEMS),
     },
+    openapi_extra=takes(zoo={"id": "zoo", "name": "Model zoo", "weight": 2.0, "max_queued": 500}),
 )
 def create_tenant(service: Service, caller: TenantAdmin, body: TenantRequest, once: Once) -> Response:
     """Make a project with its limits. It needs a key of its own next: `POST /v1/tenants/{id}/keys`."""
@@ -85,6 +86,7 @@ def get_tenant(service: Service, _caller: TenantAdmin, tenant_id: TenantId) -> T
     summary="Change a project",
     dependencies=[JSON_BODY],
     responses={200: shows(_TENANT), **responses(*_ONE, *BODY_PROBLEMS)},
+    openapi_extra=takes(quota={"max_running": 8, "max_bytes": None}),
 )
 def change_tenant(service: Service, caller: TenantAdmin, tenant_id: TenantId, body: TenantChange) -> TenantView:
     """Change a project's name, weight and limits, or pause it. Jobs that wait or run already are left alone."""
@@ -102,6 +104,7 @@ def change_tenant(service: Service, caller: TenantAdmin, tenant_id: TenantId, bo
         201: shows(MADE, "The key was made; its token is shown this once", headers=idempotency.HEADERS),
         **responses(*_ONE, *BODY_PROBLEMS, *idempotency.PROBLEMS),
     },
+    openapi_extra=takes(ci=KEY_REQUEST),
 )
 def create_tenant_key(
     service: Service, caller: TenantAdmin, tenant_id: TenantId, body: KeyRequest, once: Once

@@ -10,7 +10,7 @@ from service.bodies import BODY_PROBLEMS, JSON_BODY
 from service.context import Context, context
 from service.errors import responses
 from service.idempotency import Made, Once
-from service.openapi import shows
+from service.openapi import shows, takes
 from service.paging import Cursor, Limit, cut, read_cursor
 from service.schemas.webhooks import (
     DeliveryPage,
@@ -67,6 +67,7 @@ _DELIVERY = {
         201: shows(_MADE, "The webhook was made; its secret is shown this once", headers=idempotency.HEADERS),
         **responses(*_COMMON, *BODY_PROBLEMS, "webhook-forbidden", "quota-exceeded", *idempotency.PROBLEMS),
     },
+    openapi_extra=takes(ends={"url": "https://example.com/hooks/duquant", "events": ["job.succeeded", "job.failed"]}),
 )
 def create_webhook(service: Service, caller: WebhookWriter, body: WebhookRequest, once: Once) -> Response:
     """Have a server told about this project's jobs, in messages signed as Standard Webhooks say."""
@@ -110,6 +111,7 @@ def get_webhook(service: Service, caller: WebhookWriter, webhook_id: WebhookId) 
     summary="Change a webhook",
     dependencies=[JSON_BODY],
     responses={200: shows(_WEBHOOK), **responses(*_ONE, *BODY_PROBLEMS, "webhook-forbidden")},
+    openapi_extra=takes(off={"enabled": False}),
 )
 def change_webhook(service: Service, caller: WebhookWriter, webhook_id: WebhookId, body: WebhookChange) -> WebhookView:
     """Change where a webhook goes and what it hears of, or switch it off and on."""

@@ -4,11 +4,11 @@ import time
 from datetime import datetime
 from typing import Annotated
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from infra.keys import ApiKey
 from service.auth import Scope, is_live
-from service.schemas.common import check_text, moment
+from service.schemas.common import Moment, check_text, moment
 
 
 def _in_future(value: datetime) -> datetime:
@@ -26,7 +26,7 @@ class KeyRequest(BaseModel):
     """What people call it."""
     scopes: list[Scope] = Field(min_length=1, max_length=20)
     """What it allows; no more than the key that makes it."""
-    expires_at: Annotated[AwareDatetime, AfterValidator(_in_future)] | None = None
+    expires_at: Annotated[Moment, AfterValidator(_in_future)] | None = None
     """When it stops working; null is never."""
 
     @model_validator(mode="before")

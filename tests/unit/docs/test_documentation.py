@@ -1,5 +1,7 @@
 import importlib.util
+import json
 import re
+import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -14,9 +16,14 @@ PAGES = sorted([REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *(REPOSIT
 
 @pytest.fixture(scope="module")
 def generate():
+    # As when it is run: its folder comes first.
+    sys.path.insert(0, str(REPOSITORY / "docs"))
     spec = importlib.util.spec_from_file_location("docs_generate", REPOSITORY / "docs" / "generate.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
     return module
 
 
@@ -26,6 +33,13 @@ def test_the_configuration_page_is_current(generate):
 
 def test_the_catalogue_of_problems_is_current(generate):
     assert generate.ERRORS_PAGE.read_text() == generate.errors_page(), "run: make docs"
+
+
+def test_the_description_of_the_api_is_current_and_breaks_no_client(generate):
+    committed, now = generate.OPENAPI.read_text(), generate.openapi_file()
+    broken = generate.breaking_changes(json.loads(committed), json.loads(now))
+    assert not broken, "clients of the committed docs/reference/openapi.json would break"
+    assert committed == now, "run: make docs"
 
 
 def test_the_results_table_is_current(generate):

@@ -1,6 +1,11 @@
 """Engines and transactions. Everything that differs between SQLite and PostgreSQL is in this file."""
 
+import functools
 import json
+import math
+import random
+import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,9 +32,11 @@ from sqlalchemy.exc import (
     DBAPIError,
     IntegrityError,
     InterfaceError,
+    InvalidatePoolError,
     NoSuchModuleError,
     OperationalError,
 )
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from infra.errors import DatabaseUnusable, InfraError, SettingsError, TransientError
 from infra.metrics import DATABASE_ERRORS
@@ -38,6 +45,11 @@ _BUSY_TIMEOUT_S = 30
 _CONNECT_TIMEOUT_S = 5
 _MIGRATION_LOCK = 7_308_900_461  # any constant that no other program on the server uses as an advisory lock
 _WRITES = "duquant_writes"
+_USED_AT = "duquant_used_at"
+_PING_AFTER_S = 1.0
+_BUSY_PAUSE_S = (0.0003, 0.0015)
+_PRIMARY_CODE = 0xFF
+"""The part of a SQLite error code that says what kind of error it is."""
 _joined: ContextVar[Connection | None] = ContextVar("duquant_transaction", default=None)
 
 
@@ -57,9 +69,8 @@ def make_engine(url: str) -> Engine:
     if backend == "sqlite":
         return _make_sqlite_engine(parsed)
     if backend == "postgresql":
-        return create_engine(
+        engine = create_engine(
             parsed.set(drivername="postgresql+psycopg"),
-            pool_pre_ping=True,
             hide_parameters=True,
             json_serializer=_to_json,
             connect_args={
@@ -69,7 +80,25 @@ def make_engine(url: str) -> Engine:
                 "options": "-c idle_in_transaction_session_timeout=60000",
             },
         )
+        event.listen(engine, "checkin", _note_use)
+        event.listen(engine, "checkout", functools.partial(_ping_if_idle, engine.dialect))
+        return engine
     raise SettingsError(f"DUQUANT_DATABASE_URL names a {backend} database; only sqlite and postgresql are supported")
+
+
+def _note_use(_connection: Any, record: ConnectionPoolEntry) -> None:
+    record.info[_USED_AT] = time.monotonic()
+
+
+def _ping_if_idle(dialect: Dialect, connection: Any, record: ConnectionPoolEntry, _proxy: object) -> None:
+    """Ask a connection that has lain idle whether it still lives; one that was just in use needs no round trip."""
+    if time.monotonic() - record.info.get(_USED_AT, math.inf) < _PING_AFTER_S:
+        return
+    try:
+        dialect.do_ping(connection)
+    except dialect.loaded_dbapi.Error as error:
+        # The pool then drops all of them and tries with a fresh one.
+        raise InvalidatePoolError from error
 
 
 def _to_json(value: object) -> str:
@@ -112,8 +141,34 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
 def _begin_sqlite(connection: Connection) -> None:
     # A transaction that reads first and writes later fails at once when another writer came between, whatever the
     # time-out; one that takes the write lock at its start only waits.
-    immediate = connection.get_execution_options().get(_WRITES, False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+    if connection.get_execution_options().get(_WRITES, False):
+        _take_write_lock(connection)
+    else:
+        connection.exec_driver_sql("BEGIN")
+
+
+def _take_write_lock(connection: Connection) -> None:
+    """Begin a writing transaction when nobody else writes.
+
+    SQLite's own wait sleeps longer and longer, up to 100 ms, while whoever asks often is served: under load one process
+    starves. Short pauses of random length give all the same chance, and cost little for the few processes that share a
+    file.
+    """
+    raw = connection.connection.dbapi_connection
+    assert raw is not None
+    deadline = time.monotonic() + _BUSY_TIMEOUT_S
+    raw.execute("PRAGMA busy_timeout = 0")
+    try:
+        while True:
+            try:
+                raw.execute("BEGIN IMMEDIATE")
+                break
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & _PRIMARY_CODE != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise OperationalError("BEGIN IMMEDIATE", None, error) from error
+            time.sleep(random.uniform(*_BUSY_PAUSE_S))  # noqa: S311  spreads waiters, guards nothing
+    finally:
+        raw.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_S * 1000}")
 
 
 @contextmanager
@@ -133,8 +188,10 @@ def write(engine: Engine) -> Iterator[Connection]:
         with _translated(engine), outer.begin_nested():
             yield outer
         return
-    with _translated(engine), engine.execution_options(**{_WRITES: True}).connect() as connection, connection.begin():
-        yield connection
+    with _translated(engine), engine.connect() as connection:
+        connection.execution_options(**{_WRITES: True})
+        with connection.begin():
+            yield connection
 
 
 @contextmanager

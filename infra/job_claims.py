@@ -9,18 +9,53 @@ Reference: Goyal, Vin, Cheng, "Start-time Fair Queueing", SIGCOMM 1996.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Select, case, exists, func, or_, select, true, update
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Connection,
+    Float,
+    Select,
+    bindparam,
+    case,
+    exists,
+    func,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from infra.database import write
 from infra.job_model import HELD, Claim, EventType, Job, JobKind, JobState, StopReason
-from infra.job_rows import SWEEPER, JobRows, state_is
-from infra.outbox import post_job_event
+from infra.job_rows import MOVED, SWEEPER, JobRows, state_is
 from infra.schema import jobs, queues, tenants
 
 NOMINAL_GPU_SECONDS = 1.0
 """What a claim costs before any layer is done, so that claims at the same moment go to different tenants."""
+
+_UNBOUNDED = 2**31 - 1
+_CHARGE = (
+    update(tenants)
+    .where(tenants.c.id == bindparam("payer"))
+    .values(vstart=bindparam("start"), vtime=bindparam("start", type_=Float) + bindparam("cost") / tenants.c.weight)
+)
+
+
+class _Line(NamedTuple):
+    """A queue that may start a job, and the GPU slots it has left."""
+
+    name: str
+    room: int
+
+
+class _Choice(NamedTuple):
+    """A job that could be next, and the virtual time at which its tenant would start it."""
+
+    start: float
+    job_id: str
 
 
 class JobClaims(JobRows):
@@ -35,98 +70,116 @@ class JobClaims(JobRows):
         suffice; smaller ones behind them go ahead.
         """
         with write(self._engine) as connection:
-            if self._begin_claim(connection):
-                self._promote(connection)
-            while (choice := connection.execute(self._next(kinds)).one_or_none()) is not None:
-                job = self._take(connection, choice.id, owner, lease_seconds)
+            lines = self._open_queues(connection)
+            while lines and (choice := self._choose(connection, lines, kinds)) is not None:
+                job = self._take(connection, choice.job_id, owner, lease_seconds)
                 if job is None:  # cancelled or put off while we looked
                     continue
                 self._charge(connection, job, choice.start)
                 return Claim(job=job, fence=job.fence, owner=owner)
         return None
 
-    def _begin_claim(self, connection: Connection) -> bool:
-        """Wait for other claims to commit; return whether scheduled jobs are due.
+    def _open_queues(self, connection: Connection) -> list[_Line]:
+        """Wait for other claims to commit, and queue what is due; return the queues that may start a job.
 
         Claims go one after the other, since they share budgets: two at once could both take a tenant's last slot.
         """
-        is_due = exists().where(state_is(JobState.SCHEDULED), jobs.c.run_at <= self._now())
-        gate = select(queues.c.name, is_due.label("is_due")).order_by(queues.c.name)
-        rows = connection.execute(gate.with_for_update(key_share=True, of=queues)).all()
-        return any(row.is_due for row in rows)
+        rows = connection.execute(self._gate).all()
+        if any(row.is_due for row in rows):
+            self._promote(connection)
+        room = [_UNBOUNDED if row.max_running is None else row.max_running - row.held for row in rows]
+        return [_Line(row.name, free) for row, free in zip(rows, room, strict=True) if not row.paused and free > 0]
 
-    def _next(self, kinds: Sequence[str]) -> Select[Any]:
-        """Return the query for the next job's id and the virtual time at which its tenant starts it."""
-        held_by_tenant = _held_gpus(jobs.c.tenant_id)
-        held_by_queue = _held_gpus(jobs.c.queue)
-        tenant_room = tenants.c.max_running - func.coalesce(held_by_tenant.c.gpus, 0)
-        queue_room = queues.c.max_running - func.coalesce(held_by_queue.c.gpus, 0)
-        latest_start = select(func.max(tenants.c.vstart)).scalar_subquery()
+    @cached_property
+    def _gate(self) -> Select[Any]:
+        is_due = exists().where(state_is(JobState.SCHEDULED), jobs.c.run_at <= self._now())
+        held = _held_gpus(jobs.c.queue == queues.c.name)
+        return (
+            select(
+                queues.c.name,
+                queues.c.paused,
+                queues.c.max_running,
+                case((queues.c.max_running.is_not(None), held), else_=0).label("held"),
+                is_due.label("is_due"),
+            )
+            .order_by(queues.c.name)
+            .with_for_update(key_share=True, of=queues)
+        )
+
+    def _choose(self, connection: Connection, lines: Sequence[_Line], kinds: Sequence[str]) -> _Choice | None:
+        """Return the job that is next: the first of the tenant that starts first."""
+        choices = []
+        for line in lines:
+            heads = connection.execute(self._heads, {"line": line.name, "room": line.room, "kinds": list(kinds)})
+            choices += [_Choice(max(row.vtime, row.latest_start), row.job_id) for row in heads if row.job_id]
+        if not choices:
+            return None
+        first = min(choice.start for choice in choices)
+        tied = [choice for choice in choices if choice.start == first]
+        if len(tied) == 1:
+            return tied[0]
+        # Among tenants that are equal, the job that has waited longest by its priority.
+        order = select(jobs.c.id).where(jobs.c.id.in_([choice.job_id for choice in tied]))
+        ids = connection.execute(order.order_by(jobs.c.turn_at, jobs.c.id).limit(1)).scalars()
+        return next((_Choice(first, job_id) for job_id in ids), None)
+
+    @cached_property
+    def _heads(self) -> Select[Any]:
+        """The query for each tenant's first job in one queue, null for those that have none.
+
+        One look into an index for each tenant. Written as one join over all of them, planners scan the table instead.
+        """
+        held = _held_gpus(jobs.c.tenant_id == tenants.c.id)
         waiting = jobs.alias("waiting")
         first = (
             select(waiting.c.id)
-            .where(waiting.c.tenant_id == tenants.c.id, waiting.c.queue == queues.c.name)
-            .where(state_is(JobState.QUEUED, of=waiting), waiting.c.kind.in_(kinds))
+            .where(waiting.c.tenant_id == tenants.c.id, waiting.c.queue == bindparam("line"))
+            .where(state_is(JobState.QUEUED, of=waiting), waiting.c.kind.in_(bindparam("kinds", expanding=True)))
             .where(or_(waiting.c.deadline_at.is_(None), waiting.c.deadline_at > self._now()))
-            .where(or_(tenant_room.is_(None), waiting.c.gpus <= tenant_room))
-            .where(or_(queue_room.is_(None), waiting.c.gpus <= queue_room))
+            .where(waiting.c.gpus <= bindparam("room", type_=BigInteger))
+            .where(or_(tenants.c.max_running.is_(None), waiting.c.gpus <= tenants.c.max_running - held))
             .order_by(waiting.c.turn_at, waiting.c.id)
             .limit(1)
             .scalar_subquery()
         )
-        heads = (
-            select(
-                first.label("job_id"),
-                case((tenants.c.vtime > latest_start, tenants.c.vtime), else_=latest_start).label("start"),
-            )
-            .select_from(
-                tenants.join(queues, true())
-                .outerjoin(held_by_tenant, held_by_tenant.c.owner == tenants.c.id)
-                .outerjoin(held_by_queue, held_by_queue.c.owner == queues.c.name)
-            )
-            .where(tenants.c.paused == 0, queues.c.paused == 0)
-            # A full tenant must not cost a walk through all that it has waiting.
-            .where(or_(tenant_room.is_(None), tenant_room >= 1), or_(queue_room.is_(None), queue_room >= 1))
-            .subquery("heads")
-        )
-        return (
-            select(jobs.c.id, heads.c.start)
-            .join(heads, heads.c.job_id == jobs.c.id)
-            .order_by(heads.c.start, jobs.c.turn_at, jobs.c.id)
-            .limit(1)
+        latest_start = select(func.max(tenants.alias("all_tenants").c.vstart)).scalar_subquery()
+        return select(tenants.c.vtime, latest_start.label("latest_start"), first.label("job_id")).where(
+            tenants.c.paused == 0,
+            # A tenant without room must not cost a walk through all that it has waiting.
+            or_(tenants.c.max_running.is_(None), tenants.c.max_running > held),
         )
 
     def _take(self, connection: Connection, job_id: str, owner: str, lease_seconds: float) -> Job | None:
-        statement = (
+        values = {"taken_id": job_id, "owner": owner, "lease_ms": round(lease_seconds * 1000)}
+        row = connection.execute(self._start, values).mappings().one_or_none()
+        if row is None:
+            return None
+        data = {"fence": row["fence"], "attempt": row["attempt"]}
+        self._tell(connection, row, JobState.QUEUED, EventType.CLAIMED, owner, data)
+        return Job.from_row(row)
+
+    @cached_property
+    def _start(self) -> ReturningUpdate[Any]:
+        return (
             update(jobs)
-            .where(jobs.c.id == job_id, state_is(JobState.QUEUED))
+            .where(jobs.c.id == bindparam("taken_id"), state_is(JobState.QUEUED))
             .values(
                 state=JobState.RUNNING,
                 version=jobs.c.version + 1,
                 fence=jobs.c.fence + 1,
                 attempt=jobs.c.attempt + 1,
-                lease_owner=owner,
-                lease_until=self._after(lease_seconds),
+                lease_owner=bindparam("owner"),
+                lease_until=self._now() + bindparam("lease_ms", type_=BigInteger),
                 started_at=func.coalesce(jobs.c.started_at, self._now()),
                 reason=None,
                 detail=None,
             )
-            .returning(jobs)
+            .returning(*MOVED)
         )
-        row = connection.execute(statement).mappings().one_or_none()
-        if row is None:
-            return None
-        job = Job.from_row(row)
-        data = {"from": JobState.QUEUED, "to": job.state, "fence": job.fence, "attempt": job.attempt}
-        self._event(connection, job.id, EventType.CLAIMED, owner, data)
-        post_job_event(connection, job, self._now())
-        return job
 
     def _charge(self, connection: Connection, job: Job, start: float) -> None:
-        cost = job.gpus * NOMINAL_GPU_SECONDS / tenants.c.weight
-        connection.execute(
-            update(tenants).where(tenants.c.id == job.tenant_id).values(vstart=start, vtime=start + cost)
-        )
+        values = {"payer": job.tenant_id, "start": start, "cost": job.gpus * NOMINAL_GPU_SECONDS}
+        connection.execute(_CHARGE, values)
 
     def _promote(self, connection: Connection) -> None:
         """Queue the scheduled jobs whose time has come."""
@@ -162,12 +215,12 @@ class JobClaims(JobRows):
             self._event(connection, claim.job.id, EventType.PROGRESS, claim.owner, data)
 
 
-def _held_gpus(owner: ColumnElement[str]) -> Any:
-    """Return a table of the GPU slots that running jobs hold, by tenant or by queue."""
-    # Only jobs with a lease have one, and the index of leases is small.
+def _held_gpus(condition: ColumnElement[bool]) -> ColumnElement[int]:
+    """Return the GPU slots of running jobs that fulfil a condition on an outer table's row."""
+    # Only a held job has a lease, and the index of leases is small.
     return (
-        select(owner.label("owner"), func.sum(jobs.c.gpus).label("gpus"))
-        .where(jobs.c.lease_until.is_not(None), state_is(*HELD))
-        .group_by(owner)
-        .subquery()
+        select(func.coalesce(func.sum(jobs.c.gpus), 0))
+        .where(jobs.c.lease_until > 0, state_is(*HELD), condition)
+        .correlate_except(jobs)
+        .scalar_subquery()
     )

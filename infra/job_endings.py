@@ -1,15 +1,17 @@
 """How a try ends: by its worker's own word, under its claim's fence."""
 
 from collections.abc import Mapping
-from typing import Any
+from functools import cached_property
+from typing import Any, NoReturn
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, bindparam, exists, func, select, update
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from infra.database import write
 from infra.errors import JobConflict
-from infra.job_model import Claim, EventType, FailureReason, Job, JobState
+from infra.job_model import TRANSITIONS, Claim, EventType, FailureReason, Job, JobState
 from infra.job_results import record_result
-from infra.job_rows import JobRows, clean
+from infra.job_rows import MOVED, JobRows, clean, state_is
 from infra.schema import job_layers, jobs
 
 
@@ -25,16 +27,46 @@ class JobEndings(JobRows):
             LeaseLost: the claim is stale.
             JobConflict: a cancel was requested (finish it), or a planned layer is not done.
         """
+        values = {"claimed_id": claim.job.id, "held_fence": claim.fence, "made": dict(result)}
         with write(self._engine) as connection:
-            job = self._held(connection, claim)
-            unfinished = select(func.count()).where(job_layers.c.job_id == job.id, job_layers.c.state != "done")
-            if (missing := connection.execute(unfinished).scalar_one()) > 0:
-                raise JobConflict(f"{job.id} cannot succeed: {missing} layers are not done", job_id=job.id)
-            done = self._transition(
-                connection, job, JobState.SUCCEEDED, EventType.SUCCEEDED, actor=claim.owner, result=dict(result)
+            row = connection.execute(self._succeed, values).mappings().one_or_none()
+            if row is None:
+                self._explain(connection, claim)
+            self._tell(connection, row, JobState.RUNNING, EventType.SUCCEEDED, claim.owner)
+            job = Job.from_row(row)
+            record_result(connection, job, self._now())
+            if row["is_awaited"]:
+                self._move_dependents(connection, job)
+            return job
+
+    @cached_property
+    def _succeed(self) -> ReturningUpdate[Any]:
+        """The way from running to succeeded, with all that it needs as its guard."""
+        assert JobState.SUCCEEDED in TRANSITIONS[JobState.RUNNING]
+        is_unfinished = exists().where(job_layers.c.job_id == jobs.c.id, job_layers.c.state != "done").correlate(jobs)
+        return (
+            update(jobs)
+            .where(jobs.c.id == bindparam("claimed_id"), jobs.c.fence == bindparam("held_fence"))
+            .where(state_is(JobState.RUNNING), jobs.c.lease_until >= self._now(), ~is_unfinished)
+            .values(
+                state=JobState.SUCCEEDED,
+                version=jobs.c.version + 1,
+                finished_at=self._now(),
+                lease_owner=None,
+                lease_until=None,
+                result=bindparam("made", type_=jobs.c.result.type),
             )
-            record_result(connection, done, self._now())
-            return done
+            .returning(*MOVED)
+        )
+
+    def _explain(self, connection: Connection, claim: Claim) -> NoReturn:
+        """Raise what kept a job from succeeding."""
+        job = self._held(connection, claim)
+        if job.state is JobState.CANCELLING:
+            raise JobConflict(f"{job.id} is cancelling; it cannot become succeeded", job_id=job.id, state=job.state)
+        unfinished = select(func.count()).where(job_layers.c.job_id == job.id, job_layers.c.state != "done")
+        missing = connection.execute(unfinished).scalar_one()
+        raise JobConflict(f"{job.id} cannot succeed: {missing} layers are not done", job_id=job.id)
 
     def fail(
         self,

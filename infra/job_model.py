@@ -1,5 +1,6 @@
 """What a job is: its states and the one table of allowed transitions, and the records that the job store hands out."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -130,6 +131,11 @@ class NewJob:
     """W3C trace context of the request that made it."""
 
 
+@functools.cache
+def _names(record: type["Record"]) -> tuple[str, ...]:
+    return tuple(item.name for item in fields(record))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
     """A row of the database, or a part of one."""
@@ -137,7 +143,7 @@ class Record:
     @classmethod
     def from_row(cls, row: RowMapping) -> Self:
         """Build the record from a database row; columns that it does not know are left out."""
-        return cls(**{item.name: row[item.name] for item in fields(cls)})
+        return cls(**{name: row[name] for name in _names(cls)})  # type: ignore[arg-type]  # a class is hashable; mypy doubts Self
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -28,7 +28,7 @@ def record_result(connection: Connection, job: Job, now: ColumnElement[int]) -> 
             "size_bytes": artifact["size_bytes"],
             "summary": artifact["summary"],
         }
-        connection.execute(insert(artifacts).values(created_at=now, **values))
+        connection.execute(insert(artifacts).values(created_at=now), values)
     elif job.kind == "evaluate" and "metrics" in result:
         values = {
             "id": new_id("eval"),

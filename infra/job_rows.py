@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from sqlalchemy import (
@@ -10,6 +11,7 @@ from sqlalchemy import (
     Connection,
     Engine,
     FromClause,
+    Insert,
     Select,
     bindparam,
     case,
@@ -25,7 +27,7 @@ from infra import database
 from infra.errors import JobConflict, JobNotFound, LeaseLost
 from infra.job_model import HELD, TERMINAL, TRANSITIONS, Claim, EventType, Job, JobState
 from infra.outbox import post_job_event
-from infra.schema import job_deps, job_events, jobs
+from infra.schema import job_deps, job_events, jobs, webhooks
 
 _MAX_DETAIL = 10_000
 SWEEPER = "sweeper"
@@ -44,8 +46,17 @@ def clean(detail: str) -> str:
     return detail.replace("\0", "")[:_MAX_DETAIL]
 
 
+_is_watched = exists().where(webhooks.c.tenant_id == jobs.c.tenant_id, webhooks.c.enabled == 1).correlate(jobs)
+_is_awaited = exists().where(job_deps.c.depends_on == jobs.c.id).correlate(jobs)
+MOVED = (jobs, _is_watched.label("is_watched"), _is_awaited.label("is_awaited"))
+"""What an UPDATE that moves a job returns: its row, and whether anybody has to be told of it or waits for it."""
+
+
 class JobRows:
-    """Transactions on the jobs table. `clock` replaces the database's clock in tests."""
+    """Transactions on the jobs table. `clock` replaces the database's clock in tests.
+
+    Statements that every job needs are built once and kept as attributes: building one costs more than running it.
+    """
 
     def __init__(self, engine: Engine, clock: Callable[[], int] | None = None) -> None:
         self._engine = engine
@@ -115,8 +126,9 @@ class JobRows:
         Raises:
             JobConflict: the table has no such edge, or the job changed since it was read.
         """
-        moved = self._move(connection, job, to, event, actor=actor, data=data, **changes)
-        if to in TERMINAL:
+        row = self._move(connection, job, to, event, actor=actor, data=data, **changes)
+        moved = Job.from_row(row)
+        if to in TERMINAL and row["is_awaited"]:
             self._move_dependents(connection, moved)
         return moved
 
@@ -130,7 +142,7 @@ class JobRows:
         actor: str,
         data: Mapping[str, Any] | None = None,
         **changes: Any,
-    ) -> Job:
+    ) -> RowMapping:
         """Do one step: an UPDATE guarded by the state and fence it was read with, an event, a line in the outbox."""
         if to not in TRANSITIONS[job.state]:
             raise JobConflict(f"{job.id} is {job.state}; it cannot become {to}", job_id=job.id, state=job.state, to=to)
@@ -141,15 +153,27 @@ class JobRows:
             update(jobs)
             .where(jobs.c.id == job.id, jobs.c.fence == job.fence, state_is(job.state))
             .values(state=to, version=jobs.c.version + 1, **changes)
-            .returning(jobs)
+            .returning(*MOVED)
         )
         row = connection.execute(statement).mappings().one_or_none()
         if row is None:
             raise JobConflict(f"{job.id} changed in the meantime", job_id=job.id)
-        moved = Job.from_row(row)
-        self._event(connection, job.id, event, actor, {"from": job.state, "to": to, **(data or {})})
-        post_job_event(connection, moved, self._now())
-        return moved
+        self._tell(connection, row, job.state, event, actor, data)
+        return row
+
+    def _tell(
+        self,
+        connection: Connection,
+        moved: RowMapping,
+        came_from: JobState,
+        event: EventType,
+        actor: str,
+        data: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the event of a step that was just made, and what webhooks will say of it."""
+        self._event(connection, moved["id"], event, actor, {"from": came_from, "to": moved["state"], **(data or {})})
+        if moved["is_watched"]:
+            post_job_event(connection, Job.from_row(moved), self._now())
 
     def _move_dependents(self, connection: Connection, ended: Job) -> None:
         """Start what waited only for this job; fail what will wait for ever, and what waits for that in turn."""
@@ -165,12 +189,14 @@ class JobRows:
             for row in self._locked(connection, waiting):
                 job = Job.from_row(row)
                 if cause.state is not JobState.SUCCEEDED:
-                    pending.append(self._fail_dependent(connection, job, cause))
+                    failed = self._fail_dependent(connection, job, cause)
+                    if failed["is_awaited"]:
+                        pending.append(Job.from_row(failed))
                 elif not self._has_unfinished_dependency(connection, job.id):
                     to = self._waiting_state(connection, job.run_at)
                     self._move(connection, job, to, EventType.UNBLOCKED, actor=SWEEPER, data={"by": cause.id})
 
-    def _fail_dependent(self, connection: Connection, job: Job, cause: Job) -> Job:
+    def _fail_dependent(self, connection: Connection, job: Job, cause: Job) -> RowMapping:
         detail = f"{cause.id}, which it depends on, is {cause.state}"
         why: dict[str, Any] = {"reason": "dependency_failed", "detail": detail}
         return self._move(connection, job, JobState.FAILED, EventType.FAILED, actor=SWEEPER, data=why, **why)
@@ -191,6 +217,9 @@ class JobRows:
     def _event(
         self, connection: Connection, job_id: str, event: EventType, actor: str, data: Mapping[str, Any] | None = None
     ) -> None:
-        connection.execute(
-            insert(job_events).values(job_id=job_id, at=self._now(), type=event, actor=actor, data=dict(data or {}))
-        )
+        values = {"job_id": job_id, "type": event, "actor": actor, "data": dict(data or {})}
+        connection.execute(self._new_event, values)
+
+    @cached_property
+    def _new_event(self) -> Insert:
+        return insert(job_events).values(at=self._now())

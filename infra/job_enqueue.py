@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+import structlog
 from sqlalchemy import Connection, case, exists, insert, select
 from sqlalchemy.exc import IntegrityError
 
@@ -13,6 +14,8 @@ from infra.job_model import ACTIVE, TERMINAL, EventType, Job, JobState, NewJob, 
 from infra.job_quotas import require_room
 from infra.job_rows import JobRows, state_is
 from infra.schema import artifacts, job_deps, jobs, queues
+
+log = structlog.stdlib.get_logger(__name__)
 
 _MAX_LEASE_LOSSES = 5
 
@@ -110,6 +113,7 @@ class JobEnqueue(JobRows):
         if new.depends_on:
             data["depends_on"] = list(new.depends_on)
         self._event(connection, job.id, EventType.ENQUEUED, actor, data)
+        log.info("job_enqueued", job_id=job.id, tenant_id=job.tenant_id, kind=job.kind, state=job.state)
         return job
 
     def _is_blocked(self, connection: Connection, tenant_id: str, depends_on: Sequence[str]) -> bool:

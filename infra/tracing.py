@@ -1,19 +1,16 @@
 """OpenTelemetry traces from a request to the job that it makes and the job's layers.
 
-Off unless an endpoint is set. Then every process sends spans to it (OTLP over HTTP), and a job carries the trace of the
-request that made it, as a W3C `traceparent`, to whichever dispatcher runs it. Without the extra `otel` nothing of this
-is imported, and every function here does nothing.
+Off unless an endpoint is set. Then every process sends spans to it (OTLP over HTTP): the API's for requests are made by
+FastAPI itself, and a job carries the trace of the request that made it, as a W3C `traceparent`, to whichever dispatcher
+runs it. Without an endpoint nothing of this is imported, and every function here does nothing.
 """
 
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from infra.errors import SettingsError
-
-if TYPE_CHECKING:
-    from opentelemetry.trace import Span
 
 _NAME = "duquant"
 _is_on = False
@@ -51,23 +48,28 @@ def flush() -> None:
 
 
 @contextmanager
-def span(
-    name: str,
-    *,
-    kind: Literal["internal", "server", "consumer"] = "internal",
-    parent: str | None = None,
-    attributes: Mapping[str, Any] | None = None,
-) -> Iterator["Span | None"]:
-    """Time a block. `parent` is a traceparent from elsewhere; without one the span belongs to the one around it."""
+def span(name: str, *, parent: str | None, attributes: Mapping[str, Any]) -> Iterator[None]:
+    """Time a block that goes on with the work of another process, whose traceparent is `parent`."""
     if not _is_on:
-        yield None
+        yield
         return
     from opentelemetry import trace
+    from opentelemetry.context import Context
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-    with trace.get_tracer(_NAME).start_as_current_span(
-        name, context=_context(parent), kind=trace.SpanKind[kind.upper()], attributes=dict(attributes or {})
-    ) as current:
-        yield current
+    # A parent that is missing or malformed is ignored, as the standard says: a new trace begins.
+    context = TraceContextTextMapPropagator().extract({"traceparent": parent} if parent else {}, Context())
+    kind = trace.SpanKind.CONSUMER
+    with trace.get_tracer(_NAME).start_as_current_span(name, context=context, kind=kind, attributes=dict(attributes)):
+        yield
+
+
+def annotate(attributes: Mapping[str, Any]) -> None:
+    """Add facts to the span that we are in."""
+    if _is_on:
+        from opentelemetry import trace
+
+        trace.get_current_span().set_attributes(dict(attributes))
 
 
 def record(name: str, seconds: float, attributes: Mapping[str, Any]) -> None:
@@ -91,12 +93,3 @@ def current_traceparent() -> str | None:
     carrier: dict[str, str] = {}
     TraceContextTextMapPropagator().inject(carrier)
     return carrier.get("traceparent")
-
-
-def _context(parent: str | None) -> Any:
-    if parent is None:
-        return None
-    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
-    # What is malformed is ignored, as the standard says: a new trace begins.
-    return TraceContextTextMapPropagator().extract({"traceparent": parent})

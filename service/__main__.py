@@ -8,7 +8,7 @@ import uvicorn
 
 from infra.errors import InfraError
 from infra.logging import setup_logging
-from infra.tracing import flush, setup_tracing
+from infra.tracing import setup_tracing
 from service.app import create_app
 from service.context import Context
 from service.settings import ServiceSettings
@@ -47,7 +47,6 @@ def main() -> int:
     )
     with listener:
         _Server(config, app.state.context).run(sockets=[listener])
-    flush()
     return 0
 
 

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 from fastapi.templating import Jinja2Templates
 
-from infra import migrate
+from infra import migrate, tracing
 from infra.artifacts import ArtifactStore
 from infra.batches import BatchStore
 from infra.database import make_engine
@@ -37,7 +37,7 @@ from service import errors, openapi
 from service.auth import SCOPES
 from service.context import Context
 from service.limits import RateLimiter
-from service.middleware import BodyLimit, RequestContext
+from service.middleware import QUIET_PATHS, BodyLimit, RequestContext
 from service.pages import filters
 from service.routers import (
     artifacts,
@@ -105,6 +105,8 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         sender.cancel()
         service.storage.close()
         service.engine.dispose()
+        # Here and not after the server: uvicorn ends the process by the signal that stopped it.
+        await anyio.to_thread.run_sync(tracing.flush)
 
     app = FastAPI(
         title="duquant",
@@ -114,6 +116,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         # The bundled pages load scripts from elsewhere, which our content policy forbids.
         docs_url=None,
         redoc_url=None,
+        telemetry={"operation_spans": False, "exclude": lambda scope: scope["path"].startswith(QUIET_PATHS)},
     )
     app.state.context = service
     for resource in ROUTERS:

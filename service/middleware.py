@@ -3,7 +3,6 @@
 import re
 import time
 import uuid
-from typing import TYPE_CHECKING
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -13,13 +12,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from infra import tracing
 from service.metrics import REQUEST_SECONDS, REQUESTS
 
-if TYPE_CHECKING:
-    from opentelemetry.trace import Span
-
 log = structlog.get_logger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_QUIET_PATHS = ("/healthz", "/metrics", "/static/")
+QUIET_PATHS = ("/healthz", "/metrics", "/static/")
+"""What is asked for all the time and tells nothing."""
 _METHODS = frozenset({"GET", "HEAD", "POST", "PATCH", "PUT", "DELETE", "OPTIONS"})
 
 SECURITY_HEADERS = {
@@ -35,7 +32,7 @@ SECURITY_HEADERS = {
 
 
 class RequestContext:
-    """Gives each request an id (the caller's, when it is a sane one) and headers; logs, counts and traces it."""
+    """Gives each request an id (the caller's, when it is a sane one) and headers; logs and counts it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -62,15 +59,14 @@ class RequestContext:
                 record.is_stream = headers.get("content-type", "").startswith("text/event-stream")
             await send(message)
 
-        parent = Headers(scope=scope).get("traceparent")
-        with (
-            structlog.contextvars.bound_contextvars(request_id=request_id),
-            tracing.span("request", kind="server", parent=parent) as span,
-        ):
+        # The event loop may run this in the context of the request before on the same connection.
+        structlog.contextvars.clear_contextvars()
+        tracing.annotate({"duquant.request_id": request_id})
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
                 await self.app(scope, receive, send_with_headers)
             finally:
-                record.end(span, request_id)
+                record.end()
 
 
 class _Record:
@@ -82,8 +78,8 @@ class _Record:
         self._scope = scope
         self._started = time.perf_counter()
 
-    def end(self, span: "Span | None", request_id: str) -> None:
-        """Count the request, describe its span and write its log line."""
+    def end(self) -> None:
+        """Count the request and write its log line."""
         method, path = self._scope["method"], self._scope["path"]
         seconds = time.perf_counter() - self._started
         # The template and never the path: ids in it would make a series for each job.
@@ -91,17 +87,7 @@ class _Record:
         REQUESTS.labels(method if method in _METHODS else "other", route, str(self.status)).inc()
         if not self.is_stream:
             REQUEST_SECONDS.labels(method if method in _METHODS else "other", route).observe(seconds)
-        if span is not None:
-            span.update_name(f"{method} {route}")
-            span.set_attributes(
-                {
-                    "http.request.method": method,
-                    "http.route": route,
-                    "http.response.status_code": self.status,
-                    "duquant.request_id": request_id,
-                }
-            )
-        if not path.startswith(_QUIET_PATHS):
+        if not path.startswith(QUIET_PATHS):
             job_id = self._scope.get("path_params", {}).get("job_id")
             about = {} if job_id is None else {"job_id": job_id}
             log.info("http_request", method=method, path=path, status=self.status, seconds=round(seconds, 4), **about)

@@ -87,7 +87,7 @@ class Dispatcher:
         with (
             # On every line from here on, of ours and of the libraries.
             structlog.contextvars.bound_contextvars(job_id=job.id, fence=claim.fence),
-            tracing.span(f"job {job.kind}", kind="consumer", parent=job.traceparent, attributes=facts),
+            tracing.span(f"job {job.kind}", parent=job.traceparent, attributes=facts),
         ):
             log.info("job_claimed", attempt=job.attempt)
             try:

@@ -6,13 +6,16 @@ from typing import Annotated
 import typer
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
+from client import calls
 from client.connection import Session, on_service
-from client.output import note, print_pairs, size
+from client.models import ArtifactInfo
+from client.output import note, print_pairs, print_table, print_text, size
 from client.progress import bar_of
 
 app = typer.Typer(help="Finished checkpoints.", no_args_is_help=True)
 
 ArtifactArgument = Annotated[str, typer.Argument(metavar="ARTIFACT", help="The id of the artifact or of its job.")]
+TagArgument = Annotated[str, typer.Argument(metavar="TAG", help="Letters, digits, dots, dashes and underscores.")]
 
 
 @app.command()
@@ -40,3 +43,111 @@ def pull(
     pairs = {"artifact": summary.out, "files": summary.files, "size": size(summary.size_bytes)}
     note(f"{summary.files} files, {size(summary.size_bytes)}, all checksums match: {summary.out}")
     session.show(data, lambda: print_pairs(pairs))
+
+
+@app.command("list")
+@on_service
+def list_artifacts(
+    session: Session,
+    model: Annotated[str | None, typer.Option(help="Only artifacts of the model with this name.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Only artifacts made with the recipe of this name.")] = None,
+    tag: Annotated[
+        str | None, typer.Option(help="Only artifacts with this tag; TAG* for the beginning of one.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, max=200, help="Most artifacts to list.")] = 50,
+    cursor: Annotated[str | None, typer.Option(help="next_cursor of the page before.")] = None,
+) -> None:
+    """List artifacts, newest first."""
+    page = session.client.run(calls.list_artifacts(model=model, recipe=recipe, tag=tag, limit=limit, cursor=cursor))
+    rows = [
+        (each.id, each.model_name, each.recipe_name, size(each.size_bytes), _measured(each), ",".join(each.tags))
+        for each in page.items
+    ]
+    columns = ("artifact", "model", "recipe", "size", "perplexity", "tags")
+    session.show(page.raw, lambda: print_table(columns, rows))
+    if page.next_cursor is not None:
+        note(f"more: duquant artifact list --cursor {page.next_cursor}")
+
+
+@app.command()
+@on_service
+def get(session: Session, artifact_id: ArtifactArgument) -> None:
+    """Show an artifact."""
+    _report(session, session.client.run(calls.get_artifact(artifact_id)))
+
+
+@app.command()
+@on_service
+def compare(
+    session: Session,
+    a: Annotated[str, typer.Argument(metavar="A", help="An artifact.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another.")],
+) -> None:
+    """Show how two artifacts differ: recipes, measures and files."""
+    answer = session.client.run(calls.compare_artifacts(a, b))
+    rows = [(each["field"], each["a"], each["b"]) for each in (*answer["recipe"], *answer["measures"])]
+    files = answer["files"]
+    rows += [("files that are equal", files["same"], files["same"])]
+    rows += [("files that differ", len(files["changed"]), len(files["changed"]))]
+    rows += [("files of one only", len(files["only_a"]), len(files["only_b"]))]
+    session.show(answer, lambda: print_table(("", answer["a"]["id"], answer["b"]["id"]), rows))
+
+
+@app.command()
+@on_service
+def tag(session: Session, artifact_id: ArtifactArgument, name: TagArgument) -> None:
+    """Give an artifact a tag; the artifact that had it loses it."""
+    _report(session, session.client.run(calls.tag_artifact(artifact_id, name)))
+
+
+@app.command()
+@on_service
+def untag(session: Session, artifact_id: ArtifactArgument, name: TagArgument) -> None:
+    """Take a tag away."""
+    _report(session, session.client.run(calls.untag_artifact(artifact_id, name)))
+
+
+@app.command()
+@on_service
+def keep(
+    session: Session,
+    artifact_id: ArtifactArgument,
+    until: Annotated[
+        str | None, typer.Option(help="A time such as 2027-01-31T00:00:00Z. [default: for ever]", show_default=False)
+    ] = None,
+) -> None:
+    """Say when an artifact may be deleted."""
+    _report(session, session.client.run(calls.keep_artifact(artifact_id, until)))
+
+
+@app.command()
+@on_service
+def delete(
+    session: Session,
+    artifact_id: ArtifactArgument,
+    force: Annotated[bool, typer.Option("--force", help="Delete it also when it has tags.")] = False,
+) -> None:
+    """Delete an artifact."""
+    session.client.run(calls.delete_artifact(artifact_id, force=force))
+    session.show({"deleted": artifact_id}, lambda: print_text(f"{artifact_id} is deleted"))
+
+
+def _measured(artifact: ArtifactInfo) -> str | None:
+    perplexity = artifact.evaluations[0].perplexity if artifact.evaluations else None
+    return None if perplexity is None else f"{perplexity:.2f}"
+
+
+def _report(session: Session, artifact: ArtifactInfo) -> None:
+    pairs = {
+        "artifact": artifact.id,
+        "job": artifact.job_id,
+        "model": artifact.model_name,
+        "recipe": artifact.recipe_name,
+        "size": size(artifact.size_bytes),
+        "perplexity": _measured(artifact),
+        "tags": ", ".join(artifact.tags) or None,
+        "outdated by": artifact.outdated,
+        "kept until": artifact.expires_at,
+        "made": artifact.raw["created_at"],
+    }
+    session.show(artifact.raw, lambda: print_pairs(pairs))

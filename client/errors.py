@@ -9,6 +9,7 @@ EXIT_BAD_INPUT = 2
 EXIT_AUTH = 3
 EXIT_NOT_FOUND = 4
 EXIT_UNAVAILABLE = 5
+EXIT_LIMITED = 6
 EXIT_TIMEOUT = 124
 EXIT_INTERRUPTED = 130
 
@@ -63,6 +64,8 @@ class ApiError(ClientError):
             return EXIT_AUTH
         if self.status == 404:
             return EXIT_NOT_FOUND
-        if self.status == 409:
+        if self.status in (409, 412):
             return EXIT_FAILED
+        if self.status == 429:
+            return EXIT_LIMITED
         return EXIT_UNAVAILABLE if self.status >= 500 else EXIT_BAD_INPUT

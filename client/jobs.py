@@ -6,10 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
+from client import calls
 from client.connection import Session, on_service
 from client.errors import BadInputError, JobFailedError
 from client.models import Job
-from client.output import duration, note, print_pairs, print_table
+from client.output import duration, note, print_pairs, print_table, size
 from client.progress import follow_job
 from client.recipes import is_file_name, preset_names, read_data_file
 
@@ -38,6 +39,11 @@ def submit(
     samples: Annotated[int | None, typer.Option(help="Windows of calibration text.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
     priority: Annotated[int | None, typer.Option(help="0 to 1000; lower numbers start first. [default: 100]")] = None,
+    queue: Annotated[str | None, typer.Option(help="The queue that it waits in.")] = None,
+    after: Annotated[
+        list[str] | None, typer.Option(metavar="JOB", help="A job that must succeed first; repeat for more.")
+    ] = None,
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="Measure the artifact when it is made.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Make the artifact again even if there is one.")] = False,
     wait_for_it: WaitFlag = False,
     timeout: TimeoutOption = None,
@@ -48,7 +54,14 @@ def submit(
         changes["source"] = text_source(calibration, "calibration")
     changes = {name: value for name, value in changes.items() if value is not None}
     job = session.client.submit(
-        model, recipe_value(recipe), calibration=changes or None, priority=priority, force=force
+        model,
+        recipe_value(recipe),
+        calibration=changes or None,
+        evaluate={} if evaluate else None,
+        priority=priority,
+        force=force,
+        queue=queue,
+        depends_on=after or None,
     )
     note(f"{'found' if job.reused else 'submitted'} {job.id} ({job.state})")
     reused = job.reused
@@ -84,17 +97,29 @@ def text_source(text: str, default_part: str) -> dict[str, str]:
 def list_jobs(
     session: Session,
     state: Annotated[str | None, typer.Option(help="Only jobs in this state.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Only quantize or evaluate jobs.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only jobs of the model with this name.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Only jobs with the recipe of this name.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Only jobs that this batch has made.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=200, help="Most jobs to list.")] = 50,
     cursor: Annotated[str | None, typer.Option(help="next_cursor of the page before.")] = None,
 ) -> None:
     """List jobs, newest first."""
-    page = session.client.list(state=state, limit=limit, cursor=cursor)
+    filters = {"state": state, "kind": kind, "model": model, "recipe": recipe, "batch": batch}
+    page = session.client.list(**filters, limit=limit, cursor=cursor)
     rows = [
-        (job.id, job.state, job.model, job.recipe_name, f"{job.phase} {job.done}/{job.total}" if job.total else "")
+        (
+            job.id,
+            job.kind,
+            job.state,
+            job.model,
+            job.recipe_name,
+            f"{job.phase} {job.done}/{job.total}" if job.total else "",
+        )
         for job in page.items
     ]
     data = {"items": [job.raw for job in page.items], "next_cursor": page.next_cursor}
-    session.show(data, lambda: print_table(("job", "state", "model", "recipe", "progress"), rows))
+    session.show(data, lambda: print_table(("job", "kind", "state", "model", "recipe", "progress"), rows))
     if page.next_cursor is not None:
         note(f"more: duquant job list --cursor {page.next_cursor}")
 
@@ -122,6 +147,32 @@ def cancel(session: Session, job_id: JobArgument) -> None:
     report_job(session, session.client.cancel(job_id))
 
 
+@app.command()
+@on_service
+def retry(session: Session, job_id: JobArgument) -> None:
+    """Run a failed or cancelled job again; it goes on from the layers that it has finished."""
+    report_job(session, session.client.retry(job_id))
+
+
+@app.command()
+@on_service
+def estimate(
+    session: Session,
+    model: Annotated[str, typer.Argument(help="demo:NAME, local:NAME or hub:OWNER/NAME@COMMIT.")],
+    recipe: RecipeOption = None,
+) -> None:
+    """Say how long a job would take and how large its artifact would be. Nothing is queued."""
+    answer = session.client.run(calls.estimate_job(model, recipe_value(recipe)))
+    seconds, count = answer["time"]["seconds"], answer["size"]["bytes"]
+    pairs = {
+        "time": None if seconds is None else duration(seconds),
+        "known from": f"{answer['time']['basis']}, {answer['time']['jobs']} jobs",
+        "size": None if count is None else size(count),
+        "there already": answer["reuses"],
+    }
+    session.show(answer, lambda: print_pairs(pairs))
+
+
 def report_job(session: Session, job: Job, *, reused: bool | None = None) -> None:
     """Print a job."""
     pairs = {
@@ -136,6 +187,7 @@ def report_job(session: Session, job: Job, *, reused: bool | None = None) -> Non
         "layers": f"{job.layers_done}/{job.layers_total}" if job.layers_total else None,
         "place in the queue": job.queue_position,
         "time left": None if job.eta_seconds is None else duration(job.eta_seconds),
+        "evaluation": job.evaluation_job_id,
         "result": json.dumps(job.result) if job.result else None,
     }
     session.show(job.raw if reused is None else {**job.raw, "reused": reused}, lambda: print_pairs(pairs))

@@ -7,7 +7,7 @@ from typing import cast
 
 import typer
 
-from client import artifacts, demo, doctor, jobs, local, profiles, recipes, up
+from client import artifacts, batches, demo, doctor, evaluations, jobs, local, operations, profiles, recipes, up
 from client.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILED,
@@ -35,14 +35,21 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(jobs.app, name="job")
+app.add_typer(batches.app, name="batch")
 app.add_typer(artifacts.app, name="artifact")
+app.add_typer(evaluations.app, name="evaluation")
 app.add_typer(recipes.app, name="recipe")
+app.add_typer(operations.models, name="model")
+app.add_typer(operations.queues, name="queue")
+app.add_typer(operations.workers, name="worker")
 app.add_typer(profiles.app, name="profile")
 app.command()(up.up)
 app.command()(local.quantize)
 app.command()(local.verify)
 app.command("eval")(local.evaluate)
 app.command()(local.generate)
+app.command()(operations.usage)
+app.command()(operations.failures)
 app.command()(doctor.doctor)
 app.command()(demo.demo)
 

@@ -1,12 +1,28 @@
 """What the API sends, as typed records. Fields that a newer server adds are kept in `raw`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 from client.errors import BadInputError
 
 TERMINAL = frozenset({"succeeded", "failed", "cancelled"})
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page(Generic[T]):
+    """A page of a list, newest first."""
+
+    items: tuple[T, ...]
+    next_cursor: str | None
+    raw: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, read: Callable[[Any], T]) -> "Callable[[Any], Page[T]]":
+        """Return what reads a page of such items."""
+        return lambda raw: cls(items=tuple(map(read, raw["items"])), next_cursor=raw["next_cursor"], raw=raw)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,19 +45,20 @@ class Job:
     queue_position: int | None
     result: Mapping[str, Any] | None
     reused: bool
+    evaluation_job_id: str | None
     raw: Mapping[str, Any]
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Self:
         """Read the API's JSON."""
-        progress, layers, model = raw["progress"], raw.get("layers") or {}, raw["model"]
+        progress, layers, model = raw["progress"], raw.get("layers") or {}, raw.get("model")
         return cls(
             id=raw["id"],
             kind=raw.get("kind", "quantize"),
             state=raw["state"],
             reason=raw.get("reason"),
             detail=raw.get("detail"),
-            model=f"{model['source']}:{model['name']}",
+            model=f"{model['source']}:{model['name']}" if model else "",
             recipe_name=raw["recipe_name"],
             phase=progress["phase"],
             done=progress["done"],
@@ -52,6 +69,7 @@ class Job:
             queue_position=raw.get("queue_position"),
             result=raw.get("result"),
             reused=raw.get("reused", False),
+            evaluation_job_id=raw.get("evaluation_job_id"),
             raw=raw,
         )
 
@@ -67,6 +85,11 @@ class JobPage:
 
     items: tuple[Job, ...]
     next_cursor: str | None
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Self:
+        """Read the API's JSON."""
+        return cls(items=tuple(Job.from_json(item) for item in raw["items"]), next_cursor=raw["next_cursor"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +136,124 @@ class Artifact:
             evaluation=raw.get("evaluation", {}),
             raw=raw,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What was measured on an artifact, or on an unquantized model."""
+
+    id: str
+    job_id: str
+    artifact_id: str | None
+    model_name: str
+    perplexity: float | None
+    metrics: Mapping[str, Any]
+    raw: Mapping[str, Any]
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Self:
+        """Read the API's JSON."""
+        return cls(
+            id=raw["id"],
+            job_id=raw["job_id"],
+            artifact_id=raw["artifact_id"],
+            model_name=raw["model_name"],
+            perplexity=raw["metrics"].get("perplexity"),
+            metrics=raw["metrics"],
+            raw=raw,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactInfo:
+    """What an artifact is."""
+
+    id: str
+    job_id: str
+    model_name: str
+    recipe_name: str
+    size_bytes: int
+    tags: tuple[str, ...]
+    evaluations: tuple[Evaluation, ...]
+    """Newest first."""
+    outdated: str | None
+    expires_at: str | None
+    raw: Mapping[str, Any]
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Self:
+        """Read the API's JSON."""
+        names = ("id", "job_id", "model_name", "recipe_name", "size_bytes", "outdated", "expires_at")
+        return cls(
+            **{name: raw[name] for name in names},
+            tags=tuple(raw["tags"]),
+            evaluations=tuple(Evaluation.from_json(each) for each in raw["evaluations"]),
+            raw=raw,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """How many pieces of work are where."""
+
+    total: int
+    waiting: int
+    running: int
+    succeeded: int
+    failed: int
+    cancelled: int
+
+    @property
+    def ended(self) -> int:
+        """How many will not change by themselves."""
+        return self.succeeded + self.failed + self.cancelled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A batch as it stood when it was read."""
+
+    id: str
+    name: str
+    state: str
+    jobs: Counts
+    reused: int
+    evaluations: Counts
+    raw: Mapping[str, Any]
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Self:
+        """Read the API's JSON."""
+        names = ("total", "waiting", "running", "succeeded", "failed", "cancelled")
+        return cls(
+            id=raw["id"],
+            name=raw["name"],
+            state=raw["state"],
+            jobs=Counts(**{name: raw["jobs"][name] for name in names}),
+            reused=raw["reused"],
+            evaluations=Counts(**{name: raw["evaluations"][name] for name in names}),
+            raw=raw,
+        )
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing waits or runs any more."""
+        return all(each.ended == each.total for each in (self.jobs, self.evaluations))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requantized:
+    """Which artifacts are outdated, and the batch that makes them again."""
+
+    items: tuple[Mapping[str, Any], ...]
+    batch: Batch | None
+    raw: Mapping[str, Any]
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Self:
+        """Read the API's JSON."""
+        batch = None if raw["batch"] is None else Batch.from_json(raw["batch"])
+        return cls(items=tuple(raw["items"]), batch=batch, raw=raw)
 
 
 def parse_model(text: str) -> dict[str, str | None]:

@@ -4,19 +4,24 @@ with Client("http://127.0.0.1:8000", key) as client:
     job = client.submit("demo:smollm2-135m", "duquant")
     client.wait(job.id)
     client.pull(job.id, Path("smollm2-int4"))
+
+Whatever has no method of its own is a call: `client.run(calls.list_batches())`.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import httpx
 
-from client import download, sse
+from client import calls, download, sse, wire
+from client.calls import Call, Model, Recipe, Settings
 from client.errors import ApiError, BadInputError, UnavailableError, WaitTimeoutError
-from client.models import Artifact, Event, Job, JobPage, parse_model
+from client.models import Artifact, Batch, Event, Job, JobPage
+
+T = TypeVar("T")
 
 _READ_SECONDS = 30.0
 _QUIET_SECONDS = 25.0
@@ -25,7 +30,6 @@ _OUTAGE_SECONDS = 60.0
 _REFRESH_SECONDS = 0.5
 _FIRST_POLL_SECONDS = 0.5
 _SLOWEST_POLL_SECONDS = 5.0
-_TRIES = 3
 
 
 class Client:
@@ -34,18 +38,10 @@ class Client:
     def __init__(
         self, url: str, key: str, *, timeout_s: float = _READ_SECONDS, transport: httpx.BaseTransport | None = None
     ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise BadInputError(f"{url!r} is no service URL; it looks like http://127.0.0.1:8000")
-        if not key.isascii() or not key.isprintable():
-            raise BadInputError("the API key has characters that no key has")
         self.url = url.rstrip("/")
+        options = wire.options(url, key, timeout_s)
         try:
-            self._http = httpx.Client(
-                base_url=self.url,
-                headers={"Authorization": f"Bearer {key}", "User-Agent": "duquant-client"},
-                timeout=httpx.Timeout(timeout_s, connect=5.0),
-                transport=transport,
-            )
+            self._http = httpx.Client(**options, transport=transport)
         except (httpx.InvalidURL, ValueError) as error:
             raise BadInputError(f"{url!r} is no service URL: {error}") from error
 
@@ -61,52 +57,97 @@ class Client:
         """Close the connections."""
         self._http.close()
 
+    def run(self, call: Call[T]) -> T:
+        """Carry out a call of `client.calls`; what fails in passing is tried again.
+
+        Raises:
+            ApiError: the service refuses it; `errors` names the fields.
+            UnavailableError: the service does not answer.
+        """
+        attempt = 0
+        while True:
+            attempt += 1
+            pause: float | None
+            try:
+                answer = self._http.request(
+                    call.method, call.path, params=dict(call.params), json=call.body, headers=dict(call.headers)
+                )
+            except (httpx.HTTPError, ValueError) as error:
+                pause = wire.pause_after_break(attempt)
+                # Nothing listens there: another moment does not help a person who mistyped a port.
+                is_passing = isinstance(error, httpx.HTTPError) and not isinstance(error, httpx.ConnectError)
+                if pause is None or not is_passing:
+                    raise wire.unsent(self.url, error) from error
+            else:
+                if answer.is_success:
+                    return call.read(wire.decoded(answer))
+                pause = wire.pause_after(answer, attempt)
+                if pause is None:
+                    raise wire.api_error(answer)
+            time.sleep(pause)
+
     def submit(
         self,
-        model: str | Mapping[str, Any],
-        recipe: str | Mapping[str, Any] | None = None,
+        model: Model,
+        recipe: Recipe | None = None,
         *,
         calibration: Mapping[str, Any] | None = None,
+        evaluate: Settings | None = None,
         priority: int | None = None,
         force: bool = False,
+        **options: Any,
     ) -> Job:
         """Submit a quantization job; `reused` on the result says that the same work was there already.
+
+        `options` are further fields of the API: queue, run_at, deadline_at, depends_on, labels.
 
         Raises:
             ApiError: the service refuses the request; `errors` names the fields.
             UnavailableError: the service does not answer.
         """
-        body: dict[str, Any] = {"model": parse_model(model) if isinstance(model, str) else dict(model), "force": force}
-        optional = {"recipe": recipe, "calibration": calibration, "priority": priority}
-        body |= {name: value for name, value in optional.items() if value is not None}
-        # Without force the same request again returns the same job, so trying again is safe.
-        return Job.from_json(self._json("POST", "/v1/jobs", tries=1 if force else _TRIES, json=body))
+        return self.run(
+            calls.submit_job(
+                model,
+                recipe,
+                calibration=calibration,
+                evaluate=evaluate,
+                priority=priority,
+                force=force,
+                **options,
+            )
+        )
+
+    def submit_batch(self, models: Sequence[Model], recipes: Sequence[Recipe] | None = None, **options: Any) -> Batch:
+        """Submit every model with every recipe; options: name, calibration, evaluate, priority, queue, force."""
+        return self.run(calls.submit_batch(models, recipes, **options))
 
     def get(self, job_id: str) -> Job:
         """Read a job."""
-        return Job.from_json(self._json("GET", f"/v1/jobs/{_segment(job_id)}"))
+        return self.run(calls.get_job(job_id))
 
-    def list(self, *, state: str | None = None, limit: int = 50, cursor: str | None = None) -> JobPage:
-        """Read a page of jobs, newest first."""
-        given = {"state": state, "limit": limit, "cursor": cursor}
-        page = self._json("GET", "/v1/jobs", params={name: value for name, value in given.items() if value is not None})
-        return JobPage(items=tuple(Job.from_json(item) for item in page["items"]), next_cursor=page["next_cursor"])
+    def list(self, **filters: Any) -> JobPage:
+        """Read a page of jobs, newest first; filters as in the API: state, kind, model, recipe, batch, limit, ..."""
+        return self.run(calls.list_jobs(**filters))
 
     def cancel(self, job_id: str) -> Job:
         """Cancel a job, or ask a running one to stop."""
-        return Job.from_json(self._json("POST", f"/v1/jobs/{_segment(job_id)}:cancel"))
+        return self.run(calls.cancel_job(job_id))
+
+    def retry(self, job_id: str) -> Job:
+        """Run a failed or cancelled job again; it goes on from the layers that it has finished."""
+        return self.run(calls.retry_job(job_id))
 
     def recipes(self) -> Any:
         """Read the presets."""
-        return self._json("GET", "/v1/recipes")["items"]
+        return self.run(calls.list_recipes())
 
     def layers(self, job_id: str) -> Any:
         """Read a job's layers."""
-        return self._json("GET", f"/v1/jobs/{_segment(job_id)}/layers")["items"]
+        return self.run(calls.list_layers(job_id))
 
-    def artifact(self, job_id: str) -> Artifact:
-        """Read the files of a finished job, with fresh download links."""
-        return Artifact.from_json(self._json("GET", f"/v1/jobs/{_segment(job_id)}/artifact"))
+    def artifact(self, name: str) -> Artifact:
+        """Read the files of an artifact, by its id or its job's, with fresh download links."""
+        return self.run(calls.artifact_files(name))
 
     def events(self, job_id: str, *, after: int = 0) -> Iterator[Event]:
         """Yield a job's events until it has ended or the stream breaks; go on with the last one's id.
@@ -159,21 +200,49 @@ class Client:
                 if time.monotonic() - lost_since > _OUTAGE_SECONDS:
                     raise
 
+    def wait_for_batch(
+        self, batch_id: str, *, timeout_s: float | None = None, on_update: Callable[[Batch], None] | None = None
+    ) -> Batch:
+        """Return a batch when nothing of it waits or runs any more.
+
+        Raises:
+            WaitTimeoutError: the time was up first; the batch goes on.
+            UnavailableError: the service did not answer for a minute.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        pause, lost_since = _FIRST_POLL_SECONDS, None
+        batch = self.run(calls.get_batch(batch_id))
+        while True:
+            if on_update is not None:
+                on_update(batch)
+            if batch.has_ended:
+                return batch
+            if deadline is not None and time.monotonic() >= deadline:
+                raise WaitTimeoutError(f"{batch_id} is still {batch.state} after {timeout_s:g} s; it goes on")
+            time.sleep(min(pause, wire.seconds_left(deadline, time.monotonic())))
+            pause = min(pause * 1.5, _SLOWEST_POLL_SECONDS)
+            try:
+                batch, lost_since = self.run(calls.get_batch(batch_id)), None
+            except UnavailableError:
+                lost_since = lost_since or time.monotonic()
+                if time.monotonic() - lost_since > _OUTAGE_SECONDS:
+                    raise
+
     def pull(
         self,
-        job_id: str,
+        name: str,
         out: Path,
         *,
         parallel: int = 4,
         on_bytes: Callable[[int, int], None] | None = None,
     ) -> download.PullSummary:
-        """Fetch an artifact into the folder `out`. Whole files are kept, cut-off ones are continued.
+        """Fetch an artifact, by its id or its job's, into the folder `out`. What is there is kept and continued.
 
         Raises:
             DownloadError: a file does not match its checksum.
             BadInputError: the folder cannot be used, or a name would lead out of it.
         """
-        return download.pull(lambda: self.artifact(job_id), out, parallel=parallel, on_bytes=on_bytes)
+        return download.pull(lambda: self.artifact(name), out, parallel=parallel, on_bytes=on_bytes)
 
     def _changes(self, job_id: str, deadline: float | None) -> Iterator[None]:
         """Yield now and then while events come in; end when the stream does, for whatever reason."""
@@ -191,38 +260,16 @@ class Client:
         self, job_id: str, after: int, quiet_s: float, deadline: float | None = None
     ) -> Iterator[sse.ServerSentEvent]:
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": str(after)} if after else {})
-        timeout = httpx.Timeout(quiet_s, connect=5.0)
-        path = f"/v1/jobs/{_segment(job_id)}/events"
+        timeout = httpx.Timeout(quiet_s, connect=wire.CONNECT_SECONDS)
+        path = f"/v1/jobs/{calls.segment(job_id)}/events"
         try:
             with self._http.stream("GET", path, headers=headers, timeout=timeout) as answer:
                 if answer.status_code != httpx.codes.OK:
                     answer.read()
-                    raise _api_error(answer)
+                    raise wire.api_error(answer)
                 yield from sse.parse(_until(deadline, answer.iter_lines()))
         except (httpx.HTTPError, ValueError) as error:
             raise UnavailableError(f"the event stream of {self.url} broke: {error or type(error).__name__}") from error
-
-    def _json(self, method: str, path: str, *, tries: int = _TRIES, **options: Any) -> Any:
-        for attempt in range(1, tries + 1):
-            is_last = attempt == tries
-            try:
-                answer = self._http.request(method, path, **options)
-            except httpx.ConnectError as error:
-                # Nothing listens there: another moment does not help a person who mistyped a port.
-                raise UnavailableError(f"cannot reach {self.url}: {error}; is `duquant up` running?") from error
-            except httpx.HTTPError as error:
-                if is_last:
-                    reason = str(error) or type(error).__name__
-                    raise UnavailableError(f"{self.url} did not answer: {reason}") from error
-            except ValueError as error:
-                raise BadInputError(f"this cannot be sent as JSON: {error}") from error
-            else:
-                if answer.is_success:
-                    return _decoded(answer)
-                if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or is_last:
-                    raise _api_error(answer)
-            time.sleep(0.5 * attempt)
-        raise AssertionError("the last try returns or raises")
 
 
 def _until(deadline: float | None, lines: Iterator[str]) -> Iterator[str]:
@@ -231,27 +278,3 @@ def _until(deadline: float | None, lines: Iterator[str]) -> Iterator[str]:
         if deadline is not None and time.monotonic() >= deadline:
             return
         yield line
-
-
-def _segment(job_id: str) -> str:
-    """Refuse an id that would change the path it is put in."""
-    if not job_id or not job_id.replace("_", "").isalnum() or not job_id.isascii():
-        raise BadInputError(f"{job_id!r} is no job id; one looks like job_0199a1b2...")
-    return job_id
-
-
-def _decoded(answer: httpx.Response) -> Any:
-    try:
-        return answer.json()
-    except ValueError as error:
-        raise UnavailableError(f"{answer.url} did not answer with JSON; is it a duquant service?") from error
-
-
-def _api_error(answer: httpx.Response) -> ApiError:
-    try:
-        problem = answer.json()
-    except ValueError:
-        problem = None
-    if not isinstance(problem, dict):
-        problem = {"detail": f"{answer.url} answered {answer.status_code} and no reason; is it a duquant service?"}
-    return ApiError(answer.status_code, problem)

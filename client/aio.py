@@ -1,0 +1,99 @@
+"""`AsyncClient`: the same calls as `Client`, for programs with an event loop.
+
+async with AsyncClient("http://127.0.0.1:8000", key) as client:
+    job = await client.run(calls.submit_job("demo:smollm2-135m", "duquant"))
+    job = await client.wait(job.id)
+"""
+
+import asyncio
+import math
+import time
+from types import TracebackType
+from typing import Self, TypeVar
+
+import httpx
+
+from client import calls, wire
+from client.calls import Call
+from client.errors import BadInputError, WaitTimeoutError
+from client.models import Job
+
+T = TypeVar("T")
+
+_READ_SECONDS = 45.0
+_HOLD_SECONDS = 30
+"""How long the service may hold an answer back while a job does not change."""
+
+
+class AsyncClient:
+    """A connection to one service with one API key. Close it, or use it in an `async with` statement."""
+
+    def __init__(
+        self,
+        url: str,
+        key: str,
+        *,
+        timeout_s: float = _READ_SECONDS,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self.url = url.rstrip("/")
+        options = wire.options(url, key, timeout_s)
+        try:
+            self._http = httpx.AsyncClient(**options, transport=transport)
+        except (httpx.InvalidURL, ValueError) as error:
+            raise BadInputError(f"{url!r} is no service URL: {error}") from error
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def run(self, call: Call[T]) -> T:
+        """Carry out a call of `client.calls`.
+
+        Raises:
+            ApiError: the service refuses it.
+            UnavailableError: the service does not answer.
+        """
+        attempt = 0
+        while True:
+            attempt += 1
+            pause: float | None
+            try:
+                answer = await self._http.request(
+                    call.method, call.path, params=dict(call.params), json=call.body, headers=dict(call.headers)
+                )
+            except (httpx.HTTPError, ValueError) as error:
+                pause = wire.pause_after_break(attempt)
+                is_passing = isinstance(error, httpx.HTTPError) and not isinstance(error, httpx.ConnectError)
+                if pause is None or not is_passing:
+                    raise wire.unsent(self.url, error) from error
+            else:
+                if answer.is_success:
+                    return call.read(wire.decoded(answer))
+                pause = wire.pause_after(answer, attempt)
+                if pause is None:
+                    raise wire.api_error(answer)
+            await asyncio.sleep(pause)
+
+    async def wait(self, job_id: str, *, timeout_s: float | None = None) -> Job:
+        """Return a job when it has ended.
+
+        Raises:
+            WaitTimeoutError: the time was up first; the job goes on.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            left = wire.seconds_left(deadline, time.monotonic())
+            job = await self.run(calls.get_job(job_id, hold_s=math.ceil(min(_HOLD_SECONDS, left))))
+            if job.has_ended:
+                return job
+            if left <= 0:
+                raise WaitTimeoutError(f"{job_id} is still {job.state} after {timeout_s:g} s; it goes on")

@@ -1,0 +1,232 @@
+"""`duquant batch`: many models with many recipes at once."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from client import calls
+from client.connection import Session, on_service
+from client.errors import BadInputError, JobFailedError
+from client.jobs import TimeoutOption, WaitFlag, recipe_value
+from client.models import Batch, parse_model
+from client.output import duration, note, print_pairs, print_table, size
+from client.progress import Teller, teller
+from client.recipes import read_data_file
+
+app = typer.Typer(help="Many models with many recipes at once.", no_args_is_help=True)
+
+BatchArgument = Annotated[str, typer.Argument(metavar="BATCH", help="The batch's id.")]
+_FIELDS = frozenset({"name", "models", "recipes", "calibration", "evaluate", "priority", "queue", "force"})
+_COLUMNS = ("model", "recipe", "state", "perplexity", "x model", "size", "x model", "time", "tokens/s", "why")
+
+
+@app.command()
+@on_service
+def submit(
+    session: Session,
+    file: Annotated[Path, typer.Argument(help="A YAML or JSON file; see docs/how-to/quantize-a-zoo.md.")],
+    force: Annotated[
+        bool, typer.Option("--force", help="Make every artifact again, also those that are there.")
+    ] = False,
+    wait_for_it: WaitFlag = False,
+    timeout: TimeoutOption = None,
+) -> None:
+    """Submit a file of models and recipes. What is there already is reused."""
+    options = read_zoo(file)
+    if force:
+        options["force"] = True
+    batch = session.client.run(calls.submit_batch(options.pop("models"), options.pop("recipes", None), **options))
+    note(f"submitted {batch.id}: {batch.jobs.total} jobs, {batch.reused} of them there already")
+    if wait_for_it:
+        _finish(session, batch.id, timeout)
+    else:
+        _report(session, batch)
+
+
+def read_zoo(path: Path) -> dict[str, Any]:
+    """Read a batch file: as the API has it, but models and recipes may be written as on the command line.
+
+    Raises:
+        BadInputError: the file cannot be read, or has a field that there is not.
+    """
+    values = read_data_file(path, "the batch")
+    if not isinstance(values, dict) or not isinstance(values.get("models"), list):
+        raise BadInputError(f"{path} must hold an object with a list of models")
+    if unknown := sorted(str(name) for name in values if name not in _FIELDS):
+        known = ", ".join(sorted(_FIELDS))
+        raise BadInputError(f"{path}: there is no field {unknown[0]!r}; fields are: {known}")
+    recipes = values.get("recipes")
+    if recipes is not None and not isinstance(recipes, list):
+        raise BadInputError(f"{path}: recipes must be a list")
+    zoo: dict[str, Any] = {**values, "models": [_selector(each, path) for each in values["models"]]}
+    if recipes is not None:
+        # Files of recipes are named from where the batch file is.
+        zoo["recipes"] = [_recipe(each, path.parent) for each in recipes]
+    return zoo
+
+
+def _selector(value: Any, path: Path) -> Mapping[str, Any]:
+    if isinstance(value, str):
+        kind, _, rest = value.partition(":")
+        if kind == "tag":
+            return {"tag": rest}
+        if value.endswith("*"):
+            return {"source": kind, "prefix": rest.removesuffix("*")}
+        return parse_model(value)
+    if isinstance(value, dict):
+        return value
+    raise BadInputError(f"{path}: {value!r} is no model; write demo:NAME, local:NAME, local:PREFIX*, tag:TAG")
+
+
+def _recipe(value: Any, folder: Path) -> Any:
+    if not isinstance(value, str):
+        return value
+    return recipe_value(value if "/" not in value and "." not in value else str(folder / value))
+
+
+@app.command("list")
+@on_service
+def list_batches(
+    session: Session,
+    limit: Annotated[int, typer.Option(min=1, max=200, help="Most batches to list.")] = 50,
+    cursor: Annotated[str | None, typer.Option(help="next_cursor of the page before.")] = None,
+) -> None:
+    """List batches, newest first."""
+    page = session.client.run(calls.list_batches(limit=limit, cursor=cursor))
+    rows = [
+        (each.id, each.name, each.state, f"{each.jobs.ended}/{each.jobs.total}", each.jobs.failed)
+        for each in page.items
+    ]
+    session.show(page.raw, lambda: print_table(("batch", "name", "state", "jobs", "failed"), rows))
+    if page.next_cursor is not None:
+        note(f"more: duquant batch list --cursor {page.next_cursor}")
+
+
+@app.command()
+@on_service
+def get(session: Session, batch_id: BatchArgument) -> None:
+    """Show how far a batch is."""
+    _report(session, session.client.run(calls.get_batch(batch_id)))
+
+
+@app.command()
+@on_service
+def wait(session: Session, batch_id: BatchArgument, timeout: TimeoutOption = None) -> None:
+    """Follow a batch until nothing of it waits or runs. Ctrl-C stops following; the batch goes on."""
+    _finish(session, batch_id, timeout)
+
+
+@app.command()
+@on_service
+def table(session: Session, batch_id: BatchArgument) -> None:
+    """Compare what a batch has made: perplexity, size and speed."""
+    _show_table(session, session.client.run(calls.batch_table(batch_id)))
+
+
+@app.command()
+@on_service
+def cancel(session: Session, batch_id: BatchArgument) -> None:
+    """Cancel what a batch has made and that has not ended."""
+    _report(session, session.client.run(calls.cancel_batch(batch_id)))
+
+
+@app.command()
+@on_service
+def retry(
+    session: Session, batch_id: BatchArgument, wait_for_it: WaitFlag = False, timeout: TimeoutOption = None
+) -> None:
+    """Run again what failed or was cancelled; each job goes on from the layers that it has finished."""
+    batch = session.client.run(calls.retry_batch(batch_id))
+    if wait_for_it:
+        _finish(session, batch.id, timeout)
+    else:
+        _report(session, batch)
+
+
+@app.command()
+@on_service
+def requantize(
+    session: Session,
+    model: Annotated[str | None, typer.Option(help="Only artifacts of the model with this name.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Only artifacts made with the recipe of this name.")] = None,
+    tag: Annotated[
+        str | None, typer.Option(help="Only artifacts with this tag; TAG* for the beginning of one.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which artifacts that would be.")] = False,
+) -> None:
+    """Make again what an older algorithm, or an older version of a preset, has made."""
+    answer = session.client.run(
+        calls.requantize(name="requantize", model=model, recipe=recipe, tag=tag, dry_run=dry_run)
+    )
+    rows = [(each["artifact_id"], each["model_name"], each["recipe_name"], each["reason"]) for each in answer.items]
+    session.show(answer.raw, lambda: print_table(("artifact", "model", "recipe", "outdated by"), rows))
+    if answer.batch is not None:
+        note(f"submitted {answer.batch.id}: {answer.batch.jobs.total} jobs")
+
+
+def _finish(session: Session, batch_id: str, timeout: float | None) -> None:
+    """Follow a batch, show its table, and fail when something of it has."""
+    with teller(f"No longer following; the batch goes on: duquant batch wait {batch_id}") as shown:
+        batch = session.client.wait_for_batch(batch_id, timeout_s=timeout, on_update=lambda batch: _tell(shown, batch))
+    _show_table(session, session.client.run(calls.batch_table(batch_id)))
+    bad = sum(each.failed + each.cancelled for each in (batch.jobs, batch.evaluations))
+    if bad:
+        total = batch.jobs.total + batch.evaluations.total
+        raise JobFailedError(f"{bad} of {total} jobs of {batch_id} did not succeed: duquant batch retry {batch_id}")
+
+
+def _tell(shown: Teller, batch: Batch) -> None:
+    ended = batch.jobs.ended + batch.evaluations.ended
+    failed = batch.jobs.failed + batch.evaluations.failed
+    title = f"{batch.state}, {failed} failed" if failed else batch.state
+    shown.tell(title, ended, batch.jobs.total + batch.evaluations.total, "jobs")
+
+
+def _report(session: Session, batch: Batch) -> None:
+    pairs = {
+        "batch": batch.id,
+        "name": batch.name or None,
+        "state": batch.state,
+        "jobs": _counted(batch.raw["jobs"]),
+        "there already": batch.reused,
+        "evaluations": _counted(batch.raw["evaluations"]) if batch.evaluations.total else None,
+    }
+    session.show(batch.raw, lambda: print_pairs(pairs))
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    parts = [f"{count} {name}" for name, count in counts.items() if count and name != "total"]
+    return ", ".join(parts) or "none"
+
+
+def _show_table(session: Session, rows: list[dict[str, Any]]) -> None:
+    cells = [
+        (
+            row["model_name"],
+            row["recipe_name"],
+            row["state"] + (" (reused)" if row["reused"] else ""),
+            _number(row["perplexity"], ".2f"),
+            _number(row["perplexity_ratio"], ".3f"),
+            None if row["size_bytes"] is None else size(row["size_bytes"]),
+            _number(row["size_ratio"], ".2f"),
+            None if row["seconds"] is None else duration(row["seconds"]),
+            _number(row["tokens_per_second"], ".0f"),
+            _why(row),
+        )
+        for row in rows
+    ]
+    session.show({"rows": rows}, lambda: print_table(_COLUMNS, cells))
+
+
+def _number(value: float | None, form: str) -> str | None:
+    return None if value is None else format(value, form)
+
+
+def _why(row: Mapping[str, Any]) -> str | None:
+    if row["state"] in ("failed", "refused"):
+        return ": ".join(part for part in (row["reason"], row["detail"]) if part)
+    if row["evaluation_state"] == "failed":
+        return f"evaluation: {row['evaluation_detail']}"
+    return None

@@ -1,0 +1,284 @@
+"""Every call of the API as a value: what to send, and how to read the answer. The clients only carry them out.
+
+Building a call does no I/O, so the same calls serve the blocking client and the asynchronous one.
+"""
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from client.errors import BadInputError
+from client.models import Artifact, ArtifactInfo, Batch, Evaluation, Job, JobPage, Page, Requantized, parse_model
+
+T = TypeVar("T")
+Model = str | Mapping[str, Any]
+"""demo:NAME, local:NAME or hub:OWNER/NAME@COMMIT, or the API's own object."""
+Recipe = str | Mapping[str, Any]
+"""A preset's name, or an object of recipe fields."""
+Settings = Mapping[str, Any]
+"""text, seq_len and windows of an evaluation; what is left out has the service's default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call(Generic[T]):
+    """One request."""
+
+    method: str
+    path: str
+    read: Callable[[Any], T]
+    """Turns the answer's JSON into a record."""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    body: Any = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def _get(path: str, read: Callable[[Any], T], **params: Any) -> Call[T]:
+    given = {name: value for name, value in params.items() if value is not None}
+    return Call(method="GET", path=path, read=read, params=given)
+
+
+def _post(path: str, read: Callable[[Any], T], body: Any = None, *, key: str | None = None) -> Call[T]:
+    # One key for all tries of this call: sent again after a broken connection it is still done once.
+    headers = {"Idempotency-Key": key or uuid.uuid4().hex}
+    return Call(method="POST", path=path, read=read, body=body, headers=headers)
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def segment(name: str, what: str = "job id", example: str = "job_0199a1b2...") -> str:
+    """Return an id that is to become a part of a path.
+
+    Raises:
+        BadInputError: it would change the path.
+    """
+    if not name or not name.replace("_", "").isalnum() or not name.isascii():
+        raise BadInputError(f"{name!r} is no {what}; one looks like {example}")
+    return name
+
+
+def _artifact(name: str) -> str:
+    return segment(name, "artifact id", "art_0199a1b2...")
+
+
+def _tag(name: str) -> str:
+    if not name.isascii() or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+        raise BadInputError(f"{name!r} is no tag; it has letters, digits, dots, dashes and underscores")
+    return name
+
+
+def model_body(model: Model) -> dict[str, Any]:
+    """Return the API's form of a model."""
+    return parse_model(model) if isinstance(model, str) else dict(model)
+
+
+def submit_job(
+    model: Model,
+    recipe: Recipe | None = None,
+    *,
+    calibration: Mapping[str, Any] | None = None,
+    evaluate: Settings | None = None,
+    priority: int | None = None,
+    force: bool = False,
+    **options: Any,
+) -> Call[Job]:
+    """Submit a job; `options` are further fields: queue, run_at, deadline_at, depends_on, labels."""
+    optional = _given(recipe=recipe, calibration=calibration, evaluate=evaluate, priority=priority, **options)
+    return _post("/v1/jobs", Job.from_json, {"model": model_body(model), "force": force, **optional})
+
+
+def get_job(job_id: str, *, hold_s: int = 0) -> Call[Job]:
+    """Read a job; with `hold_s` when it has ended, or after so many seconds."""
+    headers = {"Prefer": f"wait={hold_s}"} if hold_s else {}
+    return Call(method="GET", path=f"/v1/jobs/{segment(job_id)}", read=Job.from_json, headers=headers)
+
+
+def list_jobs(**filters: Any) -> Call[JobPage]:
+    """Read a page of jobs; filters as in the API: state, kind, model, recipe, queue, batch, reason, label, ..."""
+    return _get("/v1/jobs", JobPage.from_json, **filters)
+
+
+def cancel_job(job_id: str) -> Call[Job]:
+    """Cancel a job."""
+    return _post(f"/v1/jobs/{segment(job_id)}:cancel", Job.from_json)
+
+
+def retry_job(job_id: str) -> Call[Job]:
+    """Run a failed or cancelled job again."""
+    return _post(f"/v1/jobs/{segment(job_id)}:retry", Job.from_json)
+
+
+def estimate_job(
+    model: Model, recipe: Recipe | None = None, *, calibration: Mapping[str, Any] | None = None
+) -> Call[Any]:
+    """Ask what a job would take."""
+    body = {"model": model_body(model), **_given(recipe=recipe, calibration=calibration)}
+    return _post("/v1/estimates", _same, body)
+
+
+def list_layers(job_id: str) -> Call[Any]:
+    """Read a job's layers."""
+    return _get(f"/v1/jobs/{segment(job_id)}/layers", _items)
+
+
+def artifact_files(name: str) -> Call[Artifact]:
+    """Read an artifact's files, by its id or its job's, with fresh links."""
+    if name.startswith("art_"):
+        return _get(f"/v1/artifacts/{_artifact(name)}/files", Artifact.from_json)
+    return _get(f"/v1/jobs/{segment(name)}/artifact", Artifact.from_json)
+
+
+def get_artifact(name: str) -> Call[ArtifactInfo]:
+    """Read an artifact."""
+    return _get(f"/v1/artifacts/{_artifact(name)}", ArtifactInfo.from_json)
+
+
+def list_artifacts(**filters: Any) -> Call[Page[ArtifactInfo]]:
+    """Read a page of artifacts; filters as in the API: model, recipe, tag, created_from, created_until."""
+    return _get("/v1/artifacts", Page.of(ArtifactInfo.from_json), **filters)
+
+
+def compare_artifacts(a: str, b: str) -> Call[Any]:
+    """Read how two artifacts differ."""
+    return _get(f"/v1/artifacts/{_artifact(a)}/comparison", _same, **{"with": _artifact(b)})
+
+
+def tag_artifact(name: str, tag: str) -> Call[ArtifactInfo]:
+    """Give an artifact a tag."""
+    path = f"/v1/artifacts/{_artifact(name)}/tags/{_tag(tag)}"
+    return Call(method="PUT", path=path, read=ArtifactInfo.from_json)
+
+
+def untag_artifact(name: str, tag: str) -> Call[ArtifactInfo]:
+    """Take a tag away."""
+    path = f"/v1/artifacts/{_artifact(name)}/tags/{_tag(tag)}"
+    return Call(method="DELETE", path=path, read=ArtifactInfo.from_json)
+
+
+def keep_artifact(name: str, until: str | None) -> Call[ArtifactInfo]:
+    """Say when an artifact may be deleted (RFC 3339); none is never."""
+    path = f"/v1/artifacts/{_artifact(name)}"
+    return Call(method="PATCH", path=path, read=ArtifactInfo.from_json, body={"expires_at": until})
+
+
+def delete_artifact(name: str, *, force: bool = False) -> Call[None]:
+    """Delete an artifact; one with tags only with `force`."""
+    path = f"/v1/artifacts/{_artifact(name)}"
+    return Call(method="DELETE", path=path, read=lambda _: None, params={"force": str(force).lower()})
+
+
+def submit_evaluation(
+    artifact: str | None = None, *, model: Model | None = None, force: bool = False, **settings: Any
+) -> Call[Job]:
+    """Measure an artifact or an unquantized model; settings: text, seq_len, windows, priority."""
+    if (artifact is None) == (model is None):
+        raise BadInputError("give either an artifact or a model to measure")
+    what = {"artifact": artifact} if model is None else {"model": model_body(model)}
+    return _post("/v1/evaluations", Job.from_json, {**what, "force": force, **settings})
+
+
+def get_evaluation(name: str) -> Call[Evaluation]:
+    """Read what was measured, by the evaluation's id or its job's."""
+    path = f"/v1/evaluations/{segment(name, 'evaluation id', 'eval_0199a1b2...')}"
+    return _get(path, Evaluation.from_json)
+
+
+def list_evaluations(**filters: Any) -> Call[Page[Evaluation]]:
+    """Read a page of evaluations; filters as in the API: artifact, model."""
+    return _get("/v1/evaluations", Page.of(Evaluation.from_json), **filters)
+
+
+def submit_batch(
+    models: Sequence[Model], recipes: Sequence[Recipe] | None = None, *, key: str | None = None, **options: Any
+) -> Call[Batch]:
+    """Submit every model with every recipe; options: name, calibration, evaluate, priority, queue, force.
+
+    `key` is the Idempotency-Key, for a caller who wants to send it again himself.
+    """
+    body = {"models": [model_body(model) for model in models], **_given(recipes=recipes, **options)}
+    return _post("/v1/batches", Batch.from_json, body, key=key)
+
+
+def requantize(**options: Any) -> Call[Requantized]:
+    """Make outdated artifacts again; options: name, model, recipe, tag, evaluate, priority, queue, dry_run."""
+    return _post("/v1/batches:requantize", Requantized.from_json, _given(**options))
+
+
+def _batch(name: str) -> str:
+    return segment(name, "batch id", "batch_0199a1b2...")
+
+
+def get_batch(batch_id: str) -> Call[Batch]:
+    """Read how far a batch is."""
+    return _get(f"/v1/batches/{_batch(batch_id)}", Batch.from_json)
+
+
+def list_batches(**filters: Any) -> Call[Page[Batch]]:
+    """Read a page of batches."""
+    return _get("/v1/batches", Page.of(Batch.from_json), **filters)
+
+
+def batch_table(batch_id: str) -> Call[Any]:
+    """Read the comparison table of a batch: its rows."""
+    return _get(f"/v1/batches/{_batch(batch_id)}/table", lambda answer: answer["rows"])
+
+
+def cancel_batch(batch_id: str) -> Call[Batch]:
+    """Cancel what a batch has made and that has not ended."""
+    return _post(f"/v1/batches/{_batch(batch_id)}:cancel", Batch.from_json)
+
+
+def retry_batch(batch_id: str) -> Call[Batch]:
+    """Run again what failed or was cancelled."""
+    return _post(f"/v1/batches/{_batch(batch_id)}:retry-failed", Batch.from_json)
+
+
+def list_recipes() -> Call[Any]:
+    """Read the presets."""
+    return _get("/v1/recipes", _items)
+
+
+def list_models() -> Call[Any]:
+    """Read the models that the service has."""
+    return _get("/v1/models", _items)
+
+
+def list_queues() -> Call[Any]:
+    """Read the queues."""
+    return _get("/v1/queues", _items)
+
+
+def pause_queue(name: str, *, paused: bool = True) -> Call[Any]:
+    """Pause a queue, or let it go on."""
+    path = f"/v1/queues/{segment(name.replace('-', '_'), 'queue', 'default') and name}"
+    return _post(f"{path}:{'pause' if paused else 'resume'}", _same)
+
+
+def list_workers() -> Call[Any]:
+    """Read the dispatchers."""
+    return _get("/v1/workers", _items)
+
+
+def list_failures() -> Call[Any]:
+    """Read the failed jobs by reason."""
+    return _get("/v1/failures", _items)
+
+
+def usage(**filters: Any) -> Call[Any]:
+    """Read what was used; filters as in the API: since, until, by."""
+    return _get("/v1/usage", _same, **filters)
+
+
+def quota() -> Call[Any]:
+    """Read what may be used."""
+    return _get("/v1/quota", _same)
+
+
+def _same(answer: Any) -> Any:
+    return answer
+
+
+def _items(answer: Any) -> Any:
+    return answer["items"]

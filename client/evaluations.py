@@ -1,0 +1,96 @@
+"""`duquant evaluation`: measure artifacts and models on a running service."""
+
+from typing import Annotated, Any
+
+import typer
+
+from client import calls
+from client.connection import Session, on_service
+from client.jobs import TimeoutOption, WaitFlag, check_job, report_job, text_source
+from client.models import Evaluation
+from client.output import note, print_pairs, print_table, size
+from client.progress import follow_job
+
+app = typer.Typer(help="Measure artifacts and models.", no_args_is_help=True)
+
+
+@app.command()
+@on_service
+def submit(
+    session: Session,
+    what: Annotated[str, typer.Argument(help="The id of an artifact or of its job, or a model as demo:NAME.")],
+    text: Annotated[
+        str | None, typer.Option(help="A text file below the server's text roots, or builtin:pydoc-topics[:PART].")
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
+    windows: Annotated[int | None, typer.Option(help="Windows from the start of the text; 0 for all of it.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Measure again even if this was measured already.")] = False,
+    wait_for_it: WaitFlag = False,
+    timeout: TimeoutOption = None,
+) -> None:
+    """Submit an evaluation: perplexity of an artifact or of an unquantized model."""
+    settings: dict[str, Any] = {}
+    if text is not None:
+        settings["text"] = text_source(text, "evaluation")
+    if seq_len is not None:
+        settings["seq_len"] = seq_len
+    if windows is not None:
+        settings["windows"] = windows or None
+    target: dict[str, Any] = {"model": what} if ":" in what else {"artifact": what}
+    job = session.client.run(calls.submit_evaluation(**target, force=force, **settings))
+    note(f"{'found' if job.reused else 'submitted'} {job.id} ({job.state})")
+    if not wait_for_it:
+        report_job(session, job, reused=job.reused)
+        return
+    job = follow_job(session.client, job.id, timeout)
+    if job.state == "succeeded":
+        _report(session, session.client.run(calls.get_evaluation(job.id)))
+    else:
+        report_job(session, job)
+    check_job(job)
+
+
+@app.command("list")
+@on_service
+def list_evaluations(
+    session: Session,
+    artifact: Annotated[str | None, typer.Option(help="Only what was measured on this artifact.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only what was measured on the model with this name.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=200, help="Most evaluations to list.")] = 50,
+    cursor: Annotated[str | None, typer.Option(help="next_cursor of the page before.")] = None,
+) -> None:
+    """List what was measured, newest first."""
+    page = session.client.run(calls.list_evaluations(artifact=artifact, model=model, limit=limit, cursor=cursor))
+    rows = [
+        (each.id, each.model_name, each.artifact_id or "unquantized", each.perplexity, each.metrics.get("windows"))
+        for each in page.items
+    ]
+    columns = ("evaluation", "model", "artifact", "perplexity", "windows")
+    session.show(page.raw, lambda: print_table(columns, rows))
+    if page.next_cursor is not None:
+        note(f"more: duquant evaluation list --cursor {page.next_cursor}")
+
+
+@app.command()
+@on_service
+def get(
+    session: Session,
+    name: Annotated[str, typer.Argument(metavar="EVALUATION", help="The id of the evaluation or of its job.")],
+) -> None:
+    """Show what was measured."""
+    _report(session, session.client.run(calls.get_evaluation(name)))
+
+
+def _report(session: Session, evaluation: Evaluation) -> None:
+    metrics = evaluation.metrics
+    pairs = {
+        "evaluation": evaluation.id,
+        "model": evaluation.model_name,
+        "artifact": evaluation.artifact_id or "unquantized",
+        "perplexity": evaluation.perplexity,
+        "tokens": metrics.get("tokens"),
+        "windows": metrics.get("windows"),
+        "tokens per second": metrics.get("tokens_per_second"),
+        "model size": size(metrics["model_bytes"]) if "model_bytes" in metrics else None,
+    }
+    session.show(evaluation.raw, lambda: print_pairs(pairs))

@@ -1,0 +1,99 @@
+"""`duquant model | queue | worker | usage | failures`: what the service has, what it does, what it has cost."""
+
+from typing import Annotated, Any
+
+import typer
+
+from client import calls
+from client.connection import Session, on_service
+from client.output import duration, print_pairs, print_table, size
+
+models = typer.Typer(help="Models that the service has.", no_args_is_help=True)
+queues = typer.Typer(help="Queues of the service.", no_args_is_help=True)
+workers = typer.Typer(help="Dispatchers that run jobs.", no_args_is_help=True)
+
+QueueArgument = Annotated[str, typer.Argument(metavar="QUEUE", help="Its name.")]
+
+
+@models.command("list")
+@on_service
+def list_models(session: Session) -> None:
+    """List the models that jobs may name."""
+    items = session.client.run(calls.list_models())
+    rows = [
+        (f"{each['source']}:{each['name']}", each.get("architecture"), _size(each.get("size_bytes"))) for each in items
+    ]
+    session.show({"items": items}, lambda: print_table(("model", "architecture", "size"), rows))
+
+
+@queues.command("list")
+@on_service
+def list_queues(session: Session) -> None:
+    """List the queues, with your jobs in them."""
+    items = session.client.run(calls.list_queues())
+    rows = [
+        (each["name"], "paused" if each["paused"] else "open", each["waiting"], each["running"], _wait(each))
+        for each in items
+    ]
+    session.show({"items": items}, lambda: print_table(("queue", "state", "waiting", "running", "oldest wait"), rows))
+
+
+@queues.command()
+@on_service
+def pause(session: Session, name: QueueArgument) -> None:
+    """Let no job of a queue start; what runs goes on."""
+    _report_queue(session, session.client.run(calls.pause_queue(name)))
+
+
+@queues.command()
+@on_service
+def resume(session: Session, name: QueueArgument) -> None:
+    """Let the jobs of a queue start again."""
+    _report_queue(session, session.client.run(calls.pause_queue(name, paused=False)))
+
+
+@workers.command("list")
+@on_service
+def list_workers(session: Session) -> None:
+    """List the dispatchers."""
+    items = session.client.run(calls.list_workers())
+    names = ("name", "executor", "device", "slots", "running", "seen_at")
+    rows = [[each.get(name) for name in names] for each in items]
+    session.show({"items": items}, lambda: print_table(("worker", *names[1:-1], "seen"), rows))
+
+
+@on_service
+def usage(
+    session: Session,
+    since: Annotated[str | None, typer.Option(help="From this time on, such as 2026-01-01T00:00:00Z.")] = None,
+    until: Annotated[str | None, typer.Option(help="Up to this time.")] = None,
+    by: Annotated[str | None, typer.Option(help="Summed by day, model, recipe, device or job.")] = None,
+) -> None:
+    """Show the GPU seconds that were used."""
+    answer = session.client.run(calls.usage(since=since, until=until, by=by))
+    rows = [(each["key"], f"{each['gpu_seconds']:.1f}", each["jobs"]) for each in answer["items"]]
+    rows.append(("total", f"{answer['gpu_seconds']:.1f}", ""))
+    session.show(answer, lambda: print_table((answer["by"], "GPU seconds", "jobs"), rows))
+
+
+@on_service
+def failures(session: Session) -> None:
+    """Show what jobs have failed of, the most frequent first."""
+    items = session.client.run(calls.list_failures())
+    rows = [
+        (each["kind"], each["reason"], each["count"], each["latest_job_id"], each["latest_detail"]) for each in items
+    ]
+    session.show({"items": items}, lambda: print_table(("kind", "reason", "jobs", "latest", "detail"), rows))
+
+
+def _report_queue(session: Session, queue: dict[str, Any]) -> None:
+    session.show(queue, lambda: print_pairs(queue))
+
+
+def _wait(queue: dict[str, Any]) -> str | None:
+    seconds = queue.get("oldest_wait_seconds")
+    return None if seconds is None else duration(seconds)
+
+
+def _size(count: int | None) -> str | None:
+    return None if count is None else size(count)

@@ -1,0 +1,100 @@
+"""What the blocking and the asynchronous client share: what is sent, what is tried again, and what an error means."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import httpx
+
+from client.errors import ApiError, BadInputError, ClientError, UnavailableError
+
+CONNECT_SECONDS = 5.0
+TRIES = 3
+_LONGEST_PAUSE_S = 10.0
+"""A server that asks for more patience than this is reported at once."""
+_AGAIN = frozenset({httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.TOO_MANY_REQUESTS})
+
+
+def options(url: str, key: str, timeout_s: float) -> dict[str, Any]:
+    """Return the options of an httpx client for this service.
+
+    Raises:
+        BadInputError: the address or the key cannot be one.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise BadInputError(f"{url!r} is no service URL; it looks like http://127.0.0.1:8000")
+    if not key.isascii() or not key.isprintable():
+        raise BadInputError("the API key has characters that no key has")
+    return {
+        "base_url": url.rstrip("/"),
+        "headers": {"Authorization": f"Bearer {key}", "User-Agent": "duquant-client"},
+        "timeout": httpx.Timeout(timeout_s, connect=CONNECT_SECONDS),
+    }
+
+
+def pause_after(answer: httpx.Response, attempt: int) -> float | None:
+    """Return how long to wait before trying again; none where that is no use.
+
+    A quota that is used up stays so for longer than anybody waits; a rate limit is over in moments.
+    """
+    if attempt >= TRIES or not _is_passing(answer):
+        return None
+    asked = answer.headers.get("Retry-After", "")
+    pause = float(asked) if asked.isdecimal() else 0.5 * attempt
+    return pause if pause <= _LONGEST_PAUSE_S else None
+
+
+def _is_passing(answer: httpx.Response) -> bool:
+    name = str(problem_of(answer).get("type", "")).rpartition(":")[2]
+    if answer.status_code == httpx.codes.CONFLICT:
+        return name == "idempotency-in-progress"
+    return answer.status_code in _AGAIN and name != "quota-exceeded"
+
+
+def pause_after_break(attempt: int) -> float | None:
+    """Return how long to wait before trying again after a broken connection; none after the last try."""
+    return None if attempt >= TRIES else 0.5 * attempt
+
+
+def unsent(url: str, error: Exception) -> ClientError:
+    """Return our error for a request that did not get an answer."""
+    if isinstance(error, httpx.ConnectError):
+        return UnavailableError(f"cannot reach {url}: {error}; is `duquant up` running?")
+    if isinstance(error, httpx.HTTPError):
+        return UnavailableError(f"{url} did not answer: {error or type(error).__name__}")
+    return BadInputError(f"this cannot be sent as JSON: {error}")
+
+
+def decoded(answer: httpx.Response) -> Any:
+    """Return the JSON of an answer; none where there is no body.
+
+    Raises:
+        UnavailableError: it is no JSON.
+    """
+    if answer.status_code == httpx.codes.NO_CONTENT:
+        return None
+    try:
+        return answer.json()
+    except ValueError as error:
+        raise UnavailableError(f"{answer.url} did not answer with JSON; is it a duquant service?") from error
+
+
+def problem_of(answer: httpx.Response) -> Mapping[str, Any]:
+    """Return the problem that an answer holds, or one that says there is none."""
+    try:
+        problem = answer.json()
+    except ValueError:
+        problem = None
+    if isinstance(problem, dict):
+        return problem
+    return {"detail": f"{answer.url} answered {answer.status_code} and no reason; is it a duquant service?"}
+
+
+def api_error(answer: httpx.Response) -> ApiError:
+    """Return our error for an answer that is one."""
+    return ApiError(answer.status_code, problem_of(answer))
+
+
+def seconds_left(deadline: float | None, now: float) -> float:
+    """Return the time to a deadline."""
+    return math.inf if deadline is None else max(0.0, deadline - now)

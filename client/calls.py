@@ -276,6 +276,30 @@ def quota() -> Call[Any]:
     return _get("/v1/quota", _same)
 
 
+def create_key(name: str, scopes: Sequence[str], *, expires_at: str | None = None) -> Call[Any]:
+    """Make an API key; the answer's `token` is shown this once."""
+    return _post("/v1/keys", _same, {"name": name, "scopes": list(scopes), "expires_at": expires_at})
+
+
+def list_keys(*, limit: int | None = None, cursor: str | None = None) -> Call[Any]:
+    """Read a page of API keys, newest first."""
+    return _get("/v1/keys", _same, limit=limit, cursor=cursor)
+
+
+def rotate_key(key_id: str, *, overlap_seconds: int | None = None) -> Call[Any]:
+    """Replace an API key; the old one works on for the overlap."""
+    return _post(f"/v1/keys/{_key(key_id)}:rotate", _same, _given(overlap_seconds=overlap_seconds))
+
+
+def revoke_key(key_id: str) -> Call[Any]:
+    """Refuse an API key from now on."""
+    return _post(f"/v1/keys/{_key(key_id)}:revoke", _same)
+
+
+def _key(key_id: str) -> str:
+    return segment(key_id, "key id", "key_0199a1b2...")
+
+
 def _same(answer: Any) -> Any:
     return answer
 

@@ -7,7 +7,7 @@ from typing import cast
 
 import typer
 
-from client import artifacts, batches, demo, doctor, evaluations, jobs, local, operations, profiles, recipes, up
+from client import artifacts, batches, demo, doctor, evaluations, jobs, keys, local, operations, profiles, recipes, up
 from client.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILED,
@@ -42,6 +42,7 @@ app.add_typer(recipes.app, name="recipe")
 app.add_typer(operations.models, name="model")
 app.add_typer(operations.queues, name="queue")
 app.add_typer(operations.workers, name="worker")
+app.add_typer(keys.app, name="key")
 app.add_typer(profiles.app, name="profile")
 app.command()(up.up)
 app.command()(local.quantize)

@@ -73,7 +73,8 @@ class KeyStore:
             actor: Who makes it, for the audit log.
 
         Raises:
-            InfraError: no such tenant; the token is malformed, revoked or another tenant's.
+            KeyConflict: the token is that of a revoked key or of another tenant's.
+            InfraError: no such tenant; the token is malformed.
         """
         token = token or new_token()
         if not is_well_formed(token):
@@ -119,7 +120,7 @@ class KeyStore:
     def _renew(self, connection: Connection, key: ApiKey, tenant_id: str, scopes: list[str], actor: str) -> ApiKey:
         """Return a key that is given again, with the scopes that it is given now."""
         if key.tenant_id != tenant_id or key.revoked_at is not None:
-            raise InfraError("this API key is revoked or belongs to another tenant")
+            raise KeyConflict("this API key is revoked or belongs to another tenant")
         if key.scopes == set(scopes):
             return key
         statement = update(api_keys).where(api_keys.c.id == key.id).values(scopes=scopes).returning(api_keys)

@@ -16,7 +16,7 @@ from infra import migrate, tracing
 from infra.artifacts import ArtifactStore
 from infra.batches import BatchStore
 from infra.database import make_engine
-from infra.errors import InfraError
+from infra.errors import InfraError, KeyConflict
 from infra.evaluations import EvaluationStore
 from infra.history import History
 from infra.idempotency import IdempotencyStore
@@ -36,6 +36,7 @@ from infra.webhooks.store import WebhookStore
 from service import errors, openapi
 from service.auth import SCOPES
 from service.context import Context
+from service.housekeeping import keep_house
 from service.limits import RateLimiter
 from service.middleware import QUIET_PATHS, BodyLimit, RequestContext
 from service.pages import filters
@@ -95,11 +96,13 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         is_ready = await anyio.to_thread.run_sync(prepare, service)
         retry = None if is_ready else asyncio.create_task(_prepare_later(service))
+        housekeeper = asyncio.create_task(keep_house(service))
         service.webhook_sender = sender = asyncio.create_task(_send_webhooks(service))
         yield
         service.stopping.set()
         if retry is not None:
             await retry
+        await housekeeper
         # What is cut off here is sent again by the next process.
         await asyncio.wait({sender}, timeout=_LAST_SECONDS)
         sender.cancel()
@@ -208,5 +211,10 @@ def _make_bootstrap_key(service: Context) -> None:
     known = service.keys.authenticate(token)
     if known is None or known.scopes != set(SCOPES):
         # A newer version may know scopes that the key was made without.
-        service.keys.create(DEFAULT_TENANT, "bootstrap", SCOPES, token=token, actor="service")
-        log.info("bootstrap_key_created", tenant=DEFAULT_TENANT)
+        try:
+            service.keys.create(DEFAULT_TENANT, "bootstrap", SCOPES, token=token, actor="service")
+        except KeyConflict as error:
+            # Somebody revoked it, and meant it: the service works without.
+            log.warning("bootstrap_key_refused", error=str(error))
+        else:
+            log.info("bootstrap_key_created", tenant=DEFAULT_TENANT)

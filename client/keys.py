@@ -1,0 +1,112 @@
+"""`duquant key`: who may use the service, and for what."""
+
+import re
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
+
+import typer
+
+from client import calls
+from client.connection import Session, on_service
+from client.errors import BadInputError, ClientError
+from client.output import note, print_pairs, print_table
+
+app = typer.Typer(help="API keys of your project.", no_args_is_help=True)
+
+KeyArgument = Annotated[str, typer.Argument(metavar="ID", help="The key's id, as `duquant key list` shows it.")]
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def seconds_of(text: str) -> int:
+    """Return a length of time in seconds.
+
+    Raises:
+        BadInputError: it is none.
+
+    >>> seconds_of("90d"), seconds_of("12h"), seconds_of("45")
+    (7776000, 43200, 45)
+    """
+    match = re.fullmatch(r"([0-9]{1,9})([smhd]?)", text)
+    if match is None:
+        raise BadInputError(f"{text!r} is no length of time; one looks like 90d, 12h, 30m or 45s")
+    return int(match[1]) * _UNITS[match[2] or "s"]
+
+
+@app.command()
+@on_service
+def create(
+    session: Session,
+    name: Annotated[str, typer.Argument(help="What people call it.")],
+    scope: Annotated[list[str], typer.Option(help="What it allows, such as jobs:read; repeat for more.")],
+    expires_in: Annotated[
+        str | None, typer.Option(help="When it stops working: 90d, 12h, 30m. [default: never]")
+    ] = None,
+) -> None:
+    """Make a key. Its token is printed this once; the service keeps only a hash of it."""
+    expires_at = None
+    if expires_in is not None:
+        try:
+            expires_at = (datetime.now(UTC) + timedelta(seconds=seconds_of(expires_in))).isoformat()
+        except OverflowError as error:
+            raise BadInputError(f"{expires_in} from now is after the end of the calendar") from error
+    _report(session, session.client.run(calls.create_key(name, scope, expires_at=expires_at)))
+
+
+@app.command("list")
+@on_service
+def list_keys(
+    session: Session,
+    limit: Annotated[int, typer.Option(min=1, max=200, help="Most keys to list.")] = 50,
+    cursor: Annotated[str | None, typer.Option(help="next_cursor of the page before.")] = None,
+) -> None:
+    """List the keys, newest first, without their tokens."""
+    page = session.client.run(calls.list_keys(limit=limit, cursor=cursor))
+    columns = ("id", "name", "prefix", "state", "scopes", "expires", "last used")
+    rows = [
+        (
+            key["id"],
+            key["name"],
+            key["prefix"],
+            key["state"],
+            ",".join(key["scopes"]),
+            key["expires_at"],
+            key["last_used_at"],
+        )
+        for key in page["items"]
+    ]
+    session.show(page, lambda: print_table(columns, rows))
+    if page["next_cursor"] is not None:
+        note(f"more: duquant key list --cursor {page['next_cursor']}")
+
+
+@app.command()
+@on_service
+def rotate(
+    session: Session,
+    key_id: KeyArgument,
+    overlap: Annotated[str, typer.Option(help="How long the old key works on: 24h, 30m, 0.")] = "24h",
+) -> None:
+    """Replace a key by one with the same name, scopes and lifetime. Its token is printed this once."""
+    _report(session, session.client.run(calls.rotate_key(key_id, overlap_seconds=seconds_of(overlap))))
+    note(f"{key_id} works for {overlap} more")
+
+
+@app.command()
+@on_service
+def revoke(session: Session, key_id: KeyArgument) -> None:
+    """Refuse a key from now on, for ever."""
+    key = session.client.run(calls.revoke_key(key_id))
+    session.show(key, lambda: _print(key))
+
+
+def _report(session: Session, key: dict[str, Any]) -> None:
+    if key["token"] is None:
+        # Only a repeated request is answered so: the first answer, with the token, was lost.
+        raise ClientError(f"{key['id']} was made, but its token was lost on the way; revoke it and make another")
+    session.show(key, lambda: _print(key))
+
+
+def _print(key: dict[str, Any]) -> None:
+    names = ("id", "name", "token", "state", "scopes", "expires_at")
+    print_pairs({name: ", ".join(key[name]) if name == "scopes" else key[name] for name in names if key.get(name)})

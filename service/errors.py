@@ -220,7 +220,9 @@ def _domain_problem(error: Exception) -> ProblemError:
             )
         case ConfigError():
             return config_problem(error)
-    return ProblemError("internal-error", "Something went wrong on the server; its log has the request id.")
+    detail = "Something went wrong on the server; its log has the request id."
+    # The server drops the connection after a crash: without a word of it, the client's next request would meet that.
+    return ProblemError("internal-error", detail, headers={"Connection": "close"})
 
 
 def install(app: FastAPI) -> None:

@@ -6,7 +6,7 @@ from fastapi import Query
 from pydantic import StringConstraints
 
 from infra.job_search import JobFilter
-from infra.jobs import JobState
+from infra.jobs import JobKind, JobState
 from service.errors import FieldProblem, ProblemError
 from service.schemas.common import Moment, milliseconds
 
@@ -18,7 +18,7 @@ CreatedUntil = Annotated[Moment | None, Query(description="Only what was made be
 
 def job_filter(
     state: Annotated[list[JobState], Query(max_length=8, description="Only jobs in one of these states")] = [],  # noqa: B006  FastAPI copies it
-    kind: Annotated[str | None, Query(max_length=32, description="quantize or evaluate")] = None,
+    kind: Annotated[JobKind | None, Query(description="Only jobs of this kind")] = None,
     model: Annotated[Name, Query(description="Only jobs of the model with this name")] = None,
     recipe: Annotated[Name, Query(description="Only jobs with the recipe of this name")] = None,
     queue: Annotated[Name, Query(description="Only jobs of this queue")] = None,
@@ -32,7 +32,7 @@ def job_filter(
     created_until: CreatedUntil = None,
 ) -> JobFilter:
     """Read the filter of a list of jobs."""
-    names = {"kind": kind, "model": model, "recipe": recipe, "queue": queue, "batch": batch, "reason": reason}
+    names = {"model": model, "recipe": recipe, "queue": queue, "batch": batch, "reason": reason}
     for name, value in names.items():
         require_text(name, value)
     return JobFilter(

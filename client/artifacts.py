@@ -1,5 +1,6 @@
 """`duquant artifact`: finished checkpoints."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -9,8 +10,9 @@ from rich.progress import DownloadColumn, TransferSpeedColumn
 from client import calls
 from client.connection import Session, on_service
 from client.models import ArtifactInfo
-from client.output import note, print_pairs, print_table, print_text, size
+from client.output import Format, note, print_pairs, print_table, print_text, show, size, with_output
 from client.progress import bar_of
+from client.push import push as send
 
 app = typer.Typer(help="Finished checkpoints.", no_args_is_help=True)
 
@@ -151,3 +153,27 @@ def _report(session: Session, artifact: ArtifactInfo) -> None:
         "made": artifact.raw["created_at"],
     }
     session.show(artifact.raw, lambda: print_pairs(pairs))
+
+
+@app.command()
+@with_output
+def push(
+    folder: Annotated[Path, typer.Argument(help="The folder of a checkpoint, as `artifact pull` makes it.")],
+    to: Annotated[str, typer.Option(help="s3://BUCKET/PREFIX or hub:OWNER/NAME.")],
+    endpoint: Annotated[str | None, typer.Option(help="URL of an S3 server that is not AWS.")] = None,
+    allow_hub: Annotated[bool, typer.Option("--allow-hub", help="Let checkpoints go to the Hugging Face hub.")] = False,
+    *,
+    output: Format,
+) -> None:
+    """Send a checkpoint to a bucket of your own or to the hub, with your credentials on this machine."""
+    with bar_of(DownloadColumn()) as bar:
+        task = bar.add_task("sending", total=None)
+        summary = send(
+            folder,
+            to,
+            endpoint=endpoint,
+            allow_hub=allow_hub,
+            on_bytes=lambda present, total: bar.update(task, completed=present, total=total),
+        )
+    pairs = {"to": summary.to, "files": summary.files, "size": size(summary.size_bytes)}
+    show({**asdict(summary)}, output, lambda: print_pairs(pairs))

@@ -50,3 +50,15 @@ class ArtifactKeys:
         if not _FILE.fullmatch(name):
             raise InfraError(f"{name!r} cannot be part of an object key")
         return f"{self.prefix}files/{fence}/{name}"
+
+
+def job_of(key: str) -> str | None:
+    """Return the id of the job that an object belongs to; none for objects that are not an artifact's.
+
+    >>> job_of("artifacts/default/job_1/layers/0003/2-1.safetensors")
+    'job_1'
+    >>> job_of("texts/default/mine.txt") is None
+    True
+    """
+    parts = key.split("/")
+    return parts[2] if len(parts) > 3 and parts[0] == "artifacts" else None

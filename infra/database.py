@@ -227,7 +227,9 @@ def migration_lock(engine: Engine) -> Iterator[Connection]:
 def insert_if_new(connection: Connection, table: Table, **values: Any) -> bool:
     """Insert a row unless one with the same unique columns is there; return whether it was inserted."""
     make = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
-    return connection.execute(make(table).values(**values).on_conflict_do_nothing()).rowcount > 0
+    # Not by the row count: with RETURNING, which SQLAlchemy adds for numbered rows, PostgreSQL's says nothing.
+    statement = make(table).values(**values).on_conflict_do_nothing().returning(*table.primary_key)
+    return connection.execute(statement).first() is not None
 
 
 def now_ms(dialect: Dialect) -> ColumnElement[int]:

@@ -1,12 +1,14 @@
 """The object store: any S3 server, through boto3. Every object carries the SHA-256 of its bytes."""
 
 import base64
+import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 from urllib.parse import quote
@@ -37,6 +39,7 @@ _CHECK_TIMEOUT_S = 3
 _CHUNK = 1 << 20
 _PART = 16 << 20
 _MAX_PRESIGN_S = 900
+_DELETE_AT_ONCE = 1000
 
 # Threads help against a far-away S3; four parts of 16 MiB in flight bound the memory.
 _TRANSFER = TransferConfig(multipart_threshold=_PART, multipart_chunksize=_PART, max_concurrency=4)
@@ -52,6 +55,16 @@ class ObjectInfo:
     key: str
     size_bytes: int
     sha256: str | None = None
+    modified_at: int | None = None
+    """When it was put, by the store's clock (ms since 1970); only listings say it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A multipart upload that was begun and neither finished nor aborted."""
+
+    key: str
+    id: str
 
 
 def file_sha256(path: Path) -> tuple[str, int]:
@@ -278,12 +291,41 @@ class ObjectStore:
         with self._translated(prefix):
             for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix):
                 for item in page.get("Contents", []):
-                    yield ObjectInfo(item["Key"], item["Size"])
+                    yield ObjectInfo(item["Key"], item["Size"], modified_at=_ms(item["LastModified"]))
 
     def delete(self, key: str) -> None:
         """Delete an object; one that is not there is no error."""
         with self._translated(key):
             self._client.delete_object(Bucket=self.bucket, Key=key)
+
+    def delete_many(self, keys: Sequence[str]) -> None:
+        """Delete objects, a thousand with each request; those that are not there are no error.
+
+        Raises:
+            StorageRefused: some could not be deleted.
+        """
+        for start in range(0, len(keys), _DELETE_AT_ONCE):
+            some = keys[start : start + _DELETE_AT_ONCE]
+            with self._translated(some[0]):
+                answer = self._client.delete_objects(
+                    Bucket=self.bucket, Delete={"Objects": [{"Key": key} for key in some], "Quiet": True}
+                )
+            if errors := answer.get("Errors"):
+                raise StorageRefused(f"{len(errors)} objects were not deleted: {errors[0].get('Code')}")
+
+    def stale_uploads(self, before: int) -> Iterator[Upload]:
+        """Yield the multipart uploads that began before a time (ms since 1970) and were never finished."""
+        with self._translated():
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket)
+            for page in pages:
+                for item in page.get("Uploads", []):
+                    if _ms(item["Initiated"]) < before:
+                        yield Upload(item["Key"], item["UploadId"])
+
+    def abort_upload(self, upload: Upload) -> None:
+        """Throw away the parts of an unfinished upload; one that is not there any more is no error."""
+        with self._translated(upload.key), contextlib.suppress(self._client.exceptions.NoSuchUpload):
+            self._client.abort_multipart_upload(Bucket=self.bucket, Key=upload.key, UploadId=upload.id)
 
     def check(self) -> None:
         """Raise unless the bucket can be reached, within seconds."""
@@ -318,6 +360,10 @@ class ObjectStore:
             return TransientError(f"the object store at {self.endpoint} failed: {code}", endpoint=self.endpoint)
         # The server's own text may echo the access key.
         return StorageRefused(f"the object store at {self.endpoint} refuses us: {code}", endpoint=self.endpoint)
+
+
+def _ms(moment: datetime) -> int:
+    return round(moment.timestamp() * 1000)
 
 
 def _code(error: ClientError) -> str:

@@ -147,7 +147,7 @@ def _is_there(client: "S3Client", bucket: str, key: str, file: _File) -> bool:
 
 def _network_error() -> type[Exception]:
     """Return the base of the network errors of whatever library this version of the hub's client speaks HTTP with."""
-    from huggingface_hub.utils import get_session
+    from huggingface_hub.utils._http import get_session
 
     library = import_module(type(get_session()).__module__.partition(".")[0])
     base: type[Exception] = library.HTTPError

@@ -1,0 +1,227 @@
+"""The nouns of the command line against the service: batches, artifacts, evaluations, queues, usage."""
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from client import calls
+from client.aio import AsyncClient
+from client.errors import ApiError, BadInputError, UnavailableError, WaitTimeoutError
+from client.main import run
+from infra.jobs import Job
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def cli(service: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+    """Run a command; give back its exit code, stdout and stderr."""
+    monkeypatch.setenv("DUQUANT_URL", service.url)
+    monkeypatch.setenv("DUQUANT_API_KEY", service.token)
+    monkeypatch.setenv("DUQUANT_HOME", str(tmp_path / "empty"))
+    monkeypatch.setenv("DUQUANT_CONFIG", str(tmp_path / "config.yaml"))
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = run(arguments)
+        out = capsys.readouterr()
+        return status, out.out, out.err
+
+    return call
+
+
+def data(answer: tuple[int, str, str], status: int = 0) -> Any:
+    assert answer[0] == status, answer
+    assert answer[1].count("\n") == 1, answer
+    return json.loads(answer[1])
+
+
+def work(service: Any) -> Job:
+    """Do the next job as a worker would."""
+    claim = service.claim()
+    if claim.job.kind == "evaluate":
+        metrics = {"perplexity": 21.5, "windows": 2, "seq_len": 64, "tokens": 126, "model_bytes": 5}
+        result = {"artifact_job_id": claim.job.spec["artifact_job_id"], "metrics": metrics, "seconds": 1.0}
+        return service.jobs.complete(claim, result)
+    service.do_layers(claim, 1)
+    return service.finish(claim)
+
+
+@pytest.fixture
+def zoo(tmp_path: Path) -> Path:
+    """A batch file that names models, a preset and a recipe file the short way."""
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"name": "mine", "activation": {"bits": 8}}))
+    path = tmp_path / "zoo.yaml"
+    path.write_text("name: pair\nmodels: ['demo:smollm2-135m', 'demo:smol*']\nrecipes: [rtn, mine.yaml]\n")
+    return path
+
+
+def test_a_batch_is_submitted_watched_retried_and_shown(service: Any, cli: Any, zoo: Path) -> None:
+    batch = data(cli("batch", "submit", str(zoo), "--json"))
+    assert (batch["name"], batch["jobs"]["total"]) == ("pair", 2)
+    assert [each["id"] for each in data(cli("batch", "list", "--json"))["items"]] == [batch["id"]]
+    assert cli("batch", "wait", batch["id"], "--timeout", "0.2")[0] == 124
+    work(service)
+    service.jobs.fail(service.claim(), "bad_input", "the text is too short")
+    status, out, err = cli("batch", "wait", batch["id"])
+    assert status == 1
+    assert "1 of 2 jobs" in err
+    assert f"duquant batch retry {batch['id']}" in err
+    lines = out.splitlines()
+    assert [line.split()[:3] for line in lines[1:]] == [
+        ["smollm2-135m", "rtn", "succeeded"],
+        ["smollm2-135m", "mine", "failed"],
+    ]
+    assert "bad_input: the text is too short" in lines[2]
+    assert data(cli("batch", "retry", batch["id"], "--json"))["state"] == "running"
+    work(service)
+    assert cli("batch", "wait", batch["id"])[0] == 0
+    again = data(cli("batch", "submit", str(zoo), "--json"))
+    assert again["reused"] == 2
+    assert cli("batch", "submit", str(zoo), "--wait")[0] == 0
+    forced = data(cli("batch", "submit", str(zoo), "--force", "-o", "json"))
+    assert data(cli("batch", "cancel", forced["id"], "--json"))["state"] == "cancelled"
+    assert len(yaml.safe_load(cli("batch", "table", batch["id"], "-o", "yaml")[1])["rows"]) == 2
+    assert data(cli("batch", "requantize", "--dry-run", "--json"))["batch"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("models: demo:x", "list of models"),
+        ("models: [x]", "no model"),
+        ("models: [demo:x]\nrecipe: rtn", "'recipe'"),
+        ("models: [demo:x]\nrecipes: rtn", "recipes must be a list"),
+        ("models: [demo:x]\nrecipes: [absent.json]", "absent.json"),
+        ("models: [", "no YAML"),
+        ("models: [5]", "no model"),
+    ],
+)
+def test_a_wrong_batch_file_is_one_line_before_anything_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str, words: str
+) -> None:
+    monkeypatch.setenv("DUQUANT_CONFIG", str(tmp_path / "config.yaml"))
+    (tmp_path / "zoo.yaml").write_text(text)
+    status = run(["batch", "submit", str(tmp_path / "zoo.yaml"), "--url", "http://127.0.0.1:9", "--key", "k"])
+    err = capsys.readouterr().err
+    assert status == 2
+    assert words in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_artifacts_are_listed_tagged_compared_measured_pulled_and_deleted(
+    service: Any, cli: Any, tmp_path: Path
+) -> None:
+    jobs = [data(cli("job", "submit", "demo:smollm2-135m", "--recipe", name, "--json")) for name in ("rtn", "duquant")]
+    made = [work(service) for _ in jobs]
+    a, b = (data(cli("artifact", "get", job.id, "--json")) for job in made)
+    assert data(cli("artifact", "tag", a["id"], "best", "--json"))["tags"] == ["best"]
+    assert [each["id"] for each in data(cli("artifact", "list", "--tag", "be*", "--json"))["items"]] == [a["id"]]
+    difference = data(cli("artifact", "compare", a["id"], b["id"], "--json"))
+    assert "transform.rotation" in {each["field"] for each in difference["recipe"]}
+    assert "transform.rotation" in cli("artifact", "compare", a["id"], b["id"])[1]
+
+    waiting = data(cli("evaluation", "submit", a["id"], "--windows", "2", "--json"))
+    assert waiting["kind"] == "evaluate"
+    worker = threading.Thread(target=work, args=(service,))
+    worker.start()
+    measured = data(cli("evaluation", "submit", a["id"], "--windows", "2", "--wait", "--json"))
+    worker.join()
+    assert measured["metrics"]["perplexity"] == 21.5
+    assert "21.5" in cli("evaluation", "get", measured["id"])[1]
+    assert len(data(cli("evaluation", "list", "--artifact", a["id"], "--json"))["items"]) == 1
+    assert "21.50" in cli("artifact", "list")[1]
+
+    pulled = data(cli("artifact", "pull", a["id"], "--out", str(tmp_path / "out"), "--json"))
+    assert pulled["fetched_bytes"] == pulled["size_bytes"]
+    until = "2036-01-31T00:00:00Z"
+    assert data(cli("artifact", "keep", b["id"], "--until", until, "--json"))["expires_at"].startswith("2036-01-31")
+    assert data(cli("artifact", "keep", b["id"], "--json"))["expires_at"] is None
+    assert cli("artifact", "delete", a["id"])[0] == 1, "it has a tag"
+    assert data(cli("artifact", "untag", a["id"], "best", "--json"))["tags"] == []
+    assert cli("artifact", "delete", a["id"])[0] == 0
+    assert cli("artifact", "get", a["id"])[0] == 4
+
+
+def test_jobs_are_retried_estimated_ordered_and_filtered(service: Any, cli: Any) -> None:
+    job = data(cli("job", "submit", "demo:smollm2-135m", "--recipe", "rtn", "--evaluate", "--json"))
+    assert service.jobs.get(job["evaluation_job_id"]).state == "blocked"
+    later = data(cli("job", "submit", "demo:smollm2-135m", "--recipe", "duquant", "--after", job["id"], "--json"))
+    assert (later["state"], later["depends_on"]) == ("blocked", [job["id"]])
+    assert cli("job", "submit", "demo:smollm2-135m", "--after", "job_absent")[0] == 2
+    data(cli("job", "cancel", job["id"], "--json"))
+    assert data(cli("job", "retry", job["id"], "--json"))["state"] == "queued"
+    assert cli("job", "retry", job["id"])[0] == 1
+    kinds = [each["kind"] for each in data(cli("job", "list", "--kind", "evaluate", "--json"))["items"]]
+    assert kinds == ["evaluate"]
+    listed = data(cli("job", "list", "--recipe", "rtn", "--kind", "quantize", "--json"))["items"]
+    assert [each["id"] for each in listed] == [job["id"]]
+    assert "time" in data(cli("job", "estimate", "demo:smollm2-135m", "--recipe", "rtn", "--json"))
+    assert cli("job", "estimate", "demo:smollm2-135m")[0] == 0
+
+
+def test_operators_see_and_steer_what_runs(service: Any, cli: Any) -> None:
+    service.submit()
+    assert "demo:smollm2-135m" in cli("model", "list")[1]
+    assert data(cli("queue", "pause", "default", "--json"))["paused"] is True
+    assert service.jobs.claim("x", lease_seconds=5) is None
+    assert data(cli("queue", "resume", "default", "--json"))["paused"] is False
+    assert data(cli("queue", "list", "--json"))["items"][0]["waiting"] == 1
+    assert data(cli("worker", "list", "--json"))["items"] == []
+    service.jobs.fail(service.claim(), "bad_input", "on purpose")
+    assert "on purpose" in cli("failures")[1]
+    assert data(cli("usage", "--json"))["gpu_seconds"] == 0
+    service.app.state.context.tenants.change("default", max_queued=0, actor="test")
+    status, _, err = cli("job", "submit", "demo:smollm2-135m", "--recipe", "rtn")
+    assert (status, "waiting jobs" in err) == (6, True)
+    checks = {each["name"]: each for each in data(cli("doctor", "--json"))["checks"]}
+    assert checks["API key"]["ok"]
+    assert "no dispatcher" in checks["service"]["detail"]
+
+
+def test_ctrl_c_detaches_from_a_batch(service: Any, zoo: Path, tmp_path: Path) -> None:
+    with service.client() as client:
+        batch = client.submit_batch(["demo:smollm2-135m"], ["rtn"])
+    options = ["--url", service.url, "--key", service.token]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "client.main", "batch", "wait", batch.id, *options], stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    assert "0/1 jobs" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert f"duquant batch wait {batch.id}" in err
+    assert service.http.get(f"/v1/batches/{batch.id}").json()["state"] == "running"
+
+
+def test_the_asynchronous_client_makes_the_same_calls(service: Any) -> None:
+    async def go() -> None:
+        async with AsyncClient(service.url, service.token) as client:
+            job = await client.run(calls.submit_job("demo:smollm2-135m", "rtn"))
+            with pytest.raises(WaitTimeoutError):
+                await client.wait(job.id, timeout_s=0.5)
+            waiting = asyncio.create_task(client.wait(job.id, timeout_s=60))
+            await asyncio.to_thread(work, service)
+            ended = await waiting
+            assert (ended.id, ended.state) == (job.id, "succeeded")
+            artifact = await client.run(calls.get_artifact(job.id))
+            await client.run(calls.delete_artifact(artifact.id))
+            with pytest.raises(ApiError) as caught:
+                await client.run(calls.get_artifact(artifact.id))
+            assert caught.value.status == 404
+        async with AsyncClient("http://127.0.0.1:9", service.token) as client:
+            with pytest.raises(UnavailableError, match="duquant up"):
+                await client.run(calls.list_batches())
+        with pytest.raises(BadInputError):
+            AsyncClient("ftp://x", "k")
+
+    asyncio.run(go())

@@ -109,11 +109,17 @@ class WeightConfig:
     """none: the full range; fixed: clip_ratio times it; search: the ratios of least output error, row by row."""
     clip_ratio: float = 1.0
     """The ratio of clip=fixed."""
+    solver: Literal["rtn", "gptq"] = "rtn"
+    """rtn: each weight to the nearest code; gptq: column by column, later columns make up for the errors of earlier."""
+    damp: float = 0.01
+    """Share of the second moment's mean diagonal that gptq adds to it."""
 
     def __post_init__(self) -> None:
         _check_choice("weight", "bits", self.bits, (4, 8))
         _check_choice("weight", "clip", self.clip, ("none", "fixed", "search"))
+        _check_choice("weight", "solver", self.solver, ("rtn", "gptq"))
         _check_range("weight", "clip_ratio", self.clip_ratio, 0.1, 1.0)
+        _check_range("weight", "damp", self.damp, 1e-6, 1.0)
         if self.group_size is not None:
             _check_range("weight", "group_size", self.group_size, 8, 32768)
         if self.clip != "fixed" and self.clip_ratio != 1.0:
@@ -130,12 +136,19 @@ class ActivationConfig:
     """Bits of an activation code, 2 to 8; 16 leaves activations alone."""
     symmetric: bool = False
     """Symmetric grids have no zero point."""
+    clip: Literal["fixed", "search"] = "fixed"
+    """fixed: clip_ratio everywhere; search: for each site the two ratios (low end, high end) of least output error."""
     clip_ratio: float = 1.0
-    """The token's range is multiplied by this before rounding."""
+    """The token's range is multiplied by this before rounding, with clip=fixed."""
 
     def __post_init__(self) -> None:
         _check_choice("activation", "bits", self.bits, (2, 3, 4, 5, 6, 7, 8, 16))
+        _check_choice("activation", "clip", self.clip, ("fixed", "search"))
         _check_range("activation", "clip_ratio", self.clip_ratio, 0.1, 1.0)
+        if self.clip != "fixed" and self.clip_ratio != 1.0:
+            raise ConfigError(
+                "activation.clip_ratio is only used with activation.clip='fixed'", field="activation.clip_ratio"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,6 +191,8 @@ class CalibrationConfig:
     """Windows in one forward pass."""
     search_tokens: int = 1024
     """Tokens per site, evenly spread, that rotation and permutation are searched on."""
+    moment_tokens: int = 16384
+    """Tokens per site, evenly spread, that gptq's second moments are summed over."""
 
     def __post_init__(self) -> None:
         _check_range("calibration", "samples", self.samples, 1, 65536)
@@ -185,6 +200,7 @@ class CalibrationConfig:
         _check_range("calibration", "shards", self.shards, 1, 1024)
         _check_range("calibration", "micro_batch", self.micro_batch, 1, 1024)
         _check_range("calibration", "search_tokens", self.search_tokens, 16, 1048576)
+        _check_range("calibration", "moment_tokens", self.moment_tokens, 16, 16777216)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

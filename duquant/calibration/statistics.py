@@ -1,8 +1,8 @@
-"""What is kept of the activations at a site: the largest magnitude per channel, and a sample of whole rows."""
+"""What is kept of a site's activations: the largest magnitude per channel, a sample of rows, and second moments."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,14 +23,24 @@ class SiteStatistics:
     """max|X| over all tokens, float32."""
     rows: Float[Tensor, "sample channels"]
     """Evenly spaced tokens with the first of every window (where massive activations sit), in the compute dtype."""
+    second_moment: Float[Tensor, "channels channels"] | None = None
+    """X^T X over evenly spaced tokens, float32; only kept for recipes that use it."""
 
 
 class StatisticsRecorder:
-    """Collects SiteStatistics of one layer over micro-batches, through hooks on the sites' first linears."""
+    """Collects SiteStatistics of one layer over micro-batches, through hooks on the sites' first linears.
 
-    def __init__(self, sites: Sequence[Site], *, row_stride: int) -> None:
+    Args:
+        sites: what to record.
+        row_stride: every so many tokens of a window one row is kept.
+        moment_stride: every so many tokens of a window one counts towards the second moment; None keeps none.
+    """
+
+    def __init__(self, sites: Sequence[Site], *, row_stride: int, moment_stride: int | None = None) -> None:
         self._sites = sites
         self._stride = row_stride
+        self._moment_stride = moment_stride
+        self._moments: dict[str, Tensor] = {}
         self._absmax: dict[str, Tensor] = {}
         self._rows: dict[str, list[Tensor]] = {site.name: [] for site in sites}
 
@@ -62,6 +72,10 @@ class StatisticsRecorder:
         for window in X:
             picked = torch.arange(0, window.shape[0], self._stride, device=X.device)
             self._rows[site].append(window[picked].clone())
+            if self._moment_stride is not None:
+                known = self._moments.get(site)
+                moment = gram(window[:: self._moment_stride])
+                self._moments[site] = moment if known is None else known.add_(moment)
 
     def finish(self) -> dict[str, SiteStatistics]:
         """Return the statistics.
@@ -76,28 +90,42 @@ class StatisticsRecorder:
             absmax = self._absmax[site.name]
             if not bool(torch.isfinite(absmax).all()):
                 raise CalibrationError(f"activations at site {site.name} are NaN or Inf", site=site.name)
-            result[site.name] = SiteStatistics(absmax=absmax, rows=torch.cat(self._rows[site.name]))
+            result[site.name] = SiteStatistics(
+                absmax=absmax, rows=torch.cat(self._rows[site.name]), second_moment=self._moments.get(site.name)
+            )
         return result
 
 
-@dataclass(frozen=True)
-class _Parts:
-    absmax: list[Tensor] = field(default_factory=list)
-    rows: list[Tensor] = field(default_factory=list)
+def gram(X: Float[Tensor, "tokens channels"]) -> Float[Tensor, "channels channels"]:
+    """Return X^T X in float32."""
+    X = X.float()
+    if X.device.type != "cpu":
+        return X.T @ X
+    # X holds bfloat16 values, so bfloat16 products summed in float32 are exact, and several times faster.
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made when torch is imported
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        return X.T @ X
+    finally:
+        matmul.fp32_precision = before
 
 
 def merge(parts: Sequence[Mapping[str, SiteStatistics]]) -> dict[str, SiteStatistics]:
     """Join the statistics of all shards of one layer, in shard order."""
-    collected: dict[str, _Parts] = {}
-    for part in parts:
-        for name, statistics in part.items():
-            entry = collected.setdefault(name, _Parts())
-            entry.absmax.append(statistics.absmax)
-            entry.rows.append(statistics.rows)
-    return {
-        name: SiteStatistics(absmax=torch.stack(entry.absmax).amax(0), rows=torch.cat(entry.rows))
-        for name, entry in collected.items()
-    }
+    merged: dict[str, SiteStatistics] = {}
+    for name in parts[0]:
+        entries = [part[name] for part in parts]
+        moments = [entry.second_moment for entry in entries if entry.second_moment is not None]
+        total = None
+        for moment in moments:  # one after the other: a stack would hold them all twice
+            total = moment if total is None else total + moment
+        merged[name] = SiteStatistics(
+            absmax=torch.stack([entry.absmax for entry in entries]).amax(0),
+            rows=torch.cat([entry.rows for entry in entries]),
+            second_moment=total,
+        )
+    return merged
 
 
 def save_statistics(path: Path, statistics: Mapping[str, SiteStatistics]) -> None:
@@ -106,6 +134,8 @@ def save_statistics(path: Path, statistics: Mapping[str, SiteStatistics]) -> Non
     for name, entry in statistics.items():
         tensors[f"{name}.absmax"] = entry.absmax
         tensors[f"{name}.rows"] = entry.rows
+        if entry.second_moment is not None:
+            tensors[f"{name}.second_moment"] = entry.second_moment
     save_tensors(path, tensors)
 
 
@@ -117,10 +147,14 @@ def load_statistics(path: Path, device: torch.device) -> dict[str, SiteStatistic
     """
     try:
         with safe_open(path, framework="pt", device=str(device)) as reader:
-            names = sorted({key.rsplit(".", 1)[0] for key in reader.keys()})  # noqa: SIM118  # not a dict
+            keys = frozenset(reader.keys())
             return {
-                name: SiteStatistics(absmax=reader.get_tensor(f"{name}.absmax"), rows=reader.get_tensor(f"{name}.rows"))
-                for name in names
+                name: SiteStatistics(
+                    absmax=reader.get_tensor(f"{name}.absmax"),
+                    rows=reader.get_tensor(f"{name}.rows"),
+                    second_moment=reader.get_tensor(key) if (key := f"{name}.second_moment") in keys else None,
+                )
+                for name in sorted({key.rsplit(".", 1)[0] for key in keys})
             }
     except (OSError, SafetensorError) as err:
         path.unlink(missing_ok=True)

@@ -115,8 +115,12 @@ def sweep_layer(
         return
     calibration = recipe.calibration
     sites = source.architecture.kept_sites(recipe.skip_linears)
-    stride = max(1, calibration.samples * calibration.seq_len // calibration.search_tokens)
-    recorder = StatisticsRecorder(sites, row_stride=stride)
+    tokens = calibration.samples * calibration.seq_len
+    recorder = StatisticsRecorder(
+        sites,
+        row_stride=max(1, tokens // calibration.search_tokens),
+        moment_stride=max(1, tokens // calibration.moment_tokens) if recipe.weight.solver == "gptq" else None,
+    )
     with (
         _Writer(target) as out,
         skeleton.layer(layer, skeleton.load(source, layer)) as module,

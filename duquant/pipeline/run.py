@@ -22,7 +22,8 @@ from duquant.errors import ConfigError
 from duquant.models.skeleton import Skeleton
 from duquant.models.source import SourceCheckpoint
 from duquant.models.tensor_files import hash_tensors
-from duquant.pipeline.layer import LayerShape, quantize_layer
+from duquant.pipeline.folds import LayerShape
+from duquant.pipeline.layer import quantize_layer
 from duquant.pipeline.plan import Found, StepId
 
 

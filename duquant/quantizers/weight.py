@@ -55,7 +55,23 @@ def quantize_weight(
     Args:
         W: the weight, after the site's transform.
         config: bits, granularity and clipping.
-        importance: mean square of each (transformed) input channel; weighs the error of a searched clip.
+        importance: mean square of each (transformed) input channel, up to a factor; weighs a searched clip's error.
+
+    Raises:
+        ConfigError: group_size does not divide in_features.
+    """
+    grid = weight_grid(W, config, importance)
+    rows, channels = W.shape
+    codes = quantize(W.float().view(rows, grid.scale.shape[1], -1), grid).view(rows, channels)
+    return QuantizedWeight(codes, grid.scale.squeeze(-1), grid.zero_point.squeeze(-1), config.bits)
+
+
+def weight_grid(
+    W: Float[Tensor, "out_features in_features"],
+    config: WeightConfig,
+    importance: Float[Tensor, " in_features"] | None = None,
+) -> Grid:
+    """Return the grid of each row or group of `W`, clipped as the config says: tensors of (out_features, groups, 1).
 
     Raises:
         ConfigError: group_size does not divide in_features.
@@ -73,9 +89,7 @@ def quantize_weight(
     elif config.clip == "search":
         weights = None if importance is None else importance.float().view(1, -1, group_size)
         low, high = _search_clip(grouped, low, high, weights, config)
-    grid = make_grid(low, high, bits=config.bits, symmetric=config.symmetric)
-    codes = quantize(grouped, grid).view(rows, channels)
-    return QuantizedWeight(codes, grid.scale.squeeze(-1), grid.zero_point.squeeze(-1), config.bits)
+    return make_grid(low, high, bits=config.bits, symmetric=config.symmetric)
 
 
 def _search_clip(

@@ -54,6 +54,34 @@ def test_micro_batches_do_not_matter() -> None:
     assert torch.equal(whole.rows, cut.rows)
 
 
+def test_second_moment_is_the_exact_sum_over_every_strideth_token() -> None:
+    recorder = StatisticsRecorder([SITE], row_stride=4, moment_stride=3)
+    for X in batches():
+        recorder.add(SITE.name, X)
+    found = recorder.finish()[SITE.name].second_moment
+    assert found is not None
+    X = torch.cat([window[::3] for window in torch.cat(batches())]).double()
+    torch.testing.assert_close(found.double(), X.T @ X, rtol=1e-6, atol=1e-6)
+    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16", "the setting was put back"
+
+
+def test_second_moments_are_kept_only_when_asked_for() -> None:
+    assert recorded(batches()).second_moment is None
+
+
+def test_second_moments_of_shards_add_up_and_survive_a_file(tmp_path: Path) -> None:
+    parts = []
+    for index, X in enumerate(batches()):
+        recorder = StatisticsRecorder([SITE], row_stride=4, moment_stride=1)
+        recorder.add(SITE.name, X)
+        save_statistics(tmp_path / str(index), recorder.finish())
+        parts.append(load_statistics(tmp_path / str(index), CPU))
+    merged = merge(parts)[SITE.name].second_moment
+    assert merged is not None
+    X = torch.cat(batches()).reshape(-1, 6).double()
+    torch.testing.assert_close(merged.double(), X.T @ X, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("position", [(0, 0, 0), (1, 9, 5), (1, 3, 2)])
 def test_non_finite_activations_are_an_error_that_names_the_site(bad: float, position: tuple[int, int, int]) -> None:

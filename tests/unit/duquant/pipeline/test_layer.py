@@ -16,8 +16,8 @@ from duquant.errors import CalibrationError, ConfigError
 from duquant.models.architecture import LLAMA
 from duquant.models.skeleton import Skeleton
 from duquant.models.source import SourceCheckpoint
-from duquant.pipeline import layer as layer_module
-from duquant.pipeline.layer import LayerShape, QuantizedLayer, quantize_layer, site_seed
+from duquant.pipeline.folds import LayerShape, smooth
+from duquant.pipeline.layer import QuantizedLayer, quantize_layer, site_seed
 from duquant.quantizers.packing import unpack
 from duquant.transforms.site import SiteTransform, search_transform
 
@@ -65,7 +65,7 @@ def make_layer(tiny_model: Callable[..., Path]) -> Callable[..., Layer]:
         source = SourceCheckpoint(path)
         skeleton = Skeleton(source, CPU)
         tensors = skeleton.load(source, 0)
-        recorder = StatisticsRecorder(LLAMA.sites, row_stride=2)
+        recorder = StatisticsRecorder(LLAMA.sites, row_stride=2, moment_stride=1)
         hidden = source.config["hidden_size"]
         with torch.no_grad(), skeleton.layer(0, tensors) as module, recorder.attached(module):
             skeleton.forward(module, torch.randn(2, 20, hidden, generator=torch.Generator().manual_seed(1)).bfloat16())
@@ -101,7 +101,7 @@ def run_in_float32(
 def smoothed(layer: Layer, recipe: Recipe) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return the layer's tensors with all smoothing scales folded in, in float32, and the scales by site."""
     state = dict(layer.tensors)
-    folds = layer_module._smoothing(state, layer.statistics, LLAMA.sites, layer.shape, recipe)
+    folds = smooth(state, layer.statistics, LLAMA.sites, layer.shape, recipe.transform.smooth_alpha)
     state = {name: folds.tensor(name, tensor) for name, tensor in state.items()}
     for site in LLAMA.sites:
         for linear in site.linears:
@@ -285,6 +285,36 @@ def test_left_out_linears_keep_16_bits(
     if skipped == LLAMA.linears:
         assert all(torch.equal(result.tensors[name], tensor) for name, tensor in layer.tensors.items())
         assert result.quantized_weights == 0
+
+
+def test_gptq_errs_less_at_every_site(make_layer: Callable[..., Layer], recipe: Recipe) -> None:
+    """Weights alone: activations at 16 bits, so that only their error counts."""
+    layer = make_layer()
+    recipe = replace(recipe, activation=ActivationConfig(bits=16), weight=WeightConfig())
+    nearest = layer.quantize(recipe)
+    solved = layer.quantize(replace(recipe, weight=WeightConfig(solver="gptq")))
+    assert set(solved.tensors) == set(nearest.tensors)
+    for site in LLAMA.sites:
+        assert solved.report[site.name].output_nmse < 0.9 * nearest.report[site.name].output_nmse
+        assert solved.report[site.name].damp == 0.01
+
+
+def test_gptq_without_second_moments_names_the_place(make_layer: Callable[..., Layer], recipe: Recipe) -> None:
+    layer = make_layer()
+    without = {name: replace(entry, second_moment=None) for name, entry in layer.statistics.items()}
+    with pytest.raises(CalibrationError, match=r"layer 3 site attn_in: .*second moments"):
+        replace(layer, statistics=without).quantize(replace(recipe, weight=WeightConfig(solver="gptq")), index=3)
+
+
+def test_searched_activation_clips_are_stored_and_reported(make_layer: Callable[..., Layer], recipe: Recipe) -> None:
+    searched = make_layer().quantize(replace(recipe, activation=ActivationConfig(clip="search")))
+    ratios = set()
+    for site in LLAMA.sites:
+        low, high = searched.tensors[f"{site.module}.act_clip_ratio"].tolist()
+        report = searched.report[site.name]
+        assert (report.act_clip_low, report.act_clip_high) == (low, high)
+        ratios |= {low, high}
+    assert len(ratios) > 1, "each site has its own"
 
 
 def test_report_tells_a_lower_peak_and_a_small_error(make_layer: Callable[..., Layer], recipe: Recipe) -> None:

@@ -1,0 +1,97 @@
+"""Smoothing of one layer: the scales of its sites, and where they are folded."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from duquant.calibration.statistics import SiteStatistics
+from duquant.errors import CalibrationError
+from duquant.models.architecture import Site
+from duquant.transforms.smoothing import exact_fold, share_over_heads, smoothing_scale
+
+_BLOCK_ELEMENTS = 1 << 18
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The sizes of a layer that its tensors do not tell."""
+
+    kv_heads: int
+    head_dim: int
+
+
+def row_blocks(W: Tensor, elements: int) -> Iterator[slice]:
+    """Yield slices of rows of about so many elements, so that float32 copies of a big weight never exist as a whole."""
+    step = max(1, elements // W.shape[1])
+    return (slice(first, first + step) for first in range(0, W.shape[0], step))
+
+
+@dataclass(frozen=True)
+class Folds:
+    """Where smoothing scales go: `columns` multiply what a site's linears read, `rows` divide what a linear writes."""
+
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    """By site name, (in_features,)."""
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    """By linear name, (out_features,)."""
+
+    def weight(self, linear: str, W: Tensor, block: slice) -> Tensor:
+        """Return a float32 copy of a block of rows of a linear's weight, divided by their scales."""
+        folded = W.float() if W.dtype != torch.float32 else W.clone()
+        return folded.div_(self.rows[linear][block, None]) if linear in self.rows else folded
+
+    def tensor(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a tensor that stays in 16 bits, with its rows divided where its linear is folded into."""
+        linear = name.rpartition(".")[0]
+        if linear not in self.rows:
+            return tensor
+        rows = self.rows[linear]
+        return tensor.float() / (rows[:, None] if tensor.dim() == 2 else rows)
+
+
+def smooth(
+    state: dict[str, Tensor],
+    statistics: Mapping[str, SiteStatistics],
+    sites: tuple[Site, ...],
+    shape: LayerShape,
+    alpha: float | None,
+) -> Folds:
+    """Fold the norms' scales into `state`; return what has to happen to the linears.
+
+    Sites that fold into the rows of a linear come first: the linear's own site then sees the weight it will have.
+
+    Args:
+        state: the layer's tensors; the norms' gains are replaced.
+        statistics: by site name.
+        sites: those that are quantized.
+        shape: head counts, for smoothing under grouped-query attention.
+        alpha: migration strength; None folds nothing.
+
+    Raises:
+        CalibrationError: a scale is not finite.
+    """
+    folds = Folds(columns={site.name: torch.ones_like(statistics[site.name].absmax) for site in sites})
+    if alpha is None:
+        return folds
+    for site in sorted(sites, key=lambda site: site.fold_kind == "norm"):
+        weight_absmax = torch.zeros_like(statistics[site.name].absmax)
+        for linear in site.linears:
+            stored = state[f"{linear}.weight"]
+            for block in row_blocks(stored, _BLOCK_ELEMENTS):
+                folded = folds.weight(linear, stored[block], block)
+                weight_absmax = torch.maximum(weight_absmax, folded.abs_().amax(0))
+        scale = smoothing_scale(statistics[site.name].absmax, weight_absmax, alpha)
+        if site.fold_kind == "norm":
+            gain = state[f"{site.fold_into}.weight"].to(scale.device, torch.bfloat16)
+            state[f"{site.fold_into}.weight"], scale = exact_fold(gain, scale)
+        elif site.fold_kind == "kv_rows":
+            scale = share_over_heads(scale, kv_heads=shape.kv_heads, head_dim=shape.head_dim)
+            folds.rows[site.fold_into] = scale.view(shape.kv_heads, -1, shape.head_dim)[:, 0].reshape(-1)
+        else:
+            folds.rows[site.fold_into] = scale
+        if not bool(torch.isfinite(scale).all()):
+            raise CalibrationError(f"the smoothing scale of site {site.name} is NaN or Inf", site=site.name)
+        folds.columns[site.name] = scale
+    return folds

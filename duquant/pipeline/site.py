@@ -1,0 +1,137 @@
+"""Rounding at one site: its transformed weights a few rows at a time, how they are rounded, and what that costs."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from duquant.calibration.statistics import SiteStatistics
+from duquant.config import ActivationConfig, WeightConfig
+from duquant.errors import CalibrationError
+from duquant.models.architecture import Site
+from duquant.pipeline.folds import Folds, row_blocks
+from duquant.quantizers.activation import round_activations, search_clip
+from duquant.quantizers.gptq import GPTQSolver
+from duquant.quantizers.weight import QuantizedWeight, quantize_weight
+from duquant.transforms.site import SiteTransform
+
+_ROW_STRIDE = 4
+
+
+@dataclass(frozen=True)
+class SiteWeights:
+    """The weights of a site's linears, smoothed and transformed, made anew for every use: float32 takes much room."""
+
+    site: Site
+    state: Mapping[str, Tensor]
+    """The layer's stored tensors, by their names inside it."""
+    folds: Folds
+    transform: SiteTransform
+
+    def blocks(self, linear: str, elements: int) -> Iterator[Float[Tensor, "rows in_features"]]:
+        """Yield float32 blocks of rows of about so many elements."""
+        stored = self.state[f"{linear}.weight"]
+        for block in row_blocks(stored, elements):
+            smoothed = self.folds.weight(linear, stored[block], block).mul_(self.folds.columns[self.site.name])
+            yield self.transform.apply(smoothed)
+
+    def moment(self, elements: int) -> Float[Tensor, "in_features in_features"]:
+        """Return the sum of W^T W over all linears."""
+        channels = self.folds.columns[self.site.name]
+        total = torch.zeros(len(channels), len(channels), device=channels.device)
+        for linear in self.site.linears:
+            for W in self.blocks(linear, elements):
+                total.addmm_(W.T, W)
+        return total
+
+
+class NearestRounder:
+    """To the nearest code, row by row: small blocks do."""
+
+    block_elements = 1 << 18
+    damp = 0.0
+    """It looks at no second moment."""
+
+    def __init__(self, transformed: Float[Tensor, "sample channels"], config: WeightConfig) -> None:
+        self._importance = torch.linalg.vector_norm(transformed, dim=0).square_()  # up to a factor, without a copy
+        self._config = config
+
+    def quantize(self, W: Float[Tensor, "rows in_features"]) -> QuantizedWeight:
+        """Round each row by itself."""
+        return quantize_weight(W, self._config, self._importance)
+
+
+class GPTQRounder:
+    """By GPTQ. Each block walks all columns, so blocks are large."""
+
+    block_elements = 1 << 22
+
+    def __init__(self, second_moment: Tensor, columns: Tensor, transform: SiteTransform, config: WeightConfig) -> None:
+        H = transform.apply(second_moment / (columns[:, None] * columns))
+        self._solver = GPTQSolver.from_second_moment(transform.apply(H.T.contiguous()), config.damp)
+        self._config = config
+        self.damp = self._solver.damp
+
+    def quantize(self, W: Float[Tensor, "rows in_features"]) -> QuantizedWeight:
+        """Round column by column."""
+        return self._solver.quantize(W, self._config)
+
+
+def make_rounder(
+    statistics: SiteStatistics,
+    transformed: Float[Tensor, "sample channels"],
+    columns: Float[Tensor, " channels"],
+    transform: SiteTransform,
+    config: WeightConfig,
+) -> NearestRounder | GPTQRounder:
+    """Return what rounds a site's weights.
+
+    Args:
+        statistics: of the site.
+        transformed: its sampled rows, smoothed and transformed.
+        columns: its smoothing scale.
+        transform: its transform.
+        config: which solver.
+
+    Raises:
+        CalibrationError: gptq has no usable second moment.
+    """
+    if config.solver == "rtn":
+        return NearestRounder(transformed, config)
+    if statistics.second_moment is None:
+        raise CalibrationError("gptq needs second moments, and the calibration kept none")
+    return GPTQRounder(statistics.second_moment, columns, transform, config)
+
+
+def activation_clip(
+    transformed: Float[Tensor, "sample channels"], weights: SiteWeights, config: ActivationConfig
+) -> Float[Tensor, "2"]:
+    """Return a site's clip ratios (low end, high end)."""
+    if config.clip == "fixed":
+        return torch.full((2,), config.clip_ratio, device=transformed.device)
+    return search_clip(transformed, weights.moment(NearestRounder.block_elements), config)
+
+
+class SiteError:
+    """Sums the output error of a site's linears on the sampled rows, activations rounded as at run time."""
+
+    def __init__(
+        self, transformed: Float[Tensor, "sample channels"], clip_ratio: Float[Tensor, "2"], config: ActivationConfig
+    ) -> None:
+        # A quarter of the rows tells the error well enough, at a quarter of the products.
+        self._X = transformed[::_ROW_STRIDE]
+        self._rounded = round_activations(self._X, config, clip_ratio)
+        self._error = 0.0
+        self._power = 0.0
+
+    def add(self, W: Float[Tensor, "rows in_features"], quantized: QuantizedWeight) -> None:
+        """Add some rows of a weight."""
+        exact = self._X @ W.T
+        self._error += float((self._rounded @ quantized.dequantize().T - exact).square().sum())
+        self._power += float(exact.square().sum())
+
+    def nmse(self) -> float:
+        """Return the squared error over the outputs' power."""
+        return self._error / self._power if self._power else 0.0

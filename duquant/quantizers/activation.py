@@ -1,0 +1,61 @@
+"""Rounding of activations: the clip ratios of a site, fixed or searched by the error they cause in its outputs."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from duquant.config import ActivationConfig
+from duquant.quantizers.affine import fake_quantize, row_grid
+
+CLIP_CANDIDATES = tuple(1.0 - 0.05 * step for step in range(11))
+"""Ratios tried for both ends together, 1.0 down to 0.5."""
+_END_FACTORS = (0.9, 1.1)
+
+
+def round_activations(
+    X: Float[Tensor, "tokens channels"], config: ActivationConfig, clip_ratio: Float[Tensor, "2"]
+) -> Float[Tensor, "tokens channels"]:
+    """Return `X` as it is at run time: rounded to each token's grid, or untouched at 16 bits."""
+    if config.bits == 16:
+        return X
+    return fake_quantize(X, row_grid(X, bits=config.bits, symmetric=config.symmetric, clip_ratio=clip_ratio))
+
+
+def search_clip(
+    X: Float[Tensor, "tokens channels"], weight_moment: Float[Tensor, "channels channels"], config: ActivationConfig
+) -> Float[Tensor, "2"]:
+    """Return the clip ratios (low end, high end) of least squared error in the outputs of a site's linears.
+
+    First both ends together, then, where the grid has two ends of its own, each by itself.
+
+    Args:
+        X: a sample of the site's transformed inputs.
+        weight_moment: sum of W^T W over the site's transformed weights, so that an error e of an input costs
+            e (W^T W) e^T at the outputs.
+        config: bits and symmetry.
+    """
+    best = torch.ones(2, device=X.device)
+    if config.bits == 16:
+        return best
+    least = torch.inf
+    for ratio in CLIP_CANDIDATES:
+        candidate = torch.full_like(best, ratio)
+        cost = _cost(X, weight_moment, config, candidate)
+        if cost < least:
+            best, least = candidate, cost
+    if config.symmetric:
+        return best
+    together = best
+    for end in (0, 1):
+        for factor in _END_FACTORS:
+            candidate = best.clone()
+            candidate[end] = (together[end] * factor).clamp_max(1.0)
+            cost = _cost(X, weight_moment, config, candidate)
+            if cost < least:
+                best, least = candidate, cost
+    return best
+
+
+def _cost(X: Tensor, weight_moment: Tensor, config: ActivationConfig, clip_ratio: Tensor) -> float:
+    error = round_activations(X, config, clip_ratio).sub_(X)
+    return float((error @ weight_moment).mul_(error).sum())

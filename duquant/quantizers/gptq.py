@@ -1,0 +1,104 @@
+"""GPTQ: rounds a weight column by column and lets the columns that follow make up for each error.
+
+For inputs X with second moment H = E[x x^T] the output error of a row is (w - q) H (w - q)^T. Columns are visited by
+falling diagonal of H; after each one the rest moves by its error times a row of the Cholesky factor of H's inverse.
+
+Reference: GPTQ, arXiv 2210.17323v2, algorithm 1, with the order by diagonal of the authors' later code.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from duquant.config import WeightConfig
+from duquant.errors import CalibrationError
+from duquant.quantizers.affine import Grid, quantize
+from duquant.quantizers.weight import QuantizedWeight, weight_grid
+
+_COLUMNS = 128
+"""Columns between two updates of all the rest."""
+_DAMP_FACTOR = 10.0
+_MAX_DAMP = 10.0
+
+
+@dataclass(frozen=True)
+class GPTQSolver:
+    """What rounding needs to know of a site's inputs, computed once for all of its linears."""
+
+    order: Int64[Tensor, " channels"]
+    """Channels by falling second moment."""
+    factor: Float[Tensor, "channels channels"]
+    """Upper Cholesky factor of the damped second moment's inverse, rows and columns in `order`."""
+    importance: Float[Tensor, " channels"]
+    """Diagonal of the second moment, which weighs the clip search."""
+    damp: float
+    """What was added to the diagonal, over its mean; above the recipe's when that did not make it positive definite."""
+
+    @classmethod
+    def from_second_moment(cls, H: Float[Tensor, "channels channels"], damp: float) -> "GPTQSolver":
+        """Factorize a second moment.
+
+        Args:
+            H: X^T X of the transformed inputs up to a factor; symmetric up to rounding. Dead channels may be zero.
+            damp: added to the diagonal, as a share of its mean; raised tenfold until the sum is positive definite.
+
+        Raises:
+            CalibrationError: H is not finite, or no damping helps.
+        """
+        if not bool(torch.isfinite(H).all()):
+            raise CalibrationError("the second moment of the activations is NaN or Inf")
+        importance = H.diagonal().clamp_min(0.0).clone()
+        mean = float(importance.mean())
+        if mean == 0.0:  # no input was ever anything but zero: every channel is as good as any other
+            H, mean = torch.eye(H.shape[0], device=H.device), 1.0
+            importance = H.diagonal().clone()
+        order = torch.argsort(importance, descending=True, stable=True)
+        H = ((H + H.T) / (2 * mean))[order][:, order]
+        while damp <= _MAX_DAMP:
+            factor = _inverse_factor(H, damp)
+            if factor is not None:
+                return cls(order=order, factor=factor, importance=importance, damp=damp)
+            damp *= _DAMP_FACTOR
+        raise CalibrationError("the second moment of the activations is not positive definite, however it is damped")
+
+    def quantize(self, W: Float[Tensor, "out_features channels"], config: WeightConfig) -> QuantizedWeight:
+        """Round `W` to the grids that `quantize_weight` would take, each column in view of the errors before it.
+
+        Raises:
+            ConfigError: group_size does not divide the number of channels.
+        """
+        grid = weight_grid(W, config, self.importance)  # scale and zero point: (out_features, groups, 1)
+        channels = W.shape[1]
+        group_size = channels // grid.scale.shape[1]
+        W = W.float()[:, self.order]  # a copy: it changes below
+        codes = torch.empty(W.shape, dtype=torch.int8, device=W.device)
+        group_of = (self.order // group_size).tolist()
+        for first in range(0, channels, _COLUMNS):
+            last = min(first + _COLUMNS, channels)
+            errors = torch.empty(W.shape[0], last - first, device=W.device)
+            for column in range(first, last):
+                scale, zero_point = grid.scale[:, group_of[column]], grid.zero_point[:, group_of[column]]
+                w = W[:, column : column + 1]
+                code = quantize(w, Grid(scale, zero_point, config.bits))
+                codes[:, column : column + 1] = code
+                error = (w - (code - zero_point) * scale) / self.factor[column, column]
+                errors[:, column - first : column - first + 1] = error
+                # Only this block at once; what lies behind it is moved once a block, by one matrix product.
+                W[:, column + 1 : last].addmm_(error, self.factor[column : column + 1, column + 1 : last], alpha=-1)
+            W[:, last:].addmm_(errors, self.factor[first:last, last:], alpha=-1)
+        restored = torch.empty_like(codes)
+        restored[:, self.order] = codes
+        return QuantizedWeight(restored, grid.scale.squeeze(-1), grid.zero_point.squeeze(-1), config.bits)
+
+
+def _inverse_factor(H: Tensor, damp: float) -> Tensor | None:
+    """Return U with U^T U = (H + damp I)^-1, or None when the sum is not positive definite in floating point."""
+    damped = H + damp * torch.eye(H.shape[0], dtype=H.dtype, device=H.device)
+    lower, info = torch.linalg.cholesky_ex(damped)
+    if int(info) != 0:
+        return None
+    factor: Tensor
+    factor, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return factor if int(info) == 0 and bool(torch.isfinite(factor).all()) else None

@@ -15,6 +15,7 @@ from infra.settings import InfraSettings
 DEMO_MODELS = frozenset({"smollm2-135m"})
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_LARGEST_CONFIG = 1_000_000
 _PICKLED = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 
 
@@ -98,6 +99,7 @@ def _check_folder(folder: Path, roots: Iterable[Path], name: str) -> None:
     for file in folder.rglob("*"):
         # A link inside the folder could lead to any file of the machine.
         require_under(roots, file)
+    _refuse_remote_code(folder / "config.json", name)
     files = [file for file in folder.iterdir() if file.is_file()]
     if any(file.suffix == ".safetensors" for file in files):
         return
@@ -107,6 +109,16 @@ def _check_folder(folder: Path, roots: Iterable[Path], name: str) -> None:
             name=name,
         )
     raise ModelNotFound(f"model {name} has no .safetensors files", name=name)
+
+
+def _refuse_remote_code(config: Path, name: str) -> None:
+    """Raise ModelForbidden if a checkpoint wants Python files of its own run; they never are."""
+    try:
+        values = json.loads(config.read_bytes()) if config.stat().st_size <= _LARGEST_CONFIG else {}
+    except (OSError, ValueError, RecursionError):
+        return  # the job will say what is wrong with it
+    if isinstance(values, dict) and "auto_map" in values:
+        raise ModelForbidden(f"model {name} has an auto_map, which asks for remote code; it is never run", name=name)
 
 
 def _folder_digest(folder: Path) -> str:

@@ -4,6 +4,7 @@ import re
 import time
 import uuid
 
+import anyio
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -17,6 +18,8 @@ log = structlog.get_logger(__name__)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 QUIET_PATHS = ("/healthz", "/metrics", "/static/")
 """What is asked for all the time and tells nothing."""
+_DRAIN_SECONDS = 1.0
+_DRAIN_BYTES = 16_000_000
 _METHODS = frozenset({"GET", "HEAD", "POST", "PATCH", "PUT", "DELETE", "OPTIONS"})
 
 SECURITY_HEADERS = {
@@ -120,8 +123,18 @@ class BodyLimit:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self.max_bytes:
+                await _throw_away(receive, message)
                 raise too_large
             return message
 
         # The exception comes up inside the endpoint's own read of the body, where the app's error handlers see it.
         await self.app(scope, limited, send)
+
+
+async def _throw_away(receive: Receive, message: Message) -> None:
+    """Read on for a moment: to close on a client that still sends would break the connection before it reads why."""
+    thrown = 0
+    with anyio.move_on_after(_DRAIN_SECONDS):
+        while message.get("more_body", False) and thrown < _DRAIN_BYTES:
+            message = await receive()
+            thrown += len(message.get("body", b""))

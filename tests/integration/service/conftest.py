@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import random
+import shutil
 import socket
 import threading
 import time
@@ -218,6 +219,24 @@ def set_service(
 ) -> Iterator[Harness]:
     """The service on SQLite, with the settings that are its parameter."""
     yield from run_service(tmp_path, migrated_sqlite_url, shared_bucket, s3, **request.param)
+
+
+@pytest.fixture(scope="module")
+def shared_service(
+    tmp_path_factory: pytest.TempPathFactory, _sqlite_template: Path, shared_bucket: ObjectStore, s3: Any
+) -> Iterator[Harness]:
+    """One service on SQLite for all tests of a module, which leave nothing behind that another would mind."""
+    home = tmp_path_factory.mktemp("shared")
+    shutil.copy(_sqlite_template, home / "duquant.db")
+    yield from run_service(home, f"sqlite:///{home / 'duquant.db'}", shared_bucket, s3)
+
+
+@pytest.fixture
+def unlimited_service(
+    tmp_path: Path, migrated_sqlite_url: str, shared_bucket: ObjectStore, s3: Any
+) -> Iterator[Harness]:
+    """The service on SQLite, without a rate limit: for tests that send thousands of requests with one key."""
+    yield from run_service(tmp_path, migrated_sqlite_url, shared_bucket, s3, rate_limit_per_second=0)
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from infra.errors import ModelForbidden, ModelNotFound, PathForbidden, PathNotFound
 from infra.models import ModelCatalog, ModelRef
@@ -158,6 +160,44 @@ def test_pickled_weights_are_refused_unless_there_are_safe_ones(root: Path, suff
         ModelCatalog([root]).check(local("old"))
     (folder / "model.safetensors").write_bytes(b"")
     assert ModelCatalog([root]).check(local("old"))
+
+
+def test_a_checkpoint_that_asks_for_remote_code_is_refused(root: Path) -> None:
+    folder = make_model(root / "custom")
+    (folder / "config.json").write_text(json.dumps({"model_type": "x", "auto_map": {"AutoModel": "modeling.X"}}))
+    with pytest.raises(ModelForbidden, match="remote code"):
+        ModelCatalog([root]).check(local("custom"))
+    for harmless in ("[]", "{", "\xff", "[" * 100_000):
+        (folder / "config.json").write_text(harmless, encoding="latin-1")
+        assert ModelCatalog([root]).check(local("custom"))
+
+
+def test_a_folder_that_becomes_a_link_after_it_was_checked_is_refused_when_it_is_read(
+    root: Path, tmp_path: Path
+) -> None:
+    catalog = ModelCatalog([root])
+    catalog.check(local("llama/7b"))
+    (root / "llama" / "7b").rename(root / "llama" / "old")
+    (root / "llama" / "7b").symlink_to(tmp_path / "secret")
+    with pytest.raises(ModelForbidden, match="leads out"):
+        catalog.local_path(local("llama/7b"))
+
+
+_WORDS = ".. . / // \\ %2e %2f %252e # ? ~ link llama 7b secret file: proc self root ; $("
+_PIECES = st.sampled_from([*_WORDS.split(), "\0", "\xa0", "\uff0e", "\u2025", "\u202e", " ", "\n"])
+
+
+@given(name=st.one_of(st.text(max_size=40), st.lists(_PIECES, max_size=8).map("".join)))
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_name_whatever_leads_out_of_the_root(root: Path, name: str) -> None:
+    if not (root / "link").is_symlink():
+        (root / "link").symlink_to("../secret")
+    try:
+        path = find_under([root], name)
+    except (PathForbidden, PathNotFound):
+        return
+    assert path == Path(os.path.realpath(path))
+    assert path.is_relative_to(root)
 
 
 def test_what_is_no_model_is_not_found(root: Path) -> None:

@@ -68,6 +68,20 @@ class Side:
         )
         return job
 
+    def submit_evaluation(self, made_by: Job | None = None, **changes: Any) -> Job:
+        """Enqueue a job that measures what a job has made, or the tiny model as it is."""
+        model = {"source": "local", "name": "tiny", "revision": None}
+        settings = {"text": {"kind": "file", "name": "text.txt", "part": "evaluation"}, "seq_len": 32, "windows": 4}
+        spec = {
+            "kind": "evaluate",
+            "model": model,
+            "model_identity": ModelCatalog.from_settings(self.settings).check(ModelRef(source="local", name="tiny")),
+            "artifact_job_id": None if made_by is None else made_by.id,
+            "evaluation": settings | changes,
+        }
+        new = NewJob(tenant_id="default", kind="evaluate", spec=spec, fingerprint="e")
+        return self.store.enqueue(new, force=True, actor="test")[0]
+
     def executor(self) -> Executor:
         return LocalExecutor(LayerWorker(self.storage, threads=1))
 

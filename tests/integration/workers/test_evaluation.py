@@ -2,33 +2,18 @@
 
 import threading
 import time
-from typing import Any
 
 import pytest
 
 from duquant.config import TextSource
 from duquant.evaluation.perplexity import evaluate
 from infra.artifact_keys import ArtifactKeys
-from infra.jobs import Job, JobState, NewJob
-from infra.models import ModelCatalog, ModelRef
+from infra.jobs import JobState
 from workers.measure import fetch_artifact
 
 pytestmark = pytest.mark.integration
 
 TEXT = {"kind": "file", "name": "text.txt", "part": "evaluation"}
-
-
-def submit_evaluation(side: Any, artifact_job: Job | None = None, **changes: Any) -> Job:
-    model = {"source": "local", "name": "tiny", "revision": None}
-    spec = {
-        "kind": "evaluate",
-        "model": model,
-        "model_identity": ModelCatalog.from_settings(side.settings).check(ModelRef(**model)),
-        "artifact_job_id": None if artifact_job is None else artifact_job.id,
-        "evaluation": {"text": TEXT, "seq_len": 32, "windows": 4, **changes},
-    }
-    new = NewJob(tenant_id="default", kind="evaluate", spec=spec, fingerprint="e")
-    return side.store.enqueue(new, force=True, actor="test")[0]
 
 
 def test_an_artifact_and_its_model_are_measured_as_the_command_line_does(side, pull, tmp_path, model_root):
@@ -37,7 +22,7 @@ def test_an_artifact_and_its_model_are_measured_as_the_command_line_does(side, p
     artifact = pull(made, tmp_path / "artifact")
     source = TextSource(kind="file", name=str(model_root / "text.txt"), part="evaluation")
     for artifact_job, path in ((made, artifact), (None, model_root / "tiny")):
-        submit_evaluation(side, artifact_job)
+        side.submit_evaluation(artifact_job)
         job = side.run_one()
         assert job.state is JobState.SUCCEEDED, job.detail
         expected = evaluate(str(path), source, seq_len=32, windows=4, device="cpu", threads=1)
@@ -63,7 +48,7 @@ def test_an_artifact_and_its_model_are_measured_as_the_command_line_does(side, p
     ],
 )
 def test_bad_input_fails_at_once_with_its_reason(side, changes, words):
-    submit_evaluation(side, **changes)
+    side.submit_evaluation(**changes)
     job = side.run_one()
     assert (job.state, job.reason) == (JobState.FAILED, "bad_input"), job.detail
     assert words in job.detail
@@ -72,7 +57,7 @@ def test_bad_input_fails_at_once_with_its_reason(side, changes, words):
 def test_a_job_without_an_artifact_cannot_be_measured(side):
     waiting = side.submit()
     side.store.cancel(waiting.id, tenant_id=None, actor="test")
-    submit_evaluation(side, waiting)
+    side.submit_evaluation(waiting)
     job = side.run_one()
     assert (job.state, job.reason) == (JobState.FAILED, "bad_input")
     assert "has no artifact" in job.detail
@@ -84,12 +69,12 @@ def test_a_damaged_artifact_is_refused_and_a_mended_one_measured(side):
     row = side.store.layers(made.id)[1]
     whole = side.storage.get_bytes(row.key)
     side.storage.put_bytes(row.key, b"\0" * len(whole))
-    submit_evaluation(side, made)
+    side.submit_evaluation(made)
     job = side.run_one()
     assert (job.state, job.reason) == (JobState.FAILED, "error")
     assert row.key in job.detail
     side.storage.put_bytes(row.key, whole)
-    submit_evaluation(side, made)
+    side.submit_evaluation(made)
     assert side.run_one().state is JobState.SUCCEEDED
 
 
@@ -108,7 +93,7 @@ def test_files_that_are_there_are_not_fetched_again(side, tmp_path):
 
 def test_a_cancel_stops_the_measuring_at_the_next_window(side, tmp_path, model_root):
     (model_root / "long.txt").write_text((model_root / "text.txt").read_text() * 200)
-    job = submit_evaluation(side, text={"kind": "file", "name": "long.txt"}, windows=None)
+    job = side.submit_evaluation(text={"kind": "file", "name": "long.txt"}, windows=None)
     claim = side.store.claim("test-1", lease_seconds=60)
     dispatcher = threading.Thread(target=side.dispatcher().run_job, args=(claim,))
     dispatcher.start()
@@ -127,7 +112,7 @@ def test_a_cancel_stops_the_measuring_at_the_next_window(side, tmp_path, model_r
 
 def test_a_stopping_dispatcher_gives_the_evaluation_back(side, model_root):
     (model_root / "long.txt").write_text((model_root / "text.txt").read_text() * 200)
-    job = submit_evaluation(side, text={"kind": "file", "name": "long.txt"}, windows=20)
+    job = side.submit_evaluation(text={"kind": "file", "name": "long.txt"}, windows=20)
     dispatcher = side.dispatcher()
     claim = side.store.claim("test-1", lease_seconds=60)
     thread = threading.Thread(target=dispatcher.run_job, args=(claim,))

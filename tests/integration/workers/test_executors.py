@@ -34,7 +34,10 @@ def test_local_one_ray_worker_and_two_give_byte_equal_shards_and_a_killed_worker
     side, pull, tmp_path, ray_environment
 ):
     side.submit()
-    expected = shards_of(pull(side.run_one(), tmp_path / "local"))
+    made = side.run_one()
+    expected = shards_of(pull(made, tmp_path / "local"))
+    side.submit_evaluation(made)
+    here = side.run_one()
     for slots in (1, 2):
         executor = RayExecutor(slots=slots, threads_per_slot=1, gpus_per_slot=0.0, address=None)
         try:
@@ -42,6 +45,11 @@ def test_local_one_ray_worker_and_two_give_byte_equal_shards_and_a_killed_worker
             job = side.run_one(executor)
             assert job.state is JobState.SUCCEEDED, job.detail
             assert shards_of(pull(job, tmp_path / f"ray-{slots}")) == expected
+            if slots == 1:
+                side.submit_evaluation(job)
+                measured = side.run_one(executor)
+                assert measured.state is JobState.SUCCEEDED, measured.detail
+                assert measured.result["metrics"]["perplexity"] == here.result["metrics"]["perplexity"]
             if slots == 2:
                 side.submit()
                 _kill_an_actor(executor)

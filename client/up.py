@@ -32,6 +32,18 @@ from client.supervisor import Child, Supervisor, run_once
 HOST = "127.0.0.1"
 _START_SECONDS = 120.0
 _POLL_SECONDS = 0.2
+_PASSED_ON = frozenset(
+    {
+        "DUQUANT_LOG_FORMAT",
+        "DUQUANT_LOG_LEVEL",
+        "DUQUANT_METRICS_ACCESS",
+        "DUQUANT_OTEL_ENDPOINT",
+        "DUQUANT_RATE_LIMIT_BURST",
+        "DUQUANT_RATE_LIMIT_PER_SECOND",
+        "DUQUANT_WEBHOOK_NETWORKS",
+    }
+)
+"""Settings that reach the parts as they are. Whatever else is set is for another service than the one started here."""
 
 
 class Executor(StrEnum):
@@ -136,7 +148,9 @@ def _stop_on_signals() -> Iterator[threading.Event]:
 
 def environment(setup: Setup, secrets: Secrets, s3_port: int) -> dict[str, str]:
     """Return the environment that the parts read their settings from."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("DUQUANT_")}
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith("DUQUANT_") or name in _PASSED_ON
+    }
     threads = setup.threads or max(1, (os.cpu_count() or 1) // setup.workers)
     return {
         **inherited,

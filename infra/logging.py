@@ -13,9 +13,10 @@ from infra.errors import InfraError
 
 _MASK = "***"
 _SECRET_NAMES = re.compile(r"secret|password|passwd|token|pepper|authorization|cookie|api_?key|access_?key", re.I)
-# Our own API keys, passwords in URLs, the signature of a presigned URL, and bearer headers.
+# Our own API keys and webhook secrets, passwords in URLs, the signature of a presigned URL, and bearer headers.
 _SECRET_TEXT = re.compile(
     r"dq_live_[0-9A-Za-z]+"
+    r"|whsec_[0-9A-Za-z+/=]+"
     r"|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
     r"|(?<=X-Amz-Signature=)[0-9A-Fa-f]+"
     r"|(?<=X-Amz-Credential=)[^&\s]+"

@@ -23,7 +23,7 @@ def setup_tracing(process: str, endpoint: str | None) -> None:
         SettingsError: the packages of the extra `otel` are not installed.
     """
     global _is_on
-    if endpoint is None:
+    if not endpoint:
         return
     try:
         from opentelemetry import trace

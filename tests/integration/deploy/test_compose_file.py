@@ -108,5 +108,5 @@ def test_dockerfiles_copy_what_exists_and_end_as_an_ordinary_user(compose_file, 
 
 def test_the_api_image_installs_no_torch(compose_file):
     text = (compose_file.path.parent / "infra" / "deploy" / "Dockerfile.api").read_text()
-    assert "'.[service]'" in text
+    assert "'.[service,otel]'" in text
     assert "torch==" not in text

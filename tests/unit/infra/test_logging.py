@@ -75,6 +75,7 @@ def test_no_secret_reaches_a_log_line(capsys: pytest.CaptureFixture[str], fmt: s
     log.info("nested", items=[{"api_key": "hunter-x4", "deep": ({"cookie": "hunter-x5"},)}])
     log.info("by_value", text=f"before {CANARY} after", items=[CANARY], key=token)
     log.info("by_type", value=SecretStr("hunter-x6"), raw=b"hunter-x7")
+    log.info("webhook", text="signed with whsec_aHVudGVyLXgxMQ+/==")
     log.info("by_shape", url="postgresql://alice:hunter-x8@db/duquant", header="Bearer hunter-x9")
     log.info("presigned", url="https://s3/b/k?X-Amz-Credential=hunter-x10%2Fa&X-Amz-Signature=abcdef0123456789&x=1")
     logging.getLogger("other").error("token %s and %s", token, CANARY)
@@ -84,7 +85,7 @@ def test_no_secret_reaches_a_log_line(capsys: pytest.CaptureFixture[str], fmt: s
         log.exception("crashed")
     output = capsys.readouterr().err
     assert output.count("***") >= 12
-    for secret in (CANARY, token, "hunter-x", "abcdef0123456789"):
+    for secret in (CANARY, token, "hunter-x", "aHVudGVyLXgxMQ", "abcdef0123456789"):
         assert secret not in output
     assert "before" in output
     assert "alice" not in output

@@ -1,5 +1,7 @@
 """Metrics that are read from the database when somebody asks: the queue, the bill, the outbox, the dispatchers."""
 
+import threading
+from collections import Counter
 from collections.abc import Iterable
 
 from prometheus_client import Metric
@@ -13,22 +15,69 @@ from infra.metrics import restore
 from infra.schema import jobs, usage_ledger, webhook_deliveries, workers
 
 _LIVE_MS = 60_000
+_SETTLED_MS = 600_000
 
 
-def collect(engine: Engine) -> list[Metric]:
-    """Read the metrics of the whole installation.
+class QueueMetrics:
+    """Reads the metrics of the whole installation."""
 
-    Raises:
-        InfraError: the database does not answer.
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._bill = Bill()
+
+    def collect(self) -> list[Metric]:
+        """Return them all.
+
+        Raises:
+            InfraError: the database does not answer.
+        """
+        with read(self._engine) as connection:
+            return [
+                *_jobs(connection),
+                *_queues(connection),
+                self._usage(connection),
+                _outbox(connection),
+                *_workers(connection),
+            ]
+
+    def _usage(self, connection: Connection) -> Metric:
+        family = CounterMetricFamily("duquant_gpu_seconds", "Device time that was billed", labels=["tenant"])
+        for tenant, gpu_ms in sorted(self._bill.totals(connection).items()):
+            family.add_metric([tenant], gpu_ms / 1000)
+        return family
+
+
+class Bill:
+    """The sums of the ledger, which only grows: what is settled is added up once and remembered.
+
+    Numbers of rows are given out before their transactions commit. So a row counts as settled when it is so old that
+    nobody can still be writing one with a smaller number.
     """
-    with read(engine) as connection:
-        return [
-            *_jobs(connection),
-            *_queues(connection),
-            _usage(connection),
-            _outbox(connection),
-            *_workers(connection),
-        ]
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._settled: Counter[str] = Counter()
+        self._last = 0
+
+    def totals(self, connection: Connection) -> dict[str, int]:
+        """Return the GPU milliseconds of each tenant."""
+        with self._lock:
+            oldest = now_ms(connection.dialect) - _SETTLED_MS
+            last = connection.execute(
+                select(func.max(usage_ledger.c.id)).where(usage_ledger.c.id > self._last, usage_ledger.c.at < oldest)
+            ).scalar_one()
+            if last is not None:
+                self._settled += self._sums(connection, self._last, last)
+                self._last = last
+            return dict(self._settled + self._sums(connection, self._last, None))
+
+    def _sums(self, connection: Connection, after: int, upto: int | None) -> Counter[str]:
+        total = func.sum(usage_ledger.c.gpu_ms)
+        query = select(usage_ledger.c.tenant_id, total).where(usage_ledger.c.id > after)
+        if upto is not None:
+            query = query.where(usage_ledger.c.id <= upto)
+        rows = connection.execute(query.group_by(usage_ledger.c.tenant_id))
+        return Counter({tenant: int(gpu_ms) for tenant, gpu_ms in rows})
 
 
 def _jobs(connection: Connection) -> Iterable[Metric]:
@@ -52,14 +101,6 @@ def _queues(connection: Connection) -> Iterable[Metric]:
         depth.add_metric([queue], count)
         oldest.add_metric([queue], max(age_ms, 0) / 1000)
     yield from (depth, oldest)
-
-
-def _usage(connection: Connection) -> Metric:
-    family = CounterMetricFamily("duquant_gpu_seconds", "Device time that was billed", labels=["tenant"])
-    query = select(usage_ledger.c.tenant_id, func.sum(usage_ledger.c.gpu_ms)).group_by(usage_ledger.c.tenant_id)
-    for tenant, gpu_ms in connection.execute(query):
-        family.add_metric([tenant], float(gpu_ms) / 1000)
-    return family
 
 
 def _outbox(connection: Connection) -> Metric:

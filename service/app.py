@@ -25,6 +25,7 @@ from infra.jobs import JobStore
 from infra.keys import KeyStore
 from infra.model_shelf import ModelShelf
 from infra.models import ModelCatalog
+from infra.queue_metrics import QueueMetrics
 from infra.queues import QueueStore
 from infra.schema import DEFAULT_TENANT
 from infra.storage import ObjectStore
@@ -150,6 +151,7 @@ def build_context(settings: ServiceSettings) -> Context:
         tenants=TenantStore(engine),
         webhooks=WebhookStore(engine, settings.key_pepper),
         webhook_policy=AddressPolicy(settings.webhook_networks),
+        queue_metrics=QueueMetrics(engine),
         idempotency=IdempotencyStore(engine, lifetime_ms=settings.idempotency_hours * 3_600_000),
         artifacts=ArtifactStore(engine),
         evaluations=EvaluationStore(engine),

@@ -17,6 +17,7 @@ from infra.jobs import JobStore
 from infra.keys import KeyStore
 from infra.model_shelf import ModelShelf
 from infra.models import ModelCatalog
+from infra.queue_metrics import QueueMetrics
 from infra.queues import QueueStore
 from infra.storage import ObjectStore
 from infra.tenants import TenantStore
@@ -39,6 +40,7 @@ class Context:
     tenants: TenantStore
     webhooks: WebhookStore
     webhook_policy: AddressPolicy
+    queue_metrics: QueueMetrics
     idempotency: IdempotencyStore
     artifacts: ArtifactStore
     evaluations: EvaluationStore

@@ -10,7 +10,6 @@ from fastapi.security import HTTPAuthorizationCredentials
 from prometheus_client import CONTENT_TYPE_LATEST, Metric, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
-from infra import queue_metrics
 from infra.errors import InfraError
 from infra.metrics import REGISTRY, Families, merge
 from service.auth import BEARER, check_key
@@ -75,7 +74,7 @@ def _from_database(service: Context) -> list[Metric]:
     """Read what the database knows. When it is down, that is itself a metric, and the rest is shown all the same."""
     started = time.perf_counter()
     try:
-        found, is_up = queue_metrics.collect(service.engine), True
+        found, is_up = service.queue_metrics.collect(), True
     except InfraError as error:
         log.warning("metrics_incomplete", error=str(error))
         found, is_up = [], False

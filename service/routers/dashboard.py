@@ -9,6 +9,7 @@ from urllib.parse import parse_qs
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import RedirectResponse, StreamingResponse
 
+from infra.artifacts import Evaluation
 from infra.errors import InfraError, JobConflict, JobNotFound
 from infra.jobs import Job, JobState
 from service import stream
@@ -144,7 +145,10 @@ def job_page(request: Request, service: Service, job_id: str) -> Response:
         artifact=artifact,
         artifact_problem=artifact_problem,
         elapsed=_elapsed(job, events),
-        recipe_parts=recipe_parts(job.spec["recipe"]),
+        is_evaluation=job.kind == "evaluate",
+        measured=_measured(service, job),
+        # What an evaluation was asked to do stands where the recipe of a quantization does.
+        recipe_parts=recipe_parts(job.spec["evaluation" if job.kind == "evaluate" else "recipe"]),
         may_write="jobs:write" in caller.scopes,
         is_over=job.state.is_terminal,
     )
@@ -158,6 +162,14 @@ def _last_events(service: Context, job: Job) -> list[Any]:
     return events
 
 
+def _measured(service: Context, job: Job) -> list[Evaluation]:
+    """Return what the job has measured, or what was measured on its artifact, newest first."""
+    if job.kind == "evaluate":
+        return list(service.evaluations.of_jobs([job.id]).values())
+    artifact = service.artifacts.of_jobs([job.id]).get(job.id)
+    return [] if artifact is None else list(service.artifacts.evaluations([artifact.id]).get(artifact.id, ()))
+
+
 def _elapsed(job: Job, events: list[Any]) -> float | None:
     """Return how long the job has run; one that still runs is measured to its last event, by the same clock."""
     if job.started_at is None:
@@ -167,7 +179,7 @@ def _elapsed(job: Job, events: list[Any]) -> float | None:
 
 
 def _artifact(service: Context, job: Job, caller: Caller) -> tuple[ArtifactView | None, str | None]:
-    if job.state is not JobState.SUCCEEDED:
+    if job.state is not JobState.SUCCEEDED or job.kind == "evaluate":
         return None, None
     if "artifacts:read" not in caller.scopes:
         return None, "This API key may not read artifacts."

@@ -88,7 +88,12 @@ class Site:
             for row in self.jobs.layers(claim.job.id)
         ]
         self.storage.put_bytes(keys.manifest, json.dumps({"files": files, "evaluation": {}}).encode())
-        self.jobs.complete(claim, {"artifact": {"manifest_key": keys.manifest}})
+        artifact = {
+            "manifest_key": keys.manifest,
+            "size_bytes": sum(file["size_bytes"] for file in files),
+            "summary": {},
+        }
+        self.jobs.complete(claim, {"artifact": artifact})
 
 
 @pytest.fixture(scope="module")

@@ -260,3 +260,19 @@ def test_the_audit_log_tells_who_changed_what(service: Any) -> None:
     entry = json.loads(service.http.get("/v1/audit").text)["items"][0]
     assert (entry["action"], entry["target"]) == ("artifact.tagged", artifact["id"])
     assert entry["actor"].startswith("key:")
+
+
+def test_the_dashboard_shows_evaluations(service: Any) -> None:
+    artifact = made(service)
+    done = measure(service, artifact, 18.5)
+    waiting = service.http.post("/v1/evaluations", json={"model": {"source": "demo", "name": "smollm2-135m"}}).json()
+    with httpx.Client(base_url=service.url, follow_redirects=True) as http:
+        http.post("/login", data={"key": service.token}, headers={"Sec-Fetch-Site": "same-origin"})
+        pages = {job_id: http.get(f"/jobs/{job_id}") for job_id in (done.id, waiting["id"], artifact["job_id"])}
+        assert all(page.status_code == 200 for page in pages.values()), pages
+        assert "18.5" in pages[done.id].text
+        assert "18.5" in pages[artifact["job_id"]].text
+        assert "as it is, measured" in pages[waiting["id"]].text
+        assert "layers-title" in pages[artifact["job_id"]].text
+        assert "layers-title" not in pages[done.id].text
+        assert "measured" in http.get("/").text

@@ -9,6 +9,7 @@ from pathlib import Path
 import anyio.to_thread
 import structlog
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from fastapi.templating import Jinja2Templates
 
@@ -120,6 +121,8 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         # The bundled pages load scripts from elsewhere, which our content policy forbids.
         docs_url=None,
         redoc_url=None,
+        # A path with a slash too many is another path, and a redirect would be built from the Host header.
+        redirect_slashes=False,
         telemetry={"operation_spans": False, "exclude": lambda scope: scope["path"].startswith(QUIET_PATHS)},
     )
     app.state.context = service
@@ -130,6 +133,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestContext)
     described = [resource.router for resource in ROUTERS]
+    app.state.routes = [route for router in described for route in router.routes if isinstance(route, APIRoute)]
     app.openapi = lambda: openapi.build(app, described)  # type: ignore[method-assign]  # FastAPI's way to extend it
     return app
 

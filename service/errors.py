@@ -164,7 +164,7 @@ def _validation_problem(error: RequestValidationError) -> ProblemError:
     return ProblemError("validation-failed", summary, errors)
 
 
-def _http_problem(error: HTTPException) -> ProblemError:
+def _http_problem(request: Request, error: HTTPException) -> ProblemError:
     name = _BY_STATUS.get(error.status_code)
     if name is None:
         name = "malformed-request" if error.status_code < HTTPStatus.INTERNAL_SERVER_ERROR else "internal-error"
@@ -172,7 +172,16 @@ def _http_problem(error: HTTPException) -> ProblemError:
         "not-found": "There is nothing at this path; GET /openapi.json lists what there is.",
         "method-not-allowed": "Use one of the methods in the Allow header.",
     }.get(name, str(error.detail))
-    return ProblemError(name, detail, headers=dict(error.headers or {}))
+    headers = dict(error.headers or {})
+    if name == "method-not-allowed":
+        headers["Allow"] = ", ".join(_allowed_methods(request)) or headers.get("Allow", "")
+    return ProblemError(name, detail, headers=headers)
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    """Return the methods of every route with this path; the framework names those of the first one only."""
+    routes = [route for route in request.app.state.routes if route.path_regex.match(request.url.path)]
+    return sorted({method for route in routes for method in route.methods or ()})
 
 
 _BY_ERROR: dict[type[Exception], tuple[str, str | None]] = {
@@ -238,7 +247,7 @@ def install(app: FastAPI) -> None:
 
     async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return problem_response(request, _http_problem(error))
+        return problem_response(request, _http_problem(request, error))
 
     async def on_domain(request: Request, error: Exception) -> Response:
         return problem_response(request, _domain_problem(error))

@@ -13,7 +13,6 @@ from service import errors
 
 _JSON = "application/json"
 _COLLECTION = re.compile(r"/v1/\w+")
-_FIRST = "$response.body#/items/0/id"
 
 
 def header(description: str) -> dict[str, Any]:
@@ -43,9 +42,9 @@ def build(app: FastAPI, routers: Iterable[APIRouter]) -> dict[str, Any]:
         paths = schema["paths"]
         for path, operations in paths.items():
             for method, operation in operations.items():
-                _add_common_problems(method, operation)
-                if _COLLECTION.fullmatch(path):
-                    _add_links(operation, _links(paths, path, "$response.body#/id" if method == "post" else _FIRST))
+                _complete(method, operation)
+                if method == "post" and _COLLECTION.fullmatch(path):
+                    _add_links(operation, _links(paths, path))
                 components.setdefault("examples", {}).update(_shared_examples(operation))
         app.openapi_schema = schema
     return app.openapi_schema
@@ -68,12 +67,19 @@ def _put_nulls_back(routers: Iterable[APIRouter], schema: dict[str, Any]) -> Non
                     described["content"][media_type].update(copy.deepcopy(examples))
 
 
-def _add_common_problems(method: str, operation: dict[str, Any]) -> None:
+def _complete(method: str, operation: dict[str, Any]) -> None:
     names = ["body-too-large"] if method in ("post", "put", "patch") else []
     if operation.get("parameters"):
         names.append("validation-failed")
+    if _needs_key(operation):
+        next(each for each in operation["parameters"] if each["name"] == "Idempotency-Key")["required"] = True
     for status, answer in errors.responses(*names).items():
         operation["responses"].setdefault(str(status), answer)
+
+
+def _needs_key(operation: dict[str, Any]) -> bool:
+    refused = operation["responses"].get("400", {}).get("content", {}).get(errors.MEDIA_TYPE, {})
+    return "idempotency-key-required" in refused.get("examples", {})
 
 
 def _shared_examples(operation: dict[str, Any]) -> dict[str, Any]:
@@ -87,8 +93,8 @@ def _shared_examples(operation: dict[str, Any]) -> dict[str, Any]:
     return shared
 
 
-def _links(paths: Mapping[str, Any], collection: str, source: str) -> dict[str, Any]:
-    """Return links (OpenAPI) from an item of a collection to what can be done with it, by the id in the answer."""
+def _links(paths: Mapping[str, Any], collection: str) -> dict[str, Any]:
+    """Return links (OpenAPI) from what was made in a collection to what can be done with it, by the id it got."""
     links = {}
     for path, operations in paths.items():
         found = re.match(re.escape(collection) + r"/\{(\w+)\}(?!.*\{)", path)
@@ -97,7 +103,7 @@ def _links(paths: Mapping[str, Any], collection: str, source: str) -> dict[str, 
         for operation in operations.values():
             links[operation["operationId"]] = {
                 "operationId": operation["operationId"],
-                "parameters": {found[1]: source},
+                "parameters": {found[1]: "$response.body#/id"},
             }
     return links
 

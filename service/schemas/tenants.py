@@ -10,7 +10,7 @@ from infra.tenants import Tenant
 from service.schemas.common import check_text, moment
 
 _BIGGEST_COUNT = 2**31 - 1
-_BIGGEST = 2**62
+_BIGGEST = 2**53 - 1  # what every JSON parser reads exactly
 
 
 def _without_defaults(schema: dict[str, Any]) -> None:

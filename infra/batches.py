@@ -78,29 +78,39 @@ class BatchStore:
         with write(self._engine) as connection:
             return Batch.from_row(connection.execute(statement).mappings().one())
 
-    def add_item(self, batch: Batch, item: NewItem, *, force: bool = False, actor: str) -> tuple[BatchItem, Job | None]:
-        """Add one piece of work: a job that is there already, or a new one. Its place is behind the others.
+    def add_items(
+        self, batch: Batch, items: Iterable[NewItem], *, force: bool = False, actor: str
+    ) -> Sequence[Job | None]:
+        """Add pieces of work behind those that are there; return the job of each: a new one, or one that was there.
 
         Raises:
-            InfraError: the job store refuses the job.
+            InfraError: the job store refuses a job; nothing is added then.
         """
-        job, is_new = None, True
+        rows: list[dict[str, Any]] = []
+        made: list[Job | None] = []
+        last = select(func.coalesce(func.max(batch_items.c.idx), -1)).where(batch_items.c.batch_id == batch.id)
         with transaction(self._engine), write(self._engine) as connection:
-            if item.job is not None:
-                new = replace(item.job, batch_id=batch.id)
-                job, is_new = self._jobs.enqueue(new, force=force, actor=actor)
-            last = select(func.coalesce(func.max(batch_items.c.idx), -1)).where(batch_items.c.batch_id == batch.id)
-            values = {
-                "batch_id": batch.id,
-                "idx": connection.execute(last).scalar_one() + 1,
-                "model_name": item.model_name,
-                "recipe_name": item.recipe_name,
-                "job_id": None if job is None else job.id,
-                "reused": int(not is_new),
-                "detail": item.detail,
-            }
-            row = connection.execute(insert(batch_items).values(values).returning(batch_items)).mappings().one()
-        return BatchItem.from_row(row), job
+            first = connection.execute(last).scalar_one() + 1
+            for idx, item in enumerate(items, first):
+                job, is_new = None, True
+                if item.job is not None:
+                    new = replace(item.job, batch_id=batch.id)
+                    job, is_new = self._jobs.enqueue(new, force=force, actor=actor)
+                rows.append(
+                    {
+                        "batch_id": batch.id,
+                        "idx": idx,
+                        "model_name": item.model_name,
+                        "recipe_name": item.recipe_name,
+                        "job_id": None if job is None else job.id,
+                        "reused": int(not is_new),
+                        "detail": item.detail,
+                    }
+                )
+                made.append(job)
+            if rows:
+                connection.execute(insert(batch_items), rows)
+        return made
 
     def get(self, batch_id: str, tenant_id: str) -> Batch:
         """Return one batch.

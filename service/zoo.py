@@ -108,15 +108,14 @@ def add_batch(service: Context, caller: Caller, name: str, spec: Mapping[str, An
         QuotaExceeded: the tenant has as much as it may have.
     """
     batch = service.batches.add(caller.tenant_id, name, spec)
-    made = []
-    for item in plan.items:
-        _, job = service.batches.add_item(batch, item, force=plan.force, actor=caller.actor)
-        if job is not None:
-            made.append(job)
+    made = service.batches.add_items(batch, plan.items, force=plan.force, actor=caller.actor)
     if plan.evaluation is not None:
-        for new in _evaluations(made, plan.evaluation, plan.text_identity):
-            entry = NewItem(model_name=new.model_name, recipe_name=new.recipe_name, job=new)
-            service.batches.add_item(batch, entry, actor=caller.actor)
+        jobs = [job for job in made if job is not None]
+        measuring = [
+            NewItem(model_name=new.model_name, recipe_name=new.recipe_name, job=new)
+            for new in _evaluations(jobs, plan.evaluation, plan.text_identity)
+        ]
+        service.batches.add_items(batch, measuring, actor=caller.actor)
     return batch
 
 

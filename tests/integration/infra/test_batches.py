@@ -28,7 +28,7 @@ def item(desk: Any, fingerprint: str, **changes: Any) -> NewItem:
 
 def batch_of(zoo: BatchStore, *items: NewItem, force: bool = False) -> tuple[str, list[Job | None]]:
     batch = zoo.add("default", "zoo", {"models": ["m"]})
-    return batch.id, [zoo.add_item(batch, each, force=force, actor=ACTOR)[1] for each in items]
+    return batch.id, list(zoo.add_items(batch, items, force=force, actor=ACTOR))
 
 
 def succeed(store: JobStore, desk: Any, job: Job) -> None:
@@ -88,7 +88,7 @@ def test_cancelling_spares_what_was_there_and_what_has_ended(store, desk, zoo):
     succeed(store, desk, jobs[1])
     store.retry(there.id, tenant_id=None, actor=ACTOR)
     evaluation = desk.new_job("e", kind="evaluate", depends_on=[jobs[2].id])
-    zoo.add_item(zoo.get(batch_id, "default"), replace(item(desk, "x"), job=evaluation), actor=ACTOR)
+    zoo.add_items(zoo.get(batch_id, "default"), [replace(item(desk, "x"), job=evaluation)], actor=ACTOR)
     batch = zoo.cancel(batch_id, tenant_id="default", actor=ACTOR)
     assert batch.cancelled_at is not None
     assert states(zoo, batch_id) == ["queued", "succeeded", "cancelled", "cancelled"]
@@ -110,7 +110,7 @@ def test_only_what_failed_or_was_cancelled_is_tried_again(store, desk, zoo):
 def test_an_evaluation_is_tried_again_with_what_it_waits_for(store, desk, zoo):
     batch_id, jobs = batch_of(zoo, item(desk, "bad"))
     evaluation = desk.new_job("e", kind="evaluate", depends_on=[jobs[0].id])
-    zoo.add_item(zoo.get(batch_id, "default"), replace(item(desk, "bad"), job=evaluation), actor=ACTOR)
+    zoo.add_items(zoo.get(batch_id, "default"), [replace(item(desk, "bad"), job=evaluation)], actor=ACTOR)
     store.fail(desk.claim(), "error", "on purpose")
     assert states(zoo, batch_id) == ["failed", "failed"]
     assert zoo.retry_failed(batch_id, tenant_id="default", actor=ACTOR)[1] == 2

@@ -44,6 +44,7 @@ _SETTINGS = (
     ("Every process", "infra/settings.py", ("DatabaseSettings", "StorageSettings", "InfraSettings")),
     ("`python -m service`", "service/settings.py", ("ServiceSettings",)),
     ("`python -m workers`", "workers/settings.py", ("WorkerSettings",)),
+    ("`python -m infra.gc`", "infra/gc.py", ("GcSettings",)),
 )
 _OTHER_SECTIONS = {"transform", "weight", "activation", "kv_cache", "calibration", "source"}
 

@@ -139,6 +139,28 @@ def test_a_running_job_can_be_cancelled_and_leaves_no_scratch_files(side, tmp_pa
     assert not list((tmp_path / "work").glob("job_*"))
 
 
+def test_a_running_job_fails_at_its_deadline_and_a_retry_goes_on(side, tmp_path):
+    job = side.submit()
+    worker = SlowWorker(side.storage)
+    dispatcher = side.dispatcher(LocalExecutor(worker))
+    thread = run_in_thread(dispatcher)
+    assert worker.busy.wait(60)
+    side.store.change(job.id, {"deadline_at": 1}, tenant_id="default", actor="test")
+    time.sleep(0.5)  # more than one beat, which brings the deadline to the dispatcher
+    worker.go_on.set()
+    while side.store.get(job.id).state is JobState.RUNNING:
+        time.sleep(0.05)
+    dispatcher.stop()
+    thread.join()
+    ended = side.store.get(job.id)
+    assert (ended.state, ended.reason) == (JobState.FAILED, "deadline")
+    assert not list((tmp_path / "work").glob("job_*"))
+    side.store.retry(job.id, tenant_id="default", actor="test")
+    done = side.run_one()
+    assert done.state is JobState.SUCCEEDED
+    assert done.gpu_ms > 0
+
+
 def test_a_stopped_dispatcher_gives_its_job_back_and_the_next_one_finishes_it(side):
     job = side.submit()
     worker = SlowWorker(side.storage)

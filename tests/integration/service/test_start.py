@@ -173,23 +173,13 @@ def test_readiness_follows_the_dispatcher(service: Any) -> None:
     assert service.http.get("/readyz").json()["checks"]["dispatcher"]["ok"] is False
 
 
-def test_the_description_has_stable_names_examples_and_problems(service: Any) -> None:
+def test_the_description_has_unique_names_examples_and_problems(service: Any) -> None:
     described = service.http.get("/openapi.json").json()
+    names = [operation["operationId"] for methods in described["paths"].values() for operation in methods.values()]
+    # That none is lost or renamed is checked against docs/reference/openapi.json.
+    assert len(names) == len(set(names))
     operations = {
         operation["operationId"]: operation for methods in described["paths"].values() for operation in methods.values()
-    }
-    assert set(operations) == {
-        "submitJob",
-        "listJobs",
-        "getJob",
-        "cancelJob",
-        "listJobLayers",
-        "followJob",
-        "getArtifact",
-        "listRecipes",
-        "getHealth",
-        "getReadiness",
-        "getVersion",
     }
     for name, operation in operations.items():
         assert operation["summary"], name

@@ -296,6 +296,46 @@ def revoke_key(key_id: str) -> Call[Any]:
     return _post(f"/v1/keys/{_key(key_id)}:revoke", _same)
 
 
+def create_webhook(url: str, events: Sequence[str] = ()) -> Call[Any]:
+    """Have a URL told about jobs; the answer's `secret` is shown this once."""
+    return _post("/v1/webhooks", _same, {"url": url, "events": list(events)})
+
+
+def list_webhooks(*, limit: int | None = None, cursor: str | None = None) -> Call[Any]:
+    """Read a page of webhooks, newest first."""
+    return _get("/v1/webhooks", _same, limit=limit, cursor=cursor)
+
+
+def change_webhook(webhook_id: str, **changes: Any) -> Call[Any]:
+    """Change a webhook's url, events or enabled."""
+    return Call(method="PATCH", path=f"/v1/webhooks/{_webhook(webhook_id)}", read=_same, body=changes)
+
+
+def delete_webhook(webhook_id: str) -> Call[None]:
+    """Delete a webhook with the log of its deliveries."""
+    return Call(method="DELETE", path=f"/v1/webhooks/{_webhook(webhook_id)}", read=_same)
+
+
+def test_webhook(webhook_id: str) -> Call[Any]:
+    """Send a test message."""
+    return _post(f"/v1/webhooks/{_webhook(webhook_id)}:test", _same)
+
+
+def list_deliveries(webhook_id: str, *, limit: int | None = None, cursor: str | None = None) -> Call[Any]:
+    """Read a page of what was sent to a webhook, newest first."""
+    return _get(f"/v1/webhooks/{_webhook(webhook_id)}/deliveries", _same, limit=limit, cursor=cursor)
+
+
+def redeliver(webhook_id: str, delivery_id: str) -> Call[Any]:
+    """Send a message again."""
+    message = segment(delivery_id, "delivery id", "msg_0199a1b2...")
+    return _post(f"/v1/webhooks/{_webhook(webhook_id)}/deliveries/{message}:redeliver", _same)
+
+
+def _webhook(webhook_id: str) -> str:
+    return segment(webhook_id, "webhook id", "wh_0199a1b2...")
+
+
 def _key(key_id: str) -> str:
     return segment(key_id, "key id", "key_0199a1b2...")
 

@@ -7,7 +7,21 @@ from typing import cast
 
 import typer
 
-from client import artifacts, batches, demo, doctor, evaluations, jobs, keys, local, operations, profiles, recipes, up
+from client import (
+    artifacts,
+    batches,
+    demo,
+    doctor,
+    evaluations,
+    jobs,
+    keys,
+    local,
+    operations,
+    profiles,
+    recipes,
+    up,
+    webhooks,
+)
 from client.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILED,
@@ -43,6 +57,7 @@ app.add_typer(operations.models, name="model")
 app.add_typer(operations.queues, name="queue")
 app.add_typer(operations.workers, name="worker")
 app.add_typer(keys.app, name="key")
+app.add_typer(webhooks.app, name="webhook")
 app.add_typer(profiles.app, name="profile")
 app.command()(up.up)
 app.command()(local.quantize)

@@ -238,7 +238,7 @@ class Batch:
     @property
     def has_ended(self) -> bool:
         """Whether nothing waits or runs any more."""
-        return all(each.ended == each.total for each in (self.jobs, self.evaluations))
+        return not any(each.waiting or each.running for each in (self.jobs, self.evaluations))
 
 
 @dataclass(frozen=True, kw_only=True)

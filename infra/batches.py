@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import Connection, Engine, func, insert, select, tuple_, update
+from sqlalchemy import Connection, Engine, func, insert, or_, select, tuple_, update
 
 from infra.database import now_ms, read, transaction, write
 from infra.errors import BatchNotFound, DependencyFailed, JobConflict
@@ -18,6 +18,9 @@ from infra.schema import batch_items, batches, jobs
 
 REFUSED = "refused"
 """The state of an item whose job was never made."""
+
+# An item has lost its job without a reason when the collector has forgotten the job, long after it ended.
+_KNOWN = or_(batch_items.c.job_id.is_not(None), batch_items.c.detail.is_not(None))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,7 +151,7 @@ class BatchStore:
         query = (
             select(batch_items.c.batch_id, kind, state, func.count())
             .outerjoin(jobs, jobs.c.id == batch_items.c.job_id)
-            .where(batch_items.c.batch_id.in_(list(batch_ids)))
+            .where(batch_items.c.batch_id.in_(list(batch_ids)), _KNOWN)
             .group_by(batch_items.c.batch_id, kind, state)
         )
         found: dict[str, dict[tuple[str, str], int]] = defaultdict(dict)
@@ -170,7 +173,7 @@ class BatchStore:
 
     def items(self, batch_id: str) -> Sequence[tuple[BatchItem, Job | None]]:
         """Return a batch's items in order, each with its job."""
-        listed = select(batch_items).where(batch_items.c.batch_id == batch_id).order_by(batch_items.c.idx)
+        listed = select(batch_items).where(batch_items.c.batch_id == batch_id, _KNOWN).order_by(batch_items.c.idx)
         named = select(batch_items.c.job_id).where(batch_items.c.batch_id == batch_id)
         with read(self._engine) as connection:
             items = [BatchItem.from_row(row) for row in connection.execute(listed).mappings()]

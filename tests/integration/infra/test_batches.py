@@ -4,13 +4,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, update
+from sqlalchemy import Engine, delete, update
 
 from infra.batches import REFUSED, BatchItem, BatchStore, NewItem
 from infra.database import transaction, write
 from infra.errors import BatchNotFound, QuotaExceeded
 from infra.jobs import Job, JobState, JobStore
-from infra.schema import tenants
+from infra.schema import jobs, tenants
 
 pytestmark = pytest.mark.integration
 
@@ -125,6 +125,16 @@ def test_where_somebody_else_does_the_work_by_now_the_batch_takes_that_over(stor
     ((entry, job),) = zoo.items(batch_id)
     assert (job.id, entry.reused) == (other.id, True)
     assert store.get(jobs[0].id).state is JobState.FAILED
+
+
+def test_what_the_collector_has_forgotten_is_not_counted(store, desk, zoo, engine):
+    refused = NewItem(model_name="absent", recipe_name="rtn", detail="no such model")
+    batch_id, made = batch_of(zoo, item(desk, "old"), item(desk, "new"), refused)
+    store.fail(desk.claim(), "bad_input", "on purpose")
+    with write(engine) as connection:
+        connection.execute(delete(jobs).where(jobs.c.id == made[0].id))
+    assert [entry.recipe_name for entry, _ in zoo.items(batch_id)] == ["new", "rtn"]
+    assert zoo.tallies([batch_id])[batch_id] == {("quantize", "queued"): 1, ("quantize", REFUSED): 1}
 
 
 def test_a_batch_over_the_quota_leaves_nothing(store, desk, zoo, engine):

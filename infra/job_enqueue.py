@@ -1,9 +1,10 @@
 """Adding jobs: the same work is done once, quotas hold, and what a job depends on exists."""
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 import structlog
-from sqlalchemy import Connection, case, exists, insert, select
+from sqlalchemy import Connection, Select, bindparam, case, exists, insert, select
 from sqlalchemy.exc import IntegrityError
 
 from infra import tracing
@@ -18,6 +19,17 @@ from infra.schema import artifacts, job_deps, jobs, queues
 log = structlog.stdlib.get_logger(__name__)
 
 _MAX_LEASE_LOSSES = 5
+
+_NEW_JOB = insert(jobs).returning(jobs)
+_SAME_WORK = (
+    select(jobs)
+    .where(jobs.c.tenant_id == bindparam("of_tenant"), jobs.c.fingerprint == bindparam("wanted"))
+    .where(state_is(*ACTIVE, JobState.SUCCEEDED))
+    .where(~exists().where(artifacts.c.job_id == jobs.c.id, artifacts.c.deleted_at.is_not(None)))
+    # A finished artifact is worth more than a second run of the same work.
+    .order_by(case((state_is(JobState.SUCCEEDED), 0), else_=1), jobs.c.created_at.desc(), jobs.c.id.desc())
+    .limit(1)
+)
 
 
 class JobEnqueue(JobRows):
@@ -49,64 +61,51 @@ class JobEnqueue(JobRows):
         raise JobConflict("the same job is being added and finished again and again; try later")
 
     def _same_work(self, connection: Connection, new: NewJob) -> Job | None:
-        is_deleted = exists().where(artifacts.c.job_id == jobs.c.id, artifacts.c.deleted_at.is_not(None))
-        query = (
-            select(jobs)
-            .where(jobs.c.tenant_id == new.tenant_id, jobs.c.fingerprint == new.fingerprint)
-            .where(state_is(*ACTIVE, JobState.SUCCEEDED), ~is_deleted)
-            # A finished artifact is worth more than a second run of the same work.
-            .order_by(case((state_is(JobState.SUCCEEDED), 0), else_=1), jobs.c.created_at.desc(), jobs.c.id.desc())
-            .limit(1)
-        )
-        row = connection.execute(query).mappings().one_or_none()
+        values = {"of_tenant": new.tenant_id, "wanted": new.fingerprint}
+        row = connection.execute(_SAME_WORK, values).mappings().one_or_none()
         return None if row is None else Job.from_row(row)
 
     def _insert(self, connection: Connection, new: NewJob, *, force: bool, actor: str) -> Job:
         # Jobs are locked before the tenant, as everywhere: two orders would be a deadlock.
         is_blocked = self._is_blocked(connection, new.tenant_id, new.depends_on)
         require_room(connection, new.tenant_id, gpus=new.gpus)
-        look = select(self._now(), exists().where(queues.c.name == new.queue))
-        now, has_queue = connection.execute(look).one()
+        now, has_queue = connection.execute(self._look, {"line": new.queue}).one()
         if not has_queue:
             raise QueueNotFound(f"no queue {new.queue}", queue=new.queue)
         # A time in the past would be a way to the front of the queue.
         run_at = max(now, new.run_at or now)
         state = JobState.BLOCKED if is_blocked else JobState.SCHEDULED if run_at > now else JobState.QUEUED
-        statement = (
-            insert(jobs)
-            .values(
-                id=new_id("job"),
-                tenant_id=new.tenant_id,
-                kind=new.kind,
-                state=state,
-                spec=dict(new.spec),
-                fingerprint=new.fingerprint,
-                forced=int(force),
-                priority=new.priority,
-                created_at=now,
-                run_at=run_at,
-                turn_at=turn_at(run_at, new.priority),
-                deadline_at=new.deadline_at,
-                queue=new.queue,
-                batch_id=new.batch_id,
-                gpus=new.gpus,
-                model_name=new.model_name,
-                recipe_name=new.recipe_name,
-                labels=None if new.labels is None else dict(new.labels),
-                traceparent=new.traceparent or tracing.current_traceparent(),
-                attempt=0,
-                max_attempts=new.max_attempts,
-                lease_losses=0,
-                max_lease_losses=_MAX_LEASE_LOSSES,
-                fence=0,
-                phase="",
-                progress_done=0,
-                progress_total=0,
-                version=1,
-            )
-            .returning(jobs)
-        )
-        job = Job.from_row(connection.execute(statement).mappings().one())
+        values = {
+            "id": new_id("job"),
+            "tenant_id": new.tenant_id,
+            "kind": new.kind,
+            "state": state,
+            "spec": dict(new.spec),
+            "fingerprint": new.fingerprint,
+            "forced": int(force),
+            "priority": new.priority,
+            "created_at": now,
+            "run_at": run_at,
+            "turn_at": turn_at(run_at, new.priority),
+            "deadline_at": new.deadline_at,
+            "queue": new.queue,
+            "batch_id": new.batch_id,
+            "gpus": new.gpus,
+            "model_name": new.model_name,
+            "recipe_name": new.recipe_name,
+            "labels": None if new.labels is None else dict(new.labels),
+            "traceparent": new.traceparent or tracing.current_traceparent(),
+            "attempt": 0,
+            "max_attempts": new.max_attempts,
+            "lease_losses": 0,
+            "max_lease_losses": _MAX_LEASE_LOSSES,
+            "fence": 0,
+            "phase": "",
+            "progress_done": 0,
+            "progress_total": 0,
+            "version": 1,
+        }
+        job = Job.from_row(connection.execute(_NEW_JOB, values).mappings().one())
         for depends_on in dict.fromkeys(new.depends_on):
             connection.execute(insert(job_deps).values(job_id=job.id, depends_on=depends_on))
         data = {"to": job.state, "forced": force}
@@ -115,6 +114,10 @@ class JobEnqueue(JobRows):
         self._event(connection, job.id, EventType.ENQUEUED, actor, data)
         log.info("job_enqueued", job_id=job.id, tenant_id=job.tenant_id, kind=job.kind, state=job.state)
         return job
+
+    @cached_property
+    def _look(self) -> Select[int, bool]:
+        return select(self._now(), exists().where(queues.c.name == bindparam("line")))
 
     def _is_blocked(self, connection: Connection, tenant_id: str, depends_on: Sequence[str]) -> bool:
         """Look at the jobs that a new one waits for, and keep them from ending before it is in.

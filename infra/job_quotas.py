@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Connection, func, select
+from sqlalchemy import ColumnElement, Connection, bindparam, func, select
 
 from infra.errors import QuotaExceeded, TenantNotFound
 from infra.job_model import HELD, WAITING, JobState
 from infra.job_rows import state_is
 from infra.schema import artifacts, jobs, tenants
+
+_LIMITS = select(tenants.c.max_queued, tenants.c.max_running, tenants.c.max_bytes).where(
+    tenants.c.id == bindparam("of_tenant")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +38,11 @@ def allowance(connection: Connection, tenant_id: str) -> Allowance:
     Raises:
         TenantNotFound: no such tenant.
     """
-    query = select(tenants.c.max_queued, tenants.c.max_running, tenants.c.max_bytes).where(tenants.c.id == tenant_id)
-    row = connection.execute(query).one_or_none()
+    row = connection.execute(_LIMITS, {"of_tenant": tenant_id}).one_or_none()
     if row is None:
         raise TenantNotFound(f"no tenant {tenant_id}", tenant_id=tenant_id)
     if row.max_queued is not None or row.max_bytes is not None:
-        row = connection.execute(query.with_for_update(key_share=True)).one()
+        row = connection.execute(_LIMITS.with_for_update(key_share=True), {"of_tenant": tenant_id}).one()
     return Allowance(row.max_queued, row.max_running, row.max_bytes)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import delete, func, insert, select, tuple_, update
+from sqlalchemy import bindparam, delete, func, insert, select, tuple_, update
 
 from infra.database import read, write
 from infra.errors import JobNotFound
@@ -14,6 +14,30 @@ from infra.job_rows import JobRows, state_is
 from infra.schema import job_events, jobs, tenants, workers
 
 _WORKER_MEMORY_S = 24 * 3600
+
+_is_queued_beside = state_is(JobState.QUEUED) & (jobs.c.queue == bindparam("line"))
+_place = select(jobs.c.turn_at).where(jobs.c.id == bindparam("job_id")).correlate(None).scalar_subquery()
+_AHEAD = (
+    select(func.count(jobs.c.id), tenants.c.weight)
+    .select_from(
+        tenants.outerjoin(
+            jobs,
+            (jobs.c.tenant_id == tenants.c.id)
+            & _is_queued_beside
+            & (tuple_(jobs.c.turn_at, jobs.c.id) < tuple_(_place, bindparam("job_id"))),
+        )
+    )
+    .where(tenants.c.id == bindparam("of_tenant"))
+    .group_by(tenants.c.weight)
+)
+"""How many jobs of its own tenant are before a job, and the tenant's weight."""
+_RIVALS = (
+    select(func.count(), tenants.c.weight)
+    .select_from(jobs.join(tenants, tenants.c.id == jobs.c.tenant_id))
+    .where(jobs.c.tenant_id != bindparam("of_tenant"), tenants.c.paused == 0, _is_queued_beside)
+    .group_by(tenants.c.id, tenants.c.weight)
+)
+"""How many jobs each other tenant has waiting, and its weight."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,20 +86,12 @@ class JobReads(JobRows):
         """
         if job.state is not JobState.QUEUED:
             return None
-        place = select(jobs.c.turn_at).where(jobs.c.id == job.id).scalar_subquery()
-        ahead = tuple_(jobs.c.turn_at, jobs.c.id) < tuple_(place, job.id)
-        own = select(func.count()).select_from(jobs).where(jobs.c.tenant_id == job.tenant_id, ahead)
-        others = (
-            select(func.count(), tenants.c.weight)
-            .join(tenants, tenants.c.id == jobs.c.tenant_id)
-            .where(jobs.c.tenant_id != job.tenant_id, tenants.c.paused == 0)
-            .group_by(tenants.c.id, tenants.c.weight)
-        )
-        is_rival = state_is(JobState.QUEUED) & (jobs.c.queue == job.queue)
+        values = {"job_id": job.id, "of_tenant": job.tenant_id, "line": job.queue}
         with read(self._engine) as connection:
-            before = connection.execute(own.where(is_rival)).scalar_one()
-            weight = connection.execute(select(tenants.c.weight).where(tenants.c.id == job.tenant_id)).scalar_one()
-            rivals = connection.execute(others.where(is_rival)).all()
+            before, weight = connection.execute(_AHEAD, values).one()
+            if before == 0:
+                return 0
+            rivals = connection.execute(_RIVALS, values).all()
         position: int = before + sum(min(count, math.ceil(before * share / weight)) for count, share in rivals)
         return position
 

@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 from urllib.parse import urlsplit
@@ -112,8 +112,8 @@ def _count(request: Request, service: Context, key: ApiKey) -> None:
     request.state.extra_headers = verdict.headers
 
 
-def _needs(scope: str) -> Callable[[Caller], Caller]:
-    def check(caller: Annotated[Caller, Depends(authenticate)]) -> Caller:
+def _needs(scope: str) -> Callable[[Caller], Awaitable[Caller]]:
+    async def check(caller: Annotated[Caller, Depends(authenticate)]) -> Caller:
         if scope not in caller.scopes:
             raise ProblemError("missing-scope", f"This API key lacks the scope {scope}; use one that has it.")
         return caller

@@ -5,16 +5,16 @@ from fastapi import Depends, Request
 from service.errors import ProblemError
 
 
-def _require_json(request: Request) -> None:
+async def _require_json(request: Request) -> None:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise ProblemError("unsupported-media-type", f"The body's content type is {media_type!r}.")
 
 
-def _require_json_if_any(request: Request) -> None:
+async def _require_json_if_any(request: Request) -> None:
     headers = request.headers
     if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
-        _require_json(request)
+        await _require_json(request)
 
 
 JSON_BODY = Depends(_require_json)

@@ -60,8 +60,8 @@ class Context:
     """Set when the server shuts down, so that open event streams end."""
 
 
-def context(request: Request) -> Context:
-    """Return the app's object graph."""
+async def context(request: Request) -> Context:
+    """Return the app's object graph. A plain function would be sent to a thread, which costs more than it does."""
     service = request.app.state.context
     assert isinstance(service, Context)
     return service

@@ -16,7 +16,7 @@ CreatedFrom = Annotated[Moment | None, Query(description="Only what was made at 
 CreatedUntil = Annotated[Moment | None, Query(description="Only what was made before this time")]
 
 
-def job_filter(
+async def job_filter(
     state: Annotated[list[JobState], Query(max_length=8, description="Only jobs in one of these states")] = [],  # noqa: B006  FastAPI copies it
     kind: Annotated[JobKind | None, Query(description="Only jobs of this kind")] = None,
     model: Annotated[Name, Query(description="Only jobs of the model with this name")] = None,

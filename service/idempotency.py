@@ -128,7 +128,7 @@ async def _idempotent_request(
     return IdempotentRequest(service, key, f"{request.method} {request.url.path}"[:200], body_hash)
 
 
-def _keyed_request(
+async def _keyed_request(
     request: Annotated[IdempotentRequest, Depends(_idempotent_request)], key: OptionalKey = None
 ) -> IdempotentRequest:
     if key is None:

@@ -3,56 +3,71 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from infra.jobs import Job, JobState, LayerRow
 from service.context import Context
 from service.schemas.common import moment
-from service.schemas.jobs import JobDetail, JobSummary, LayerCounts, LayerView, Progress
+from service.schemas.jobs import JobDetail, JobSubmitted, JobSummary, LayerCounts, LayerView, Progress
 from service.schemas.models import ModelRequest
 
 
 def job_summary(job: Job) -> JobSummary:
     """Show a job in a list."""
-    return JobSummary(
-        id=job.id,
-        kind=job.kind,
-        state=job.state.value,
-        reason=job.reason,
-        detail=job.detail,
-        model=ModelRequest(**job.spec["model"]) if job.spec.get("model") else None,
-        recipe_name=job.recipe_name,
-        queue=job.queue,
-        priority=job.priority,
-        batch_id=job.batch_id,
-        labels=job.labels or {},
-        created_at=moment(job.created_at),
-        run_at=moment(job.run_at),
-        deadline_at=moment(job.deadline_at),
-        started_at=moment(job.started_at),
-        finished_at=moment(job.finished_at),
-        attempt=job.attempt,
-        max_attempts=job.max_attempts,
-        lease_losses=job.lease_losses,
-        gpu_seconds=job.gpu_ms / 1000,
-        progress=Progress(phase=job.phase or None, done=job.progress_done, total=job.progress_total),
-        fingerprint=job.fingerprint,
-    )
+    return JobSummary(**_facts(job))
 
 
 def job_detail(service: Context, job: Job) -> JobDetail:
     """Show a job with its layers, its place in the queue and its time left."""
-    layers = service.jobs.layers(job.id)
+    return JobDetail(**_all_facts(service, job))
+
+
+def job_submitted(service: Context, job: Job, *, created: bool, evaluation_job_id: str | None = None) -> JobSubmitted:
+    """Show a job to whoever has just asked for it."""
+    return JobSubmitted(**_all_facts(service, job), reused=not created, evaluation_job_id=evaluation_job_id)
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    return {
+        "id": job.id,
+        "kind": job.kind,
+        "state": job.state.value,
+        "reason": job.reason,
+        "detail": job.detail,
+        "model": ModelRequest(**job.spec["model"]) if job.spec.get("model") else None,
+        "recipe_name": job.recipe_name,
+        "queue": job.queue,
+        "priority": job.priority,
+        "batch_id": job.batch_id,
+        "labels": job.labels or {},
+        "created_at": moment(job.created_at),
+        "run_at": moment(job.run_at),
+        "deadline_at": moment(job.deadline_at),
+        "started_at": moment(job.started_at),
+        "finished_at": moment(job.finished_at),
+        "attempt": job.attempt,
+        "max_attempts": job.max_attempts,
+        "lease_losses": job.lease_losses,
+        "gpu_seconds": job.gpu_ms / 1000,
+        "progress": Progress(phase=job.phase or None, done=job.progress_done, total=job.progress_total),
+        "fingerprint": job.fingerprint,
+    }
+
+
+def _all_facts(service: Context, job: Job) -> dict[str, Any]:
+    # A job that nobody has ever claimed has not been planned, so it has no layers to ask for.
+    layers = service.jobs.layers(job.id) if job.fence else []
     ahead = service.jobs.queue_position(job)
-    return JobDetail(
-        **job_summary(job).model_dump(),
-        recipe=job.spec.get("recipe"),
-        depends_on=list(service.search.dependencies(job.id)),
-        layers=layer_counts(layers),
-        queue_position=None if ahead is None else ahead + 1,
-        eta_seconds=eta_seconds(job, layers),
-        result=job.result,
-        version=job.version,
-    )
+    return {
+        **_facts(job),
+        "recipe": job.spec.get("recipe"),
+        "depends_on": list(service.search.dependencies(job.id)),
+        "layers": layer_counts(layers),
+        "queue_position": None if ahead is None else ahead + 1,
+        "eta_seconds": eta_seconds(job, layers),
+        "result": job.result,
+        "version": job.version,
+    }
 
 
 def layer_counts(layers: Sequence[LayerRow]) -> LayerCounts:

@@ -18,7 +18,7 @@ from service.paging import Cursor, Limit, cut, read_cursor
 from service.routers.artifacts import ID_PATTERN
 from service.schemas.evaluations import EvaluationPage, EvaluationRequest, EvaluationView, evaluation_view
 from service.schemas.jobs import JobSubmitted
-from service.views import job_detail
+from service.views import job_submitted
 from service.zoo_examples import EVALUATION, EVALUATION_JOB, EVALUATION_REQUESTS
 
 router = APIRouter(prefix="/v1", tags=["evaluations"])
@@ -76,7 +76,7 @@ def submit_evaluation(service: Service, caller: Writer, body: EvaluationRequest,
 
     def make(new: NewJob) -> Made:
         job, created = service.jobs.enqueue(new, force=body.force, actor=caller.actor)
-        view = JobSubmitted(**job_detail(service, job).model_dump(), reused=not created)
+        view = job_submitted(service, job, created=created)
         return Made(view, status=201 if created else 200, location=f"/v1/jobs/{job.id}")
 
     return once.answer(caller, lambda: requested_evaluation(service, caller, body), make)

@@ -26,7 +26,7 @@ from service.paging import Cursor, Limit, cut, read_cursor
 from service.preferences import Prefer, Wait, wait_seconds
 from service.schemas.jobs import JobChange, JobDetail, JobPage, JobRequest, JobSubmitted, LayerList
 from service.submit import changes_of, new_job
-from service.views import job_detail, job_summary, layer_view
+from service.views import job_detail, job_submitted, job_summary, layer_view
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
 
@@ -95,11 +95,8 @@ def submit_job(service: Service, caller: Writer, body: JobRequest, once: Once) -
         if body.evaluate is not None:
             measuring = replace(of_artifact(job, body.evaluate, text_identity), priority=job.priority, queue=job.queue)
             evaluation, _ = service.jobs.enqueue(measuring, actor=caller.actor)
-        view = JobSubmitted(
-            **job_detail(service, job).model_dump(),
-            reused=not created,
-            evaluation_job_id=None if evaluation is None else evaluation.id,
-        )
+        evaluation_id = None if evaluation is None else evaluation.id
+        view = job_submitted(service, job, created=created, evaluation_job_id=evaluation_id)
         return Made(view, status=201 if created else 200, location=f"/v1/jobs/{job.id}")
 
     return once.answer(caller, prepare, make)

@@ -15,7 +15,7 @@ import pytest
 
 from service.catalogue import CATALOGUE
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
 COUNT = 10_000
 GROWTH_LIMIT = 30_000_000
 BODY = {"model": {"source": "demo", "name": "smollm2-135m"}, "recipe": "duquant"}

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import RESULTS, describe, load_average
-from sqlalchemy import Engine, create_engine, func, insert, make_url, select, text
+from sqlalchemy import Engine, func, insert, select, text
 
 from infra.database import make_engine, read, write
 from infra.ids import new_id

@@ -95,7 +95,7 @@ def _read_hub(source: TextSource) -> str:
     try:
         rows = load_dataset(source.name, source.config, split=source.split)
         return "\n\n".join(rows[source.text_field])
-    except (ValueError, OSError, KeyError, TypeError) as err:
+    except Exception as err:  # as with models: errors of the HTTP library come through as they are
         raise CalibrationError(f"cannot read hub data set {source.name} ({source.split}): {err}") from err
 
 

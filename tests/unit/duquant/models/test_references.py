@@ -1,5 +1,8 @@
 """Model references that name nothing usable."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +34,20 @@ def test_unknown_demo_model_lists_the_known_ones(tmp_path: Path) -> None:
 def test_hub_is_switched_off_by_default(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="switched off"):
         resolve_model("hub:owner/name", cache=tmp_path)
+
+
+def test_a_hub_that_does_not_answer_is_an_error_that_says_so(tmp_path: Path) -> None:
+    """In a process of its own: the hub's client reads its address once, when it is imported."""
+    code = (
+        "import sys, pathlib; from duquant.errors import SourceError; from duquant.models.references import resolve_model\n"
+        "try: resolve_model('hub:owner/name', cache=pathlib.Path(sys.argv[1]), allow_hub=True)\n"
+        "except SourceError as error: print(error)"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "cannot fetch owner/name from the hub" in done.stdout
+    assert "Connection refused" in done.stdout
 
 
 def test_converted_demo_model_is_taken_from_the_cache(tmp_path: Path) -> None:

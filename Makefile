@@ -13,7 +13,7 @@ CODE := duquant infra service workers client tests benchmarks docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint format bench-quantize bench-memory bench-queue docs lock clean
+.PHONY: help venv demo test lint format bench-quantize bench-memory bench-api bench-queue docs lock clean
 
 help: ## say what the targets are
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1	\2/' | expand -t 22
@@ -44,6 +44,9 @@ bench-quantize: $(VENV)/.demo ## measure time, memory and perplexity of the reci
 
 bench-memory: $(VENV)/.demo ## measure the memory of a layer worker: benchmarks/results/worker-memory.json
 	$(BIN)/python benchmarks/worker_memory.py
+
+bench-api: $(VENV)/.dev ## measure submits and lists over HTTP: benchmarks/results/api.json
+	$(BIN)/python benchmarks/api.py
 
 bench-queue: $(VENV)/.dev ## measure claims and endings of jobs on both databases: benchmarks/results/job-store.json
 	$(BIN)/python benchmarks/job_store.py

@@ -39,7 +39,9 @@ def test_hub_is_switched_off_by_default(tmp_path: Path) -> None:
 def test_a_hub_that_does_not_answer_is_an_error_that_says_so(tmp_path: Path) -> None:
     """In a process of its own: the hub's client reads its address once, when it is imported."""
     code = (
-        "import sys, pathlib; from duquant.errors import SourceError; from duquant.models.references import resolve_model\n"
+        "import sys, pathlib\n"
+        "from duquant.errors import SourceError\n"
+        "from duquant.models.references import resolve_model\n"
         "try: resolve_model('hub:owner/name', cache=pathlib.Path(sys.argv[1]), allow_hub=True)\n"
         "except SourceError as error: print(error)"
     )

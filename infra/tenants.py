@@ -24,7 +24,7 @@ class Tenant:
     weight: float
     """Its share of the workers while others wait, too: 2 gets twice what 1 gets."""
     max_queued: int | None
-    """Jobs that may wait or run."""
+    """Jobs that may wait: blocked, scheduled or queued."""
     max_running: int | None
     """GPU slots that may run at once."""
     max_bytes: int | None

@@ -53,7 +53,11 @@ def main() -> int:
 def _listen(host: str, port: int) -> socket.socket:
     """Take the port before anything else starts, so that a taken one is a plain error."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=512)
+    listener = socket.create_server((host, port), family=family, backlog=512)
+    # Accepted connections inherit it; asyncio sets it only on sockets that name their protocol. Without it an answer's
+    # body waits 40 ms behind its headers.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def _refuse(message: str) -> int:

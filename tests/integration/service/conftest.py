@@ -153,6 +153,9 @@ class Served:
 
     def __init__(self, app: Any) -> None:
         listener = socket.create_server(("127.0.0.1", 0))
+        listener.setsockopt(
+            socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
+        )  # as service.__main__ does, and why is told there
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(config)

@@ -12,6 +12,7 @@ from infra.errors import InfraError, JobConflict, LeaseLost, TransientError
 from infra.jobs import ACTIVE, Claim, FailureReason, JobState, JobStore
 from infra.metrics import snapshot
 from infra.storage import ObjectStore
+from workers.claimed_run import ClaimedRun
 from workers.endings import JobFailed, JobStopped
 from workers.evaluation_run import EvaluationRun
 from workers.job_run import JobRun
@@ -26,7 +27,7 @@ log = structlog.stdlib.get_logger(__name__)
 
 _MAX_IDLE_FACTOR = 5
 _ENDINGS = {JobState.FAILED: "failed", JobState.CANCELLED: "cancelled"}
-_RUNS: Mapping[str, type[JobRun] | type[EvaluationRun]] = {"quantize": JobRun, "evaluate": EvaluationRun}
+_RUNS: Mapping[str, type[ClaimedRun]] = {"quantize": JobRun, "evaluate": EvaluationRun}
 
 
 class Dispatcher:
@@ -102,7 +103,7 @@ class Dispatcher:
                 log.warning("verdict_not_written", error=str(err))
 
     def _run_held(self, claim: Claim, lease: LeaseKeeper) -> None:
-        run: JobRun | EvaluationRun | None = None
+        run: ClaimedRun | None = None
         try:
             run = _RUNS[claim.job.kind](
                 self._store,
@@ -172,7 +173,7 @@ class Dispatcher:
         detail: str,
         *,
         retry_as: ErrorClass | None = None,
-        run: JobRun | EvaluationRun | None = None,
+        run: ClaimedRun | None = None,
     ) -> None:
         self._executor.abandon()
         has_progressed = run is not None and run.has_progressed

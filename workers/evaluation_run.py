@@ -1,64 +1,29 @@
 """EvaluationRun: takes one claimed evaluate job from its artifact or model to a perplexity."""
 
 import json
-import threading
-from pathlib import Path
 from typing import Any
-
-import structlog
 
 from duquant.config import TextSource
 from duquant.errors import DuQuantError
 from infra.artifact_keys import ArtifactKeys
 from infra.errors import JobNotFound
-from infra.jobs import Claim, JobState, JobStore
-from infra.storage import ObjectStore
+from infra.jobs import JobState
+from workers.claimed_run import COLLECT_S, ClaimedRun
 from workers.endings import JobFailed, JobStopped
 from workers.inputs import find_text, model_reference
-from workers.lease import LeaseKeeper
 from workers.measure import PROGRESS, STOP
-from workers.metrics import STEP_FAILURES
-from workers.settings import WorkerSettings
-from workers.tasks import Completion, EvaluationSpec, EvaluationTask, Executor
-
-log = structlog.stdlib.get_logger(__name__)
-
-_MAX_ATTEMPTS = 3
-_COLLECT_S = 0.5
+from workers.tasks import EvaluationSpec, EvaluationTask
 
 
-class EvaluationRun:
+class EvaluationRun(ClaimedRun):
     """One claim of one evaluate job. The measuring is one task of the executor; this watches it."""
 
-    has_progressed = False
-    """An evaluation has no steps that a later try could go on from."""
-
-    def __init__(
-        self,
-        store: JobStore,
-        storage: ObjectStore,
-        executor: Executor,
-        settings: WorkerSettings,
-        claim: Claim,
-        *,
-        lease: LeaseKeeper,
-        stopping: threading.Event,
-        work_dir: Path,
-    ) -> None:
-        self._store, self._storage, self._executor = store, storage, executor
-        self._settings, self._claim, self._lease = settings, claim, lease
-        self._stopping = stopping
-        self._work_dir = work_dir
+    def __init__(self, *parts: Any, **more_parts: Any) -> None:
+        super().__init__(*parts, **more_parts)
         self._shown: tuple[int, int] | None = None
 
     def run(self) -> dict[str, Any]:
-        """Measure; return the job's result.
-
-        Raises:
-            JobFailed: it cannot be done (now).
-            JobStopped: it must not be done any further.
-            InfraError: database or object storage failed.
-        """
+        """Measure; return the job's result. An evaluation has no steps that a later try could go on from."""
         (self._work_dir / STOP).unlink(missing_ok=True)
         (self._work_dir / PROGRESS).unlink(missing_ok=True)
         try:
@@ -104,34 +69,19 @@ class EvaluationRun:
         attempt = 1
         self._executor.submit(EvaluationTask(spec, attempt))
         while True:
-            if self._lease.lost.is_set() or self._lease.stop_requested.is_set() or self._stopping.is_set():
+            if self._must_stop:
                 # A thread cannot be stopped from outside; the worker looks for this file after each window.
                 (self._work_dir / STOP).touch()
                 raise JobStopped
             self._show_progress()
-            for completion in self._executor.collect(_COLLECT_S):
+            for completion in self._executor.collect(COLLECT_S):
                 if completion.kind == "ok":
                     assert completion.result is not None
                     self._show_progress()
                     return {**completion.result, "device": completion.device}
-                self._handle_failure(completion, attempt)
+                self._check_another_try(completion, completion.error or "", attempt)
                 attempt += 1
                 self._executor.submit(EvaluationTask(spec, attempt))
-
-    def _handle_failure(self, completion: Completion[EvaluationTask], attempt: int) -> None:
-        """Note a failed attempt; raise when there is no point in another."""
-        STEP_FAILURES.labels(completion.kind).inc()
-        log.warning(
-            "evaluation_failed",
-            attempt=attempt,
-            kind=completion.kind,
-            error=completion.error,
-        )
-        detail = completion.error or ""
-        if completion.kind == "bad_input":
-            raise JobFailed("bad_input", detail)
-        if attempt >= _MAX_ATTEMPTS:
-            raise JobFailed("error", detail, retry_as=completion.retry_as)
 
     def _show_progress(self) -> None:
         try:

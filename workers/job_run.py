@@ -2,13 +2,11 @@
 
 import json
 import tempfile
-import threading
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import structlog
 import torch
 
 from duquant.artifact.layout import MANIFEST
@@ -20,55 +18,26 @@ from duquant.pipeline.plan import StepId
 from infra import tracing
 from infra.artifact_keys import ArtifactKeys
 from infra.errors import ObjectExists, ObjectNotFound
-from infra.jobs import Claim, JobStore, LayerRow
-from infra.storage import ObjectStore
+from infra.jobs import LayerRow
+from workers.claimed_run import COLLECT_S, ClaimedRun
 from workers.endings import JobFailed, JobStopped
 from workers.inputs import find_text, model_reference
-from workers.lease import LeaseKeeper
-from workers.metrics import LAYER_SECONDS, STEP_FAILURES
+from workers.metrics import LAYER_SECONDS
 from workers.schedule import Schedule
-from workers.settings import WorkerSettings
-from workers.tasks import Completion, Executor, RunSpec, Task
-
-log = structlog.stdlib.get_logger(__name__)
-
-_MAX_STEP_ATTEMPTS = 3
-_COLLECT_S = 0.5
+from workers.tasks import Completion, RunSpec, Task
 
 
-class JobRun:
-    """One claim of one job. All writes to the job go through here, on one thread, with the claim's fence."""
+class JobRun(ClaimedRun):
+    """One claim of one quantize job, layer by layer; every finished layer is committed."""
 
-    def __init__(
-        self,
-        store: JobStore,
-        storage: ObjectStore,
-        executor: Executor,
-        settings: WorkerSettings,
-        claim: Claim,
-        *,
-        lease: LeaseKeeper,
-        stopping: threading.Event,
-        work_dir: Path,
-    ) -> None:
-        self._store, self._storage, self._executor = store, storage, executor
-        self._settings, self._claim, self._lease = settings, claim, lease
-        self._stopping = stopping
-        self._work_dir = work_dir
-        self._keys = ArtifactKeys(claim.job.tenant_id, claim.job.id)
+    def __init__(self, *parts: Any, **more_parts: Any) -> None:
+        super().__init__(*parts, **more_parts)
+        self._keys = ArtifactKeys(self._claim.job.tenant_id, self._claim.job.id)
         self._rows: dict[int, LayerRow] = {}
         self._attempts: dict[StepId, int] = {}
-        self.has_progressed = False
-        """Whether this claim has committed a layer."""
 
     def run(self) -> dict[str, Any]:
-        """Do everything that is not done yet; return the job's result.
-
-        Raises:
-            JobFailed: it cannot be done (now).
-            JobStopped: it must not be done any further.
-            InfraError: database or object storage failed.
-        """
+        """Do every layer that is not done yet and publish; return the job's result."""
         try:
             spec = self._spec()
             run = self._model_run(spec)
@@ -122,12 +91,12 @@ class JobRun:
     def _drive(self, spec: RunSpec, run: ModelRun, schedule: Schedule, layers: int) -> None:
         """Keep the executor busy until every step is done."""
         while not schedule.is_over:
-            if self._lease.lost.is_set() or self._lease.stop_requested.is_set() or self._stopping.is_set():
+            if self._must_stop:
                 raise JobStopped
             while self._executor.has_room() and (step := schedule.next_ready()) is not None:
                 self._executor.submit(self._task(spec, step))
             # What went well is committed first: a failure beside it may end the job.
-            for completion in sorted(self._executor.collect(_COLLECT_S), key=lambda ended: ended.kind != "ok"):
+            for completion in sorted(self._executor.collect(COLLECT_S), key=lambda ended: ended.kind != "ok"):
                 step = completion.task.step
                 if completion.kind != "ok":
                     self._handle_failure(completion)
@@ -152,17 +121,7 @@ class JobRun:
         detail = where + (completion.error or "").removeprefix(where)
         if step.kind in ("quantize", "extra"):
             self._rows[step.layer] = self._store.fail_layer(self._claim, step.layer, completion.error or "")
-        STEP_FAILURES.labels(completion.kind).inc()
-        log.warning(
-            "step_failed",
-            task=completion.task.label,
-            kind=completion.kind,
-            error=completion.error,
-        )
-        if completion.kind == "bad_input":
-            raise JobFailed("bad_input", detail)
-        if self._attempts[step] >= _MAX_STEP_ATTEMPTS:
-            raise JobFailed("error", detail, retry_as=completion.retry_as)
+        self._check_another_try(completion, detail, self._attempts[step])
 
     def _commit(self, completion: Completion[Task], run: ModelRun, layers: int) -> None:
         """Make a finished shard count: object in place, then the row."""

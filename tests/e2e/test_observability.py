@@ -192,7 +192,7 @@ def test_every_line_about_a_job_names_it(aftermath: Aftermath) -> None:
     }
     about_jobs = [line for line in aftermath.logs["workers"] if line["event"].startswith(("job_", "step_", "layer_"))]
     assert not [line for line in about_jobs if "job_id" not in line]
-    assert not [line for line in about_jobs if line["event"] != "step_failed" and "fence" not in line]
+    assert not [line for line in about_jobs if line["event"] != "task_failed" and "fence" not in line]
 
 
 def test_every_request_has_an_id_and_says_whose_it_was(aftermath: Aftermath) -> None:

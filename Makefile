@@ -4,6 +4,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 # Most tests wait for processes and timers: two at once take little more than half the time. One file is one process's.
+# Tests that start the whole service need the machine for themselves, or their deadlines tell of the other tests.
 PYTEST_PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,7 +25,8 @@ demo: $(VENV)/.demo ## quantize a real model through the service and show the pr
 	$(BIN)/duquant demo
 
 test: lint ## what CI runs: format, lint, types, import contracts, tests
-	$(BIN)/python -m pytest $(PYTEST_PARALLEL) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_PARALLEL) -m "not e2e" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m e2e $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev ## the checks that run no code
 	$(BIN)/ruff format --check $(CODE)

@@ -14,8 +14,10 @@ from service.schemas.recipes import CalibrationOverrides, RecipeInput
 
 QueueName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$", examples=["default"])]
 JobIdText = Annotated[str, Field(pattern=r"^job_[0-9a-z]{1,60}$", examples=["job_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]
-Labels = dict[
-    Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,63}$")], Annotated[str, Field(min_length=1, max_length=200)]
+Labels = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,63}$")], Annotated[str, Field(min_length=1, max_length=200)]],
+    # pydantic describes the keys that match, and forgets to say that there are no others.
+    Field(json_schema_extra={"additionalProperties": False}),
 ]
 
 

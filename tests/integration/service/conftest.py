@@ -191,9 +191,10 @@ def run_service(tmp_path: Path, database_url: str, storage: ObjectStore, s3: Any
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_logs() -> Iterator[None]:
     """Keep the service's log lines out of the output of the commands that run in the same process."""
+    before = structlog.get_config()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     yield
-    structlog.reset_defaults()
+    structlog.configure(**before)
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ def test_the_queue_the_bill_and_the_dispatchers_are_shown(any_service: Any) -> N
     # Two layers and the shard of the embeddings, at 1.5, 2.5 and 0.5 s by the harness.
     assert found["duquant_gpu_seconds_total"] == {(("tenant", "default"),): 4.5}
     assert found["duquant_workers"] == {(): 1}
-    assert found["duquant_layer_seconds_sum"] == {(("worker", "host-1"),): 2.5}
+    assert found["duquant_layer_seconds_sum"][("worker", "host-1"),] == 2.5
     assert found["duquant_database_up"] == {(): 1}
 
 

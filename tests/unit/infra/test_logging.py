@@ -18,11 +18,11 @@ CANARY = "canary-4f1d9c"
 @pytest.fixture(autouse=True)
 def _as_it_was() -> Iterator[None]:
     root = logging.getLogger()
-    handlers, level = root.handlers, root.level
+    handlers, level, config = root.handlers, root.level, structlog.get_config()
     yield
     root.handlers = handlers
     root.setLevel(level)
-    structlog.reset_defaults()
+    structlog.configure(**config)
     structlog.contextvars.clear_contextvars()
 
 

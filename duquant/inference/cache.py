@@ -1,5 +1,6 @@
 """The INT4 KV cache: a transformers Cache whose layers hold packed codes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +12,60 @@ from duquant.config import KVCacheConfig
 from duquant.quantizers.kv import KVQuantizer, PackedKV
 
 
+class CachedStates:
+    """Keys or values of one layer, (batch, heads, tokens, ...): the first `sink_tokens` as they came, the rest packed."""
+
+    def __init__(self, quantizer: KVQuantizer) -> None:
+        self._quantizer = quantizer
+        self.sinks: Tensor | None = None
+        self.packed: PackedKV | None = None
+
+    def __len__(self) -> int:
+        sinks = 0 if self.sinks is None else self.sinks.shape[2]
+        return sinks + (0 if self.packed is None else self.packed.packed.shape[2])
+
+    def append(self, states: Float[Tensor, "batch heads new_tokens head_dim"]) -> None:
+        """Add new tokens behind the others."""
+        whole = max(0, self._quantizer.config.sink_tokens - len(self))
+        if whole:
+            # A copy: a slice would keep the whole tensor alive.
+            head = states[:, :, :whole].clone()
+            self.sinks = head if self.sinks is None else torch.cat((self.sinks, head), dim=2)
+        if whole < states.shape[2]:
+            new = self._quantizer.quantize(states[:, :, whole:])
+            old = self.packed
+            self.packed = new if old is None else PackedKV(*(torch.cat(p, dim=2) for p in zip(old, new, strict=True)))
+
+    def read(self, dtype: torch.dtype) -> Float[Tensor, "batch heads tokens head_dim"]:
+        """Return all tokens, dequantized."""
+        parts = [] if self.sinks is None else [self.sinks.to(dtype)]
+        if self.packed is not None:
+            parts.append(self._quantizer.dequantize(self.packed, dtype))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def change(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply a function of the batch axis to everything that is held."""
+        if self.sinks is not None:
+            self.sinks = function(self.sinks)
+        if self.packed is not None:
+            self.packed = PackedKV(*(function(part) for part in self.packed))
+
+    def drop_last(self, tokens: int) -> None:
+        """Forget the last tokens, all of them when there are no more."""
+        kept = max(0, len(self) - tokens)
+        sinks = 0 if self.sinks is None else min(kept, self.sinks.shape[2])
+        self.sinks = None if self.sinks is None or not sinks else self.sinks[:, :, :sinks]
+        left = kept - sinks
+        self.packed = None if self.packed is None or not left else PackedKV(*(part[:, :, :left] for part in self.packed))
+
+    def size_bytes(self) -> int:
+        """Return the bytes that sinks, codes and grids take."""
+        held = [part for part in (self.sinks, *(self.packed or ())) if part is not None]
+        return sum(part.numel() * part.element_size() for part in held)
+
+
 class DuQuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped here
-    """Keys and values of one layer, (batch, heads, tokens, ...), packed; `update` returns them dequantized."""
+    """Keys and values of one layer, packed; `update` returns them dequantized."""
 
     is_sliding = False
     is_croppable = True
@@ -20,8 +73,7 @@ class DuQuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers 
     def __init__(self, quantizer: KVQuantizer) -> None:
         super().__init__()
         self._quantizer = quantizer
-        self._keys: PackedKV | None = None
-        self._values: PackedKV | None = None
+        self._keys, self._values = CachedStates(quantizer), CachedStates(quantizer)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Remember dtype and device of the first states."""
@@ -39,16 +91,13 @@ class DuQuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers 
         """Quantize and append the new tokens; return all keys and all values, dequantized, in the states' dtype."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._keys = _append(self._keys, self._quantizer.quantize(key_states))
-        self._values = _append(self._values, self._quantizer.quantize(value_states))
-        return (
-            self._quantizer.dequantize(self._keys, key_states.dtype),
-            self._quantizer.dequantize(self._values, value_states.dtype),
-        )
+        self._keys.append(key_states)
+        self._values.append(value_states)
+        return self._keys.read(key_states.dtype), self._values.read(value_states.dtype)
 
     def get_seq_length(self) -> int:
         """Return the number of cached tokens."""
-        return 0 if self._keys is None else self._keys.packed.shape[2]
+        return len(self._keys)
 
     def get_max_length(self) -> int:
         """Return -1: the cache grows."""
@@ -65,7 +114,7 @@ class DuQuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers 
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self._keys = self._values = None
+        self._keys, self._values = CachedStates(self._quantizer), CachedStates(self._quantizer)
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -73,29 +122,28 @@ class DuQuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers 
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, not {tokens_to_remove}")
         if tokens_to_remove < 0:
-            self._map(lambda t: t[:, :, :tokens_to_remove])
+            for states in (self._keys, self._values):
+                states.drop_last(-tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Pick batch rows for beam search."""
-        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self._change(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every batch row."""
-        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+        self._change(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some batch rows."""
-        self._map(lambda t: t[indices])
+        self._change(lambda t: t[indices])
 
     def size_bytes(self) -> int:
-        """Return the bytes that the packed codes and their grids take."""
-        parts = [t for kv in (self._keys, self._values) if kv is not None for t in kv]
-        return sum(t.numel() * t.element_size() for t in parts)
+        """Return the bytes held."""
+        return self._keys.size_bytes() + self._values.size_bytes()
 
-    def _map(self, change: Any) -> None:
-        if self._keys is not None and self._values is not None:
-            self._keys = PackedKV(*(change(t) for t in self._keys))
-            self._values = PackedKV(*(change(t) for t in self._values))
+    def _change(self, function: Callable[[Tensor], Tensor]) -> None:
+        self._keys.change(function)
+        self._values.change(function)
 
 
 class DuQuantCache(Cache):  # type: ignore[misc]  # transformers is untyped here
@@ -109,8 +157,3 @@ class DuQuantCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         """Return the bytes held."""
         return sum(layer.size_bytes() for layer in self.layers)
 
-
-def _append(old: PackedKV | None, new: PackedKV) -> PackedKV:
-    if old is None:
-        return new
-    return PackedKV(*(torch.cat(pair, dim=2) for pair in zip(old, new, strict=True)))

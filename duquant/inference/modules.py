@@ -7,7 +7,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from duquant.config import Recipe
-from duquant.kernels import PackedWeight, QuantizedActivation, fake_linear, int4_linear, transform_quantize
+from duquant.kernels import (
+    PackedWeight,
+    QuantizedActivation,
+    fake_linear,
+    int4_linear,
+    prepare_transform,
+    prepare_weight,
+    transform_quantize_pack,
+)
 from duquant.quantizers.packing import unpack
 from duquant.transforms.rotation import resolve_block_size
 from duquant.transforms.site import SiteTransform
@@ -64,7 +72,7 @@ class SiteModule(nn.Module):
         transform = SiteTransform(R1=self.R1, perm=perm, R2=self.R2)
         if self._config.bits == 16:
             return transform.apply(rows.float())
-        return transform_quantize(rows, transform, self._config, self.act_clip_ratio)
+        return transform_quantize_pack(rows, prepare_transform(transform, self._config, self.act_clip_ratio))
 
 
 class DuQuantLinear(nn.Module):
@@ -87,11 +95,12 @@ class DuQuantLinear(nn.Module):
     def forward(self, X: Float[Tensor, "*batch in_features"]) -> Float[Tensor, "*batch out_features"]:
         """Return X W.T + bias in the dtype of `X`."""
         site = self._site[0](X)
-        weight = self._weight()
-        Y = int4_linear(site, weight) if isinstance(site, QuantizedActivation) else fake_linear(site, weight)
-        if self.bias is not None:
-            Y = Y + self.bias.float()
-        return Y.to(X.dtype).view(*X.shape[:-1], self.out_features)
+        if isinstance(site, QuantizedActivation):
+            Y = int4_linear(site, prepare_weight([self._weight()]), bias=self.bias, dtype=X.dtype)
+        else:
+            Y = fake_linear(site, self._weight())
+            Y = (Y if self.bias is None else Y + self.bias.float()).to(X.dtype)
+        return Y.view(*X.shape[:-1], self.out_features)
 
     def _weight(self) -> PackedWeight:
         # (groups, words) along the rows -> (out_features, groups)

@@ -1,26 +1,154 @@
-"""Kernels behind one signature. Today there is one backend, the reference; faster ones must equal it."""
+"""INT4 kernels: one signature, backends chosen by device, the same results from all of them.
 
-from typing import TypedDict
+Things are made ready once (`prepare_transform`, `prepare_weight`: the first backend that can takes them) and then run
+by the backend that made them ready. `reference` is the definition; see duquant.kernels.types for what a backend is.
+"""
 
-from duquant.kernels.reference import (
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from duquant.config import ActivationConfig
+from duquant.errors import ShapeError
+from duquant.kernels.dispatch import BackendStatus, describe, first_able
+from duquant.kernels.reference import check_linear, fake_linear
+from duquant.kernels.types import (
+    Backend,
+    LinearWeight,
     PackedWeight,
+    PreparedTransform,
     QuantizedActivation,
-    fake_linear,
-    int4_linear,
-    transform_quantize,
 )
+from duquant.quantizers.kv import KVQuantizer, PackedKV
+from duquant.transforms.site import SiteTransform
 
-__all__ = ["PackedWeight", "QuantizedActivation", "describe", "fake_linear", "int4_linear", "transform_quantize"]
+__all__ = [
+    "Backend",
+    "BackendStatus",
+    "LinearWeight",
+    "PackedWeight",
+    "PreparedTransform",
+    "QuantizedActivation",
+    "describe",
+    "fake_linear",
+    "int4_kv_attention",
+    "int4_linear",
+    "prepare_transform",
+    "prepare_weight",
+    "transform_quantize_pack",
+]
 
 
-class BackendStatus(TypedDict):
-    """One row of `duquant doctor`'s kernel table."""
+def prepare_transform(
+    transform: SiteTransform, config: ActivationConfig, clip_ratio: Float[Tensor, "2"]
+) -> PreparedTransform:
+    """Make a site's transform and rounding ready for the backend of its device.
 
-    backend: str
-    available: bool
-    reason: str
+    Args:
+        transform: R1, P, R2 (the smoothing scale is folded into the weights before).
+        config: bits (2 to 8) and symmetry of the activation's grids.
+        clip_ratio: what the low and the high end of each row's range are multiplied by; its device counts.
+    """
+    return first_able(
+        clip_ratio.device, "transforms", lambda backend: backend.prepare_transform(transform, config, clip_ratio)
+    )
 
 
-def describe() -> list[BackendStatus]:
-    """Say which backends run here and why the others do not."""
-    return [{"backend": "reference", "available": True, "reason": "plain torch, any device"}]
+def prepare_weight(weights: Sequence[PackedWeight]) -> LinearWeight:
+    """Join packed weights that read the same activation (q, k, v) and make them ready for the backend of their device.
+
+    Raises:
+        ShapeError: they do not fit together, or a pack is corrupt.
+    """
+    if not weights:
+        raise ShapeError("there is no weight to prepare")
+    return first_able(weights[0].packed.device, "linears", lambda backend: backend.prepare_weight(weights))
+
+
+def transform_quantize_pack(
+    X: Float[Tensor, "tokens in_features"], transform: PreparedTransform
+) -> QuantizedActivation:
+    """Apply a site's R1, P, R2 to rows of activations and round every row to its own grid.
+
+    Grids and codes are those of the reference for the same transformed values. A backend may rotate in bfloat16, with
+    float32 sums: a transformed value then differs by about 2^-8 of its block's size, and a code that lies within that
+    of a rounding boundary by one.
+
+    Args:
+        X: float32, bfloat16 or float16.
+        transform: what `prepare_transform` returned.
+
+    Raises:
+        ShapeError: the width is not the transform's, or X is not floating point.
+    """
+    if not X.is_floating_point() or X.dim() != 2:
+        raise ShapeError(f"activations must be a float matrix (tokens, channels), not {X.dtype} {tuple(X.shape)}")
+    T = transform.transform
+    width = T.perm.shape[0] if T.perm is not None else None
+    if width is not None and width != X.shape[1]:
+        raise ShapeError(f"the activation has {X.shape[1]} channels, the transform {width}")
+    if T.R1 is not None:
+        blocks, n = (T.R1.shape[0] if T.R1.dim() == 3 else None), T.R1.shape[-1]
+        if X.shape[1] % n or blocks not in (None, X.shape[1] // n):
+            raise ShapeError(f"the activation has {X.shape[1]} channels, the transform blocks of {n}")
+    return transform.backend.transform_quantize_pack(X, transform)
+
+
+def int4_linear(
+    X: QuantizedActivation,
+    W: LinearWeight,
+    *,
+    bias: Float[Tensor, " out_features"] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "tokens out_features"]:
+    """Return X W.T + bias from integer codes, accumulated exactly; the formula is the reference backend's.
+
+    Raises:
+        ShapeError: widths, devices, dtypes or the bias's length do not fit together, or a pack is corrupt.
+    """
+    check_linear(X, W, bias)
+    return W.backend.int4_linear(X, W, bias, dtype)
+
+
+def int4_kv_attention(
+    Q: Float[Tensor, "batch heads queries head_dim"],
+    keys: PackedKV,
+    values: PackedKV,
+    quantizer: KVQuantizer,
+    *,
+    scaling: float,
+    mask: Tensor | None = None,
+) -> Float[Tensor, "batch heads queries head_dim"]:
+    """Return softmax(Q K^T scaling + mask) V over a packed cache, in the dtype of Q, sums in float32.
+
+    Heads of Q share keys and values in order (grouped-query attention). The packed tensors may have any strides but the
+    last axis's.
+
+    Args:
+        Q: the newest tokens' queries, after the rotary embedding.
+        keys: all tokens' keys, packed.
+        values: all tokens' values, packed.
+        quantizer: what packed them: bits, and the rotation over the head dimension.
+        scaling: what scores are multiplied by.
+        mask: broadcasts to (batch, heads, queries, tokens); True (or 0.0) where a token is visible, False (or -inf)
+            where it is not. None: the queries are the newest tokens, and each sees those up to itself.
+
+    Raises:
+        ShapeError: heads are no multiple of the cache's, or sizes differ.
+    """
+    batch, heads, queries, head_dim = Q.shape
+    if keys.packed.shape != values.packed.shape or keys.packed.shape[0] != batch:
+        raise ShapeError(f"keys {tuple(keys.packed.shape)}, values {tuple(values.packed.shape)} and {batch} rows of Q")
+    if heads % keys.packed.shape[1]:
+        raise ShapeError(f"{heads} heads cannot share {keys.packed.shape[1]} heads of keys")
+    if head_dim != quantizer.head_dim:
+        raise ShapeError(f"queries have head_dim {head_dim}, the cache {quantizer.head_dim}")
+    if queries > keys.packed.shape[2] and mask is None:
+        raise ShapeError(f"{queries} queries cannot be the newest of {keys.packed.shape[2]} tokens")
+    return first_able(
+        Q.device,
+        "attention",
+        lambda backend: backend.int4_kv_attention(Q, keys, values, quantizer, scaling=scaling, mask=mask),
+    )

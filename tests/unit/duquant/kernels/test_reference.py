@@ -7,7 +7,8 @@ import torch
 
 from duquant.config import ActivationConfig, TransformConfig, WeightConfig
 from duquant.errors import ShapeError
-from duquant.kernels import PackedWeight, describe, fake_linear, int4_linear, transform_quantize
+from duquant.kernels import LinearWeight, PackedWeight, QuantizedActivation, describe, fake_linear, int4_linear
+from duquant.kernels.reference import ReferenceBackend
 from duquant.quantizers.affine import Grid, dequantize
 from duquant.quantizers.packing import pack
 from duquant.quantizers.weight import quantize_weight
@@ -19,6 +20,17 @@ NO_CLIP = torch.ones(2)
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def transform_quantize(
+    X: torch.Tensor, transform: SiteTransform, config: ActivationConfig, clip_ratio: torch.Tensor
+) -> QuantizedActivation:
+    reference = ReferenceBackend()
+    return reference.transform_quantize_pack(X, reference.prepare_transform(transform, config, clip_ratio))
+
+
+def prepared(W: PackedWeight) -> LinearWeight:
+    return ReferenceBackend().prepare_weight([W])
 
 
 def packed_weight(W: torch.Tensor, config: WeightConfig) -> tuple[PackedWeight, torch.Tensor]:
@@ -41,7 +53,7 @@ def test_int4_linear_equals_the_float64_product(tokens: int, width: int, weight:
     # Whole numbers are exact; what rounds is a handful of float32 products of the two brackets.
     bracket = 127 * 127 * width * X.scale.double() * W.scale.double().amax(1) if weight.bits == 8 else 0.0
     magnitude = exact_X.abs() @ exact_W.abs().T + X.scale.double() * X.zero_point.double().abs() * exact_W.abs().sum(1)
-    assert bool(((int4_linear(X, W) - expected).abs() <= 8 * EPS * (magnitude + bracket)).all())
+    assert bool(((int4_linear(X, prepared(W)) - expected).abs() <= 8 * EPS * (magnitude + bracket)).all())
 
 
 @pytest.mark.parametrize("group_size", [8, 16, 32])
@@ -53,7 +65,7 @@ def test_groups_equal_the_float64_product(group_size: int, bits: int) -> None:
     expected = exact_X @ exact_W.T
     magnitude = exact_X.abs() @ exact_W.abs().T + (X.scale * X.zero_point.abs()).double() * exact_W.abs().sum(1)
     # One rounding more for each group that is added.
-    assert bool(((int4_linear(X, W) - expected).abs() <= (8 + 96 // group_size) * EPS * magnitude * 2).all())
+    assert bool(((int4_linear(X, prepared(W)) - expected).abs() <= (8 + 96 // group_size) * EPS * magnitude * 2).all())
 
 
 @pytest.mark.parametrize("offset", [50.0, -50.0])
@@ -63,13 +75,13 @@ def test_zero_points_outside_the_code_range_are_exact_too(offset: float) -> None
     assert float(X.zero_point.abs().min()) > 8
     exact_X = dequantize(X.codes, Grid(X.scale, X.zero_point, 4)).double()
     magnitude = exact_X.abs() @ exact_W.abs().T + (X.scale * X.zero_point.abs()).double() * exact_W.abs().sum(1)
-    assert bool(((int4_linear(X, W) - exact_X @ exact_W.T).abs() <= 8 * EPS * magnitude).all())
+    assert bool(((int4_linear(X, prepared(W)) - exact_X @ exact_W.T).abs() <= 8 * EPS * magnitude).all())
 
 
 def test_zero_rows_give_zero() -> None:
     W, _ = packed_weight(normal(10, 64), WeightConfig())
     X = transform_quantize(torch.zeros(3, 64), SiteTransform(), ActivationConfig(), NO_CLIP)
-    assert float(int4_linear(X, W).abs().max()) <= 1e-9
+    assert float(int4_linear(X, prepared(W)).abs().max()) <= 1e-9
 
 
 @pytest.mark.parametrize("config", [WeightConfig(), WeightConfig(group_size=16), WeightConfig(bits=8)], ids=str)
@@ -101,7 +113,7 @@ def test_other_width_is_a_shape_error() -> None:
     W, _ = packed_weight(normal(10, 64), WeightConfig())
     X = transform_quantize(normal(2, 48), SiteTransform(), ActivationConfig(), NO_CLIP)
     with pytest.raises(ShapeError, match="activation has 48 channels, the weight 64"):
-        int4_linear(X, W)
+        int4_linear(X, prepared(W))
 
 
 @pytest.mark.parametrize("words", [7, 9])
@@ -110,7 +122,7 @@ def test_corrupt_pack_is_a_shape_error(words: int) -> None:
     damaged = replace(W, packed=torch.zeros(10, words, dtype=torch.int32))
     X = transform_quantize(normal(2, 64), SiteTransform(), ActivationConfig(), NO_CLIP)
     with pytest.raises(ShapeError, match="corrupt"):
-        int4_linear(X, damaged)
+        int4_linear(X, prepared(damaged))
     with pytest.raises(ShapeError, match="corrupt"):
         fake_linear(normal(2, 64), damaged)
 

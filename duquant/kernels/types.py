@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int8, Int32
@@ -99,6 +99,7 @@ class PreparedTransform:
     """The backend's own: rotations in its dtype and layout, for example."""
 
 
+@runtime_checkable
 class Backend(Protocol):
     """One implementation of the kernels. Methods raise KernelUnavailableError for what they cannot do."""
 

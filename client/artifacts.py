@@ -9,6 +9,7 @@ from rich.progress import DownloadColumn, TransferSpeedColumn
 
 from client import calls
 from client.connection import Session, on_service
+from client.lists import CursorOption, LimitOption, OfModel, OfRecipe, WithTag, tell_of_more
 from client.models import ArtifactInfo
 from client.output import Format, note, print_pairs, print_table, print_text, show, size, with_output
 from client.progress import bar_of
@@ -51,13 +52,11 @@ def pull(
 @on_service
 def list_artifacts(
     session: Session,
-    model: Annotated[str | None, typer.Option(help="Only artifacts of the model with this name.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Only artifacts made with the recipe of this name.")] = None,
-    tag: Annotated[
-        str | None, typer.Option(help="Only artifacts with this tag; TAG* for the beginning of one.")
-    ] = None,
-    limit: Annotated[int, typer.Option(min=1, max=200, help="Most artifacts to list.")] = 50,
-    cursor: Annotated[str | None, typer.Option(help="next_cursor of the page before.")] = None,
+    model: OfModel = None,
+    recipe: OfRecipe = None,
+    tag: WithTag = None,
+    limit: LimitOption = 50,
+    cursor: CursorOption = None,
 ) -> None:
     """List artifacts, newest first."""
     page = session.client.run(calls.list_artifacts(model=model, recipe=recipe, tag=tag, limit=limit, cursor=cursor))
@@ -67,8 +66,7 @@ def list_artifacts(
     ]
     columns = ("artifact", "model", "recipe", "size", "perplexity", "tags")
     session.show(page.raw, lambda: print_table(columns, rows))
-    if page.next_cursor is not None:
-        note(f"more: duquant artifact list --cursor {page.next_cursor}")
+    tell_of_more("artifact list", page.next_cursor)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from client import calls
 from client.connection import Session, on_service
 from client.errors import BadInputError, JobFailedError
 from client.jobs import TimeoutOption, WaitFlag, recipe_value
+from client.lists import CursorOption, LimitOption, OfModel, OfRecipe, WithTag, tell_of_more
 from client.models import Batch, parse_model
 from client.output import duration, note, print_pairs, print_table, size
 from client.progress import Teller, teller
@@ -90,8 +91,8 @@ def _recipe(value: Any, folder: Path) -> Any:
 @on_service
 def list_batches(
     session: Session,
-    limit: Annotated[int, typer.Option(min=1, max=200, help="Most batches to list.")] = 50,
-    cursor: Annotated[str | None, typer.Option(help="next_cursor of the page before.")] = None,
+    limit: LimitOption = 50,
+    cursor: CursorOption = None,
 ) -> None:
     """List batches, newest first."""
     page = session.client.run(calls.list_batches(limit=limit, cursor=cursor))
@@ -100,8 +101,7 @@ def list_batches(
         for each in page.items
     ]
     session.show(page.raw, lambda: print_table(("batch", "name", "state", "jobs", "failed"), rows))
-    if page.next_cursor is not None:
-        note(f"more: duquant batch list --cursor {page.next_cursor}")
+    tell_of_more("batch list", page.next_cursor)
 
 
 @app.command()
@@ -149,11 +149,9 @@ def retry(
 @on_service
 def requantize(
     session: Session,
-    model: Annotated[str | None, typer.Option(help="Only artifacts of the model with this name.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Only artifacts made with the recipe of this name.")] = None,
-    tag: Annotated[
-        str | None, typer.Option(help="Only artifacts with this tag; TAG* for the beginning of one.")
-    ] = None,
+    model: OfModel = None,
+    recipe: OfRecipe = None,
+    tag: WithTag = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which artifacts that would be.")] = False,
 ) -> None:
     """Make again what an older algorithm, or an older version of a preset, has made."""

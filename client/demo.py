@@ -19,12 +19,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from client.errors import ClientError, JobFailedError
 from client.models import Job
 from client.output import Format, chatter, duration, note, show, size, with_output
+from client.progress import LAYERS_COLUMN, bar_of
 from client.sdk import Client
 
 MODEL = "demo:smollm2-135m"
@@ -182,15 +183,7 @@ def _quantize(client: Client, home: Path, recipe: str, calibration: Mapping[str,
 def _follow(client: Client, job_id: str, recipe: str) -> Job:
     """Wait for a job with a bar: layers done, time left. Without a terminal, a line every few layers."""
     said = -1
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total} layers"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[left]}"),
-    )
-    with Progress(*columns, console=chatter, transient=True, disable=not chatter.is_terminal) as bar:
+    with bar_of(LAYERS_COLUMN, TimeElapsedColumn(), TextColumn("{task.fields[left]}")) as bar:
         task = bar.add_task(recipe, total=None, left="")
 
         def on_update(job: Job) -> None:

@@ -7,6 +7,7 @@ import typer
 from client import calls
 from client.connection import Session, on_service
 from client.jobs import TimeoutOption, WaitFlag, check_job, report_job, text_source
+from client.lists import CursorOption, LimitOption, OfModel, tell_of_more
 from client.models import Evaluation
 from client.output import note, print_pairs, print_table, size
 from client.progress import follow_job
@@ -55,9 +56,9 @@ def submit(
 def list_evaluations(
     session: Session,
     artifact: Annotated[str | None, typer.Option(help="Only what was measured on this artifact.")] = None,
-    model: Annotated[str | None, typer.Option(help="Only what was measured on the model with this name.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=200, help="Most evaluations to list.")] = 50,
-    cursor: Annotated[str | None, typer.Option(help="next_cursor of the page before.")] = None,
+    model: OfModel = None,
+    limit: LimitOption = 50,
+    cursor: CursorOption = None,
 ) -> None:
     """List what was measured, newest first."""
     page = session.client.run(calls.list_evaluations(artifact=artifact, model=model, limit=limit, cursor=cursor))
@@ -67,8 +68,7 @@ def list_evaluations(
     ]
     columns = ("evaluation", "model", "artifact", "perplexity", "windows")
     session.show(page.raw, lambda: print_table(columns, rows))
-    if page.next_cursor is not None:
-        note(f"more: duquant evaluation list --cursor {page.next_cursor}")
+    tell_of_more("evaluation list", page.next_cursor)
 
 
 @app.command()

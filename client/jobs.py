@@ -9,6 +9,7 @@ import typer
 from client import calls
 from client.connection import Session, on_service
 from client.errors import BadInputError, JobFailedError
+from client.lists import CursorOption, LimitOption, OfModel, OfRecipe, tell_of_more
 from client.models import Job
 from client.output import duration, note, print_pairs, print_table, size
 from client.progress import follow_job
@@ -98,11 +99,11 @@ def list_jobs(
     session: Session,
     state: Annotated[str | None, typer.Option(help="Only jobs in this state.")] = None,
     kind: Annotated[str | None, typer.Option(help="Only quantize or evaluate jobs.")] = None,
-    model: Annotated[str | None, typer.Option(help="Only jobs of the model with this name.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Only jobs with the recipe of this name.")] = None,
+    model: OfModel = None,
+    recipe: OfRecipe = None,
     batch: Annotated[str | None, typer.Option(help="Only jobs that this batch has made.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=200, help="Most jobs to list.")] = 50,
-    cursor: Annotated[str | None, typer.Option(help="next_cursor of the page before.")] = None,
+    limit: LimitOption = 50,
+    cursor: CursorOption = None,
 ) -> None:
     """List jobs, newest first."""
     filters = {"state": state, "kind": kind, "model": model, "recipe": recipe, "batch": batch}
@@ -120,8 +121,7 @@ def list_jobs(
     ]
     data = {"items": [job.raw for job in page.items], "next_cursor": page.next_cursor}
     session.show(data, lambda: print_table(("job", "kind", "state", "model", "recipe", "progress"), rows))
-    if page.next_cursor is not None:
-        note(f"more: duquant job list --cursor {page.next_cursor}")
+    tell_of_more("job list", page.next_cursor)
 
 
 @app.command()

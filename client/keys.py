@@ -9,6 +9,7 @@ import typer
 from client import calls
 from client.connection import Session, on_service
 from client.errors import BadInputError, ClientError
+from client.lists import CursorOption, LimitOption, tell_of_more
 from client.output import note, print_pairs, print_table
 
 app = typer.Typer(help="API keys of your project.", no_args_is_help=True)
@@ -57,8 +58,8 @@ def create(
 @on_service
 def list_keys(
     session: Session,
-    limit: Annotated[int, typer.Option(min=1, max=200, help="Most keys to list.")] = 50,
-    cursor: Annotated[str | None, typer.Option(help="next_cursor of the page before.")] = None,
+    limit: LimitOption = 50,
+    cursor: CursorOption = None,
 ) -> None:
     """List the keys, newest first, without their tokens."""
     page = session.client.run(calls.list_keys(limit=limit, cursor=cursor))
@@ -76,8 +77,7 @@ def list_keys(
         for key in page["items"]
     ]
     session.show(page, lambda: print_table(columns, rows))
-    if page["next_cursor"] is not None:
-        note(f"more: duquant key list --cursor {page['next_cursor']}")
+    tell_of_more("key list", page["next_cursor"])
 
 
 @app.command()

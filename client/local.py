@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TimeElapsedColumn, TimeRemainingColumn
 
 from client.errors import EXIT_FAILED, EXIT_OK, BadInputError
 from client.output import Format, chatter, duration, note, print_pairs, print_text, show, size, with_output
+from client.progress import LAYERS_COLUMN, bar_of
 from client.recipes import load_recipe
 from duquant.config import DEFAULT_PRESET, TextSource, with_calibration
 
@@ -119,15 +120,7 @@ def _is_artifact(folder: Path) -> bool:
 def _layer_bar() -> Iterator[Callable[[Any], None]]:
     """Show the library's progress on stderr: a bar for a person, else a line for each phase."""
     said = ""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total} layers"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=chatter, transient=True, disable=not chatter.is_terminal) as bar:
+    with bar_of(LAYERS_COLUMN, TimeElapsedColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task("starting", total=None)
 
         def report(progress: Any) -> None:

@@ -10,6 +10,8 @@ from client.models import Job
 from client.output import chatter, duration, note
 from client.sdk import Client
 
+LAYERS_COLUMN = TextColumn("{task.completed:.0f}/{task.total} layers")
+
 
 @contextmanager
 def bar_of(*columns: Any) -> Iterator[Progress]:

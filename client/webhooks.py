@@ -7,13 +7,12 @@ import typer
 from client import calls
 from client.connection import Session, on_service
 from client.errors import ClientError
+from client.lists import CursorOption, LimitOption, tell_of_more
 from client.output import note, print_pairs, print_table
 
 app = typer.Typer(help="Servers that are told when your jobs start and end.", no_args_is_help=True)
 
 WebhookArgument = Annotated[str, typer.Argument(metavar="ID", help="The webhook's id.")]
-LimitOption = Annotated[int, typer.Option(min=1, max=200, help="Most rows to list.")]
-CursorOption = Annotated[str | None, typer.Option(help="next_cursor of the page before.")]
 
 
 @app.command()
@@ -43,7 +42,7 @@ def list_webhooks(session: Session, limit: LimitOption = 50, cursor: CursorOptio
         for each in page["items"]
     ]
     session.show(page, lambda: print_table(("id", "url", "events", "state", "failing since"), rows))
-    _say_more(page)
+    tell_of_more("webhook list", page["next_cursor"])
 
 
 @app.command()
@@ -86,7 +85,7 @@ def deliveries(
     names = ("id", "event", "job_id", "state", "attempts", "last_status", "last_error", "created_at")
     rows = [[each[name] for name in names] for each in page["items"]]
     session.show(page, lambda: print_table(names, rows))
-    _say_more(page)
+    tell_of_more(f"webhook deliveries {webhook_id}", page["next_cursor"])
 
 
 @app.command()
@@ -108,8 +107,3 @@ def _show(session: Session, webhook: dict[str, Any]) -> None:
 
 def _state(webhook: dict[str, Any]) -> str:
     return "on" if webhook["enabled"] else "off"
-
-
-def _say_more(page: dict[str, Any]) -> None:
-    if page["next_cursor"] is not None:
-        note(f"more: --cursor {page['next_cursor']}")

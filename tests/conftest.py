@@ -6,8 +6,10 @@ import tempfile
 import uuid
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -29,6 +31,34 @@ class S3Server:
     endpoint: str
     access_key: str
     secret_key: str
+
+    @contextmanager
+    def store(self, bucket: str) -> Iterator[ObjectStore]:
+        """Our own client of a bucket, which is made if it is not there."""
+        with ObjectStore(
+            endpoint=self.endpoint,
+            region="us-east-1",
+            bucket=bucket,
+            access_key=self.access_key,
+            secret_key=self.secret_key,
+        ) as store:
+            store.ensure_bucket()
+            yield store
+
+    @contextmanager
+    def client(self) -> Iterator[Any]:
+        """A plain client of the server, to look behind our own."""
+        client = boto3.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            region_name="us-east-1",
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+        )
+        try:
+            yield client
+        finally:
+            client.close()
 
 
 def pytest_configure() -> None:
@@ -144,26 +174,10 @@ def s3() -> Iterator[S3Server]:
 def object_store(s3: S3Server) -> Iterator[ObjectStore]:
     """The session's S3 server with a fresh bucket."""
     bucket = f"test-{uuid.uuid4().hex[:12]}"
-    with ObjectStore(
-        endpoint=s3.endpoint,
-        region="us-east-1",
-        bucket=bucket,
-        access_key=s3.access_key,
-        secret_key=s3.secret_key,
-    ) as store:
-        store.ensure_bucket()
+    with s3.store(bucket) as store:
         yield store
         for item in list(store.list("")):
             store.delete(item.key)
     # Each bucket takes a few of the server's volumes; a long session would use them up.
-    client = boto3.client(
-        "s3",
-        endpoint_url=s3.endpoint,
-        region_name="us-east-1",
-        aws_access_key_id=s3.access_key,
-        aws_secret_access_key=s3.secret_key,
-    )
-    try:
+    with s3.client() as client:
         client.delete_bucket(Bucket=bucket)
-    finally:
-        client.close()

@@ -1,13 +1,13 @@
 """A real OpenTelemetry collector, as far as a test needs one: it takes OTLP over HTTP and keeps the spans."""
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from support.serving import serving
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,6 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-@contextmanager
-def collecting() -> Iterator[Collector]:
+def collecting() -> AbstractContextManager[Collector]:
     """Run a collector."""
-    with Collector() as collector:
-        thread = threading.Thread(target=collector.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            yield collector
-        finally:
-            collector.shutdown()
-            thread.join()
+    return serving(Collector())

@@ -1,7 +1,6 @@
 """The nouns of the command line against the service: batches, artifacts, evaluations, queues, usage."""
 
 import asyncio
-import json
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from support.commands import data
 
 from client import calls
 from client.aio import AsyncClient
@@ -19,29 +19,6 @@ from client.main import run
 from infra.jobs import Job
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture
-def cli(service: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
-    """Run a command; give back its exit code, stdout and stderr."""
-    monkeypatch.setenv("DUQUANT_URL", service.url)
-    monkeypatch.setenv("DUQUANT_API_KEY", service.token)
-    monkeypatch.setenv("DUQUANT_HOME", str(tmp_path / "empty"))
-    monkeypatch.setenv("DUQUANT_CONFIG", str(tmp_path / "config.yaml"))
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = run(arguments)
-        out = capsys.readouterr()
-        return status, out.out, out.err
-
-    return call
-
-
-def data(answer: tuple[int, str, str], status: int = 0) -> Any:
-    assert answer[0] == status, answer
-    assert answer[1].count("\n") == 1, answer
-    return json.loads(answer[1])
 
 
 def work(service: Any) -> Job:

@@ -39,14 +39,7 @@ def other_bucket(s3: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectSto
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.access_key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.secret_key)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    with ObjectStore(
-        endpoint=s3.endpoint,
-        region="us-east-1",
-        bucket=f"push-{uuid.uuid4().hex[:12]}",
-        access_key=s3.access_key,
-        secret_key=s3.secret_key,
-    ) as store:
-        store.ensure_bucket()
+    with s3.store(f"push-{uuid.uuid4().hex[:12]}") as store:
         yield store
 
 

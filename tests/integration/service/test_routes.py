@@ -56,7 +56,7 @@ def ask(service: Any, route: Route, ids: dict[str, str], token: str | None) -> h
     headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
     if route.method == "POST":
         headers["Idempotency-Key"] = uuid.uuid4().hex
-    query = {name: ids["artifact_id"] for name in route.query}  # what is compared with
+    query = [(name, ids["artifact_id"]) for name in route.query]  # what is compared with
     ids = _Absent({"tag": "best", **ids})
     request = service.http.build_request(route.method, route.path.format_map(ids), json=route.body, params=query)
     del request.headers["Authorization"]  # the client's own

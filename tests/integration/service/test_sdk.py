@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from support.commands import data
 
 from client import download
 from client.errors import ApiError, BadInputError, DownloadError, UnavailableError, WaitTimeoutError
@@ -21,28 +22,6 @@ from client.partial import part_name
 from client.sdk import Client
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture
-def cli(service: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
-    """Run a command; give back its exit code, stdout and stderr."""
-    monkeypatch.setenv("DUQUANT_URL", service.url)
-    monkeypatch.setenv("DUQUANT_API_KEY", service.token)
-    monkeypatch.setenv("DUQUANT_HOME", str(tmp_path / "empty"))
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = run(arguments)
-        out = capsys.readouterr()
-        return status, out.out, out.err
-
-    return call
-
-
-def data(answer: tuple[int, str, str], status: int = 0) -> Any:
-    assert answer[0] == status, answer
-    assert answer[1].count("\n") == 1, answer
-    return json.loads(answer[1])
 
 
 def in_background(work: Any) -> threading.Thread:

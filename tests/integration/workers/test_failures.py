@@ -1,7 +1,5 @@
 """Jobs on input that is wrong, and on servers that go away: each tells its reason and loses nothing finished."""
 
-import json
-import pickle
 import shutil
 import socket
 import threading
@@ -12,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
 from sqlalchemy import create_engine, make_url, text
+from support.broken_models import fill, only_pickle, shard_of, truncate
 from support.tiny_models import make_tiny_model
 
 from duquant.config import TextSource
@@ -43,11 +41,6 @@ def own_model(model_root: Path) -> Iterator[Path]:
     path = make_tiny_model(model_root / "own", num_hidden_layers=3, shard_size="60KB")
     yield path
     shutil.rmtree(path)
-
-
-def shard_of(model: Path, tensor: str) -> Path:
-    weight_map = json.loads((model / "model.safetensors.index.json").read_text())["weight_map"]
-    return model / str(weight_map[tensor])
 
 
 UP_PROJ = "model.layers.2.mlp.up_proj.weight"
@@ -98,26 +91,6 @@ def test_a_text_that_is_empty_or_too_short_fails_the_job_and_is_named(side, mode
     fail_one(side, "little.txt", "9 tokens" if content.strip() else "is empty")
 
 
-class Bomb:
-    """Leaves a file where it was unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
-
-
-def only_pickle(model: Path) -> None:
-    for file in model.glob("*.safetensors*"):
-        file.unlink()
-    (model / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(model / "exploded")))
-
-
-def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-10])
-
-
 @pytest.mark.parametrize(
     ("damage", "is_late", "words"),
     [
@@ -140,10 +113,7 @@ def test_a_model_without_whole_safetensors_fails_the_job(side, own_model, damage
 
 
 def test_activations_that_overflow_fail_the_job_once_and_keep_what_was_finished(side, own_model):
-    file = shard_of(own_model, UP_PROJ)
-    tensors = load_file(file)
-    tensors[UP_PROJ].fill_(3e38)
-    save_file(tensors, file, metadata={"format": "pt"})
+    fill(own_model, UP_PROJ, 3e38)
     side.submit(model="own")
     job = fail_one(side, "layer 2: activations at site mlp_out are NaN or Inf")
     assert job.detail.count("layer 2") == 1

@@ -1,7 +1,6 @@
 """`duquant quantize | eval | generate` on input that is wrong: one line that names it, and nothing is lost."""
 
 import json
-import pickle
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from support.broken_models import fill, only_pickle, shard_of, truncate
 from support.tiny_models import make_tiny_model, tiny_text
 
 from client.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK
@@ -56,39 +55,6 @@ def error_of(said: str) -> str:
     return lines[-1]
 
 
-def shard_of(model: Path, tensor: str) -> Path:
-    weight_map = json.loads((model / "model.safetensors.index.json").read_text())["weight_map"]
-    return model / str(weight_map[tensor])
-
-
-def fill(model: Path, tensor: str, value: float) -> None:
-    file = shard_of(model, tensor)
-    tensors = load_file(file)
-    tensors[tensor].fill_(value)
-    save_file(tensors, file, metadata={"format": "pt"})
-
-
-class Bomb:
-    """Leaves a file where it was unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
-
-
-def only_pickle(model: Path) -> None:
-    for file in model.glob("*.safetensors*"):
-        file.unlink()
-    (model / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(model / "exploded")))
-
-
-def truncated(model: Path) -> None:
-    file = shard_of(model, "lm_head.weight")
-    file.write_bytes(file.read_bytes()[:-10])
-
-
 def other_architecture(model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
@@ -102,7 +68,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("model has no model.safetensors",),
     ),
     "missing shard": (lambda model: shard_of(model, MLP).unlink(), (".safetensors is missing", "index")),
-    "truncated": (truncated, (".safetensors is truncated",)),
+    "truncated": (lambda model: truncate(shard_of(model, "lm_head.weight")), (".safetensors is truncated",)),
     "pickle": (only_pickle, ("pytorch_model.bin", "convert")),
 }
 NOT_FINITE: dict[str, tuple[str, float, str]] = {

@@ -36,6 +36,7 @@ _PASSED_ON = frozenset(
     {
         "DUQUANT_LOG_FORMAT",
         "DUQUANT_LOG_LEVEL",
+        "DUQUANT_MAX_EVENT_STREAMS",
         "DUQUANT_METRICS_ACCESS",
         "DUQUANT_OTEL_ENDPOINT",
         "DUQUANT_RATE_LIMIT_BURST",

@@ -1,13 +1,13 @@
 """Batches: many jobs from one request. A batch has no state of its own; it is what its jobs are."""
 
 import contextlib
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import Connection, Engine, func, insert, or_, select, tuple_, update
+from sqlalchemy import Connection, Engine, func, insert, select, tuple_, update
 
+from infra.batch_progress import KNOWN, Tally, tallies
 from infra.database import now_ms, read, transaction, write
 from infra.errors import BatchNotFound, DependencyFailed, JobConflict
 from infra.ids import new_id
@@ -15,12 +15,6 @@ from infra.job_model import ACTIVE, Job, JobState, NewJob, Record
 from infra.job_rows import state_is
 from infra.jobs import JobStore
 from infra.schema import batch_items, batches, jobs
-
-REFUSED = "refused"
-"""The state of an item whose job was never made."""
-
-# An item has lost its job without a reason when the collector has forgotten the job, long after it ended.
-_KNOWN = or_(batch_items.c.job_id.is_not(None), batch_items.c.detail.is_not(None))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +27,8 @@ class Batch(Record):
     spec: dict[str, Any]
     created_at: int
     cancelled_at: int | None
+    finished_at: int | None
+    """When it was noticed that nothing of it waits or runs any more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,10 +57,6 @@ class BatchItem(Record):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reused", bool(self.reused))
-
-
-Tally = Mapping[tuple[str, str], int]
-"""How many items there are by kind of job and state; those without a job are quantize and refused."""
 
 
 class BatchStore:
@@ -146,19 +138,8 @@ class BatchStore:
 
     def tallies(self, batch_ids: Iterable[str]) -> Mapping[str, Tally]:
         """Return the counts of each of these batches."""
-        kind = func.coalesce(jobs.c.kind, "quantize")
-        state = func.coalesce(jobs.c.state, REFUSED)
-        query = (
-            select(batch_items.c.batch_id, kind, state, func.count())
-            .outerjoin(jobs, jobs.c.id == batch_items.c.job_id)
-            .where(batch_items.c.batch_id.in_(list(batch_ids)), _KNOWN)
-            .group_by(batch_items.c.batch_id, kind, state)
-        )
-        found: dict[str, dict[tuple[str, str], int]] = defaultdict(dict)
         with read(self._engine) as connection:
-            for batch_id, job_kind, job_state, count in connection.execute(query):
-                found[batch_id][job_kind, job_state] = count
-        return found
+            return tallies(connection, batch_ids)
 
     def reused(self, batch_ids: Iterable[str]) -> Mapping[str, int]:
         """Return how many quantizations of each of these batches were there already."""
@@ -173,7 +154,7 @@ class BatchStore:
 
     def items(self, batch_id: str) -> Sequence[tuple[BatchItem, Job | None]]:
         """Return a batch's items in order, each with its job."""
-        listed = select(batch_items).where(batch_items.c.batch_id == batch_id, _KNOWN).order_by(batch_items.c.idx)
+        listed = select(batch_items).where(batch_items.c.batch_id == batch_id, KNOWN).order_by(batch_items.c.idx)
         named = select(batch_items.c.job_id).where(batch_items.c.batch_id == batch_id)
         with read(self._engine) as connection:
             items = [BatchItem.from_row(row) for row in connection.execute(listed).mappings()]
@@ -196,7 +177,7 @@ class BatchStore:
             for job_id in connection.execute(query).scalars().all():
                 with contextlib.suppress(JobConflict):  # it has ended meanwhile
                     self._jobs.cancel(job_id, tenant_id=tenant_id, actor=actor)
-            return self._set_cancelled(connection, batch_id, now_ms(self._engine.dialect))
+            return self._set(connection, batch_id, cancelled_at=now_ms(self._engine.dialect))
 
     def retry_failed(self, batch_id: str, *, tenant_id: str, actor: str) -> tuple[Batch, int]:
         """Queue the jobs of a batch again that failed or were cancelled; return the batch and how many.
@@ -220,7 +201,8 @@ class BatchStore:
                     except JobConflict:
                         self._take_over(connection, item, job, actor)
                     count += 1
-            return self._set_cancelled(connection, batch_id, None), count
+            # Also where another job was taken over; one of which nothing waits is noted as finished anew.
+            return self._set(connection, batch_id, cancelled_at=None, finished_at=None), count
 
     def _take_over(self, connection: Connection, item: BatchItem, job: Job, actor: str) -> None:
         names = ("tenant_id", "spec", "fingerprint", "priority", "max_attempts", "queue", "model_name", "recipe_name")
@@ -236,6 +218,6 @@ class BatchStore:
             .values(job_id=other.id, reused=int(not is_new))
         )
 
-    def _set_cancelled(self, connection: Connection, batch_id: str, value: Any) -> Batch:
-        statement = update(batches).where(batches.c.id == batch_id).values(cancelled_at=value).returning(batches)
+    def _set(self, connection: Connection, batch_id: str, **values: Any) -> Batch:
+        statement = update(batches).where(batches.c.id == batch_id).values(values).returning(batches)
         return Batch.from_row(connection.execute(statement).mappings().one())

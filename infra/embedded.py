@@ -19,7 +19,7 @@ from types import FrameType
 from typing import IO, Self
 from urllib.parse import urlsplit
 
-from infra.errors import InfraError, StartupError
+from infra.errors import InfraError, SettingsError, StartupError
 from infra.logging import fail_with, setup_logging
 from infra.settings import StorageSettings
 from infra.storage import ObjectStore
@@ -309,7 +309,7 @@ def _port_of(endpoint: str | None) -> int:
         return 0
     parts = urlsplit(endpoint)
     if parts.scheme != "http" or parts.hostname not in {HOST, "localhost"} or parts.port is None:
-        raise StartupError(f"DUQUANT_S3_ENDPOINT is {endpoint}; the embedded store needs http://{HOST}:PORT")
+        raise SettingsError(f"DUQUANT_S3_ENDPOINT is {endpoint}; the embedded store needs http://{HOST}:PORT")
     return parts.port
 
 

@@ -14,6 +14,10 @@ class TransientError(InfraError):
     """A server we depend on does not answer or is overloaded. Trying again later may help; workers retry only this."""
 
 
+class DiskFull(TransientError):
+    """The disk of a server we depend on is full."""
+
+
 class SettingsError(InfraError):
     """The process's settings are missing or malformed."""
 
@@ -124,6 +128,14 @@ class ArtifactNotFound(InfraError):
 
 class ArtifactConflict(InfraError):
     """The artifact is in use."""
+
+
+class TextNotFound(InfraError):
+    """No such text."""
+
+
+class TextTooLarge(InfraError):
+    """The text is larger than texts may be."""
 
 
 class EvaluationNotFound(InfraError):

@@ -5,6 +5,7 @@ from typing import TypedDict
 from sqlalchemy import Connection, select, update
 from sqlalchemy.exc import IntegrityError
 
+from infra.batch_endings import reopen_batches_of
 from infra.database import write
 from infra.errors import JobChanged, JobConflict
 from infra.job_enqueue import require_may_succeed
@@ -68,6 +69,7 @@ class JobRequests(JobRows):
         require_room(connection, job.tenant_id, gpus=job.gpus)
         now = connection.execute(select(self._now())).scalar_one()
         is_blocked = any(each.state is not JobState.SUCCEEDED for each in needed)
+        reopen_batches_of(connection, job.id)
         return self._transition(
             connection,
             job,

@@ -9,8 +9,11 @@ from typing import Any, Literal, NoReturn
 import structlog
 from pydantic import SecretStr
 
-from infra.errors import InfraError
+from infra.errors import DatabaseUnusable, InfraError, SettingsError, StorageRefused, TransientError
 
+EXIT_FAILED = 1
+EXIT_BAD_SETTINGS = 2
+EXIT_UNAVAILABLE = 5
 _MASK = "***"
 _SECRET_NAMES = re.compile(r"secret|password|passwd|token|pepper|authorization|cookie|api_?key|access_?key", re.I)
 # Our own API keys and webhook secrets, passwords in URLs, the signature of a presigned URL, and bearer headers.
@@ -110,7 +113,17 @@ def setup_logging(
     return logger
 
 
+def exit_status(error: InfraError) -> int:
+    """Return the status of a process that ends for this error, as docs/reference/cli.md lists them."""
+    match error:
+        case SettingsError():
+            return EXIT_BAD_SETTINGS
+        case TransientError() | DatabaseUnusable() | StorageRefused():
+            return EXIT_UNAVAILABLE
+    return EXIT_FAILED
+
+
 def fail_with(error: InfraError) -> NoReturn:
-    """Say in one line why this process cannot go on, and end it with status 1."""
+    """Say in one line why this process cannot go on, and end it."""
     sys.stderr.write(f"error: {_Redactor([]).text(str(error))}\n")
-    raise SystemExit(1) from error
+    raise SystemExit(exit_status(error)) from error

@@ -93,7 +93,15 @@ batches = Table(
     Column("spec", _json, nullable=False),
     Column("created_at", BigInteger, nullable=False),
     Column("cancelled_at", BigInteger),
+    # When somebody noticed that nothing of it waits or runs any more; null again when something is retried.
+    Column("finished_at", BigInteger),
     Index("ix_batches_listing", "tenant_id", "created_at", "id"),
+    Index(
+        "ix_batches_unfinished",
+        "id",
+        sqlite_where=text("finished_at IS NULL"),
+        postgresql_where=text("finished_at IS NULL"),
+    ),
 )
 
 jobs = Table(
@@ -326,6 +334,20 @@ artifact_tags = Table(
     Index("ix_artifact_tags_artifact_id", "artifact_id"),
 )
 
+# What projects have uploaded to calibrate and measure on; the object itself is under `key`.
+texts = Table(
+    "texts",
+    metadata,
+    Column("id", _id, primary_key=True),
+    Column("tenant_id", _id, ForeignKey("tenants.id"), nullable=False),
+    Column("name", String(200), nullable=False),
+    Column("key", Text, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Index("ix_texts_listing", "tenant_id", "created_at", "id"),
+)
+
 evaluations = Table(
     "evaluations",
     metadata,
@@ -415,3 +437,6 @@ audit_log = Table(
     Index("ix_audit_log_tenant_id_id", "tenant_id", "id"),
     sqlite_autoincrement=True,
 )
+
+# Written to see whether the database can be written.
+probes = Table("probes", metadata, Column("name", _id, primary_key=True), Column("at", BigInteger, nullable=False))

@@ -23,6 +23,7 @@ from infra.errors import (
     InfraError,
     ObjectExists,
     ObjectNotFound,
+    SettingsError,
     StorageRefused,
     TransientError,
 )
@@ -140,7 +141,7 @@ class ObjectStore:
                 ),
             )
         except ValueError as error:
-            raise StorageRefused(f"{endpoint} is not the URL of an S3 server") from error
+            raise SettingsError(f"{endpoint} is not the URL of an S3 server (DUQUANT_S3_ENDPOINT)") from error
 
     def close(self) -> None:
         """Close the connections."""

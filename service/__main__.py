@@ -7,13 +7,11 @@ from types import FrameType
 import uvicorn
 
 from infra.errors import InfraError
-from infra.logging import setup_logging
+from infra.logging import EXIT_BAD_SETTINGS, exit_status, setup_logging
 from infra.tracing import setup_tracing
 from service.app import create_app
 from service.context import Context
 from service.settings import ServiceSettings
-
-EXIT_BAD_CONFIG = 2
 
 
 class _Server(uvicorn.Server):
@@ -29,19 +27,20 @@ class _Server(uvicorn.Server):
 
 
 def main() -> int:
-    """Serve until told to stop; return the exit code."""
+    """Serve until told to stop; return the exit status: 0 after a signal, 2 for bad settings, 5 when a part is down."""
     try:
         settings = ServiceSettings.load()
         setup_logging("service", level=settings.log_level, fmt=settings.log_format, secrets=settings.secrets())
         setup_tracing("service", settings.otel_endpoint)
         app = create_app(settings)
     except InfraError as error:
-        return _refuse(str(error))
+        return _refuse(str(error), exit_status(error))
     try:
         listener = _listen(settings.host, settings.port)
     except OSError as error:
         where = f"{settings.host}:{settings.port}"
-        return _refuse(f"cannot listen on {where}: {error.strerror or error}; set DUQUANT_HOST and DUQUANT_PORT")
+        reason = f"cannot listen on {where}: {error.strerror or error}; set DUQUANT_HOST and DUQUANT_PORT"
+        return _refuse(reason, EXIT_BAD_SETTINGS)
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=5, timeout_keep_alive=30
     )
@@ -60,9 +59,9 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _refuse(message: str) -> int:
+def _refuse(message: str, status: int) -> int:
     print(f"duquant service: {message}", file=sys.stderr)  # noqa: T201  before or without a log, for whoever started us
-    return EXIT_BAD_CONFIG
+    return status
 
 
 if __name__ == "__main__":

@@ -35,12 +35,13 @@ from infra.usage import UsageStore
 from infra.webhooks.addresses import AddressPolicy, GuardedTransport
 from infra.webhooks.sender import WebhookSender
 from infra.webhooks.store import WebhookStore
-from service import errors, openapi
+from service import errors
 from service.auth import SCOPES
 from service.context import Context
 from service.housekeeping import keep_house
-from service.limits import RateLimiter
+from service.limits import OpenStreams, RateLimiter
 from service.middleware import QUIET_PATHS, BodyLimit, RequestContext
+from service.openapi import Description
 from service.pages import filters
 from service.routers import (
     artifacts,
@@ -121,6 +122,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         # The bundled pages load scripts from elsewhere, which our content policy forbids.
         docs_url=None,
         redoc_url=None,
+        openapi_url=None,  # ours is in routers/health.py
         # A path with a slash too many is another path, and a redirect would be built from the Host header.
         redirect_slashes=False,
         telemetry={"operation_spans": False, "exclude": lambda scope: scope["path"].startswith(QUIET_PATHS)},
@@ -134,7 +136,8 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     app.add_middleware(RequestContext)
     described = [resource.router for resource in ROUTERS]
     app.state.routes = [route for router in described for route in router.routes if isinstance(route, APIRoute)]
-    app.openapi = lambda: openapi.build(app, described)  # type: ignore[method-assign]  # FastAPI's way to extend it
+    app.state.description = Description(app, described)
+    app.openapi = app.state.description.as_dict  # type: ignore[method-assign]  # FastAPI's way to extend it
     return app
 
 
@@ -167,6 +170,7 @@ def build_context(settings: ServiceSettings) -> Context:
         shelf=ModelShelf(settings.model_roots, models),
         storage=ObjectStore.from_settings(settings, public_endpoint=settings.s3_public_endpoint),
         pages=pages,
+        streams=OpenStreams(settings.max_event_streams),
         limits=RateLimiter(rate, settings.rate_limit_burst) if rate else None,
     )
 

@@ -1,11 +1,12 @@
 """Shows batches: how far they are, and as a table at the end."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 from infra.artifacts import Artifact, Evaluation
-from infra.batches import REFUSED, Batch, BatchItem, Tally
-from infra.job_model import HELD
-from infra.jobs import WAITING, Job, JobState
+from infra.batch_progress import REFUSED, Tally, progress_of
+from infra.batches import Batch, BatchItem
+from infra.jobs import Job
 from service.context import Context
 from service.schemas.batches import BatchRow, BatchTable, BatchView, WorkCounts
 from service.schemas.common import moment
@@ -24,44 +25,19 @@ def batch_view(service: Context, batch: Batch) -> BatchView:
 
 
 def _view(batch: Batch, tally: Tally, reused: int) -> BatchView:
-    jobs, evaluations = _counts(tally, "quantize"), _counts(tally, "evaluate")
+    progress = progress_of(tally)
     return BatchView(
         id=batch.id,
         name=batch.name,
-        state=_state(jobs, evaluations),
-        jobs=jobs,
+        state=progress.state,
+        jobs=WorkCounts(**asdict(progress.jobs)),
         reused=reused,
-        evaluations=evaluations,
+        evaluations=WorkCounts(**asdict(progress.evaluations)),
         created_at=moment(batch.created_at),
         cancelled_at=moment(batch.cancelled_at),
+        finished_at=moment(batch.finished_at),
         request=batch.spec,
     )
-
-
-def _counts(tally: Tally, kind: str) -> WorkCounts:
-    by_state = {state: count for (job_kind, state), count in tally.items() if job_kind == kind}
-
-    def total(*states: str) -> int:
-        return sum(by_state.get(state, 0) for state in states)
-
-    return WorkCounts(
-        total=sum(by_state.values()),
-        waiting=total(*WAITING),
-        running=total(*HELD),
-        succeeded=total(JobState.SUCCEEDED),
-        failed=total(JobState.FAILED, REFUSED),
-        cancelled=total(JobState.CANCELLED),
-    )
-
-
-def _state(*kinds: WorkCounts) -> str:
-    if any(each.waiting or each.running for each in kinds):
-        return "running"
-    if all(each.succeeded == each.total for each in kinds):
-        return "succeeded"
-    if any(each.succeeded for each in kinds):
-        return "partial"
-    return "failed" if any(each.failed for each in kinds) else "cancelled"
 
 
 def batch_table(service: Context, batch: Batch) -> BatchTable:

@@ -168,6 +168,12 @@ CATALOGUE: dict[str, ProblemKind] = {
         "the key sent more requests than its rate limit allows",
         "wait for `Retry-After`; the `RateLimit` header says how much is left",
     ),
+    "too-many-streams": ProblemKind(
+        429,
+        "Too many event streams with this key",
+        "the key has as many event streams open as it may (`DUQUANT_MAX_EVENT_STREAMS`)",
+        "close one, or poll the job with `Prefer: wait`",
+    ),
     "quota-exceeded": ProblemKind(
         429,
         "A quota of the project is used up",

@@ -2,8 +2,9 @@
 
 import asyncio
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from fastapi import Request
+from fastapi import Depends, Request
 from fastapi.templating import Jinja2Templates
 from sqlalchemy import Engine
 
@@ -24,7 +25,7 @@ from infra.tenants import TenantStore
 from infra.usage import UsageStore
 from infra.webhooks.addresses import AddressPolicy
 from infra.webhooks.store import WebhookStore
-from service.limits import RateLimiter
+from service.limits import OpenStreams, RateLimiter
 from service.settings import ServiceSettings
 
 
@@ -52,6 +53,7 @@ class Context:
     shelf: ModelShelf
     storage: ObjectStore
     pages: Jinja2Templates
+    streams: OpenStreams
     limits: RateLimiter | None = None
     """Counts requests by key; none when the limit is switched off."""
     webhook_sender: asyncio.Task[None] | None = None
@@ -65,3 +67,7 @@ async def context(request: Request) -> Context:
     service = request.app.state.context
     assert isinstance(service, Context)
     return service
+
+
+Service = Annotated[Context, Depends(context)]
+"""The object graph, as endpoints ask for it."""

@@ -260,6 +260,12 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, on_domain)
 
 
+ALWAYS = ("unauthorized", "missing-scope", "internal-error", "service-unavailable")
+"""What every call under /v1 may be answered with."""
+COMMON = (*ALWAYS, "validation-failed")
+"""The same for calls with parameters, which may be wrong."""
+
+
 def responses(*names: str) -> dict[int | str, dict[str, Any]]:
     """Describe problems for OpenAPI, with an example of each."""
     described: dict[int | str, dict[str, Any]] = {}

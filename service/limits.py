@@ -1,13 +1,15 @@
-"""Rate limits: a token bucket for each API key, in the memory of this process.
+"""Limits by API key in the memory of this process: a token bucket of requests, and how many streams are open.
 
 Several API processes each count for themselves, so a key gets up to the limit from each of them, and a restart fills
-every bucket: the limit protects a process from a runaway client. Quotas, which are kept in the database, are exact.
+every bucket: the limits protect a process from a runaway client. Quotas, which are kept in the database, are exact.
 """
 
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 _SWEEP_AT = 10_000
@@ -75,3 +77,26 @@ class RateLimiter:
         self._buckets = {
             name: bucket for name, bucket in self._buckets.items() if self._tokens(name, now) < self._burst
         }
+
+
+class OpenStreams:
+    """Counts what is open under each name. For one thread, the event loop's."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._open: Counter[str] = Counter()
+
+    def has_room(self, name: str) -> bool:
+        """Whether one more may be opened."""
+        return self._open[name] < self.most
+
+    @contextmanager
+    def one(self, name: str) -> Iterator[None]:
+        """Count one as open while the block runs."""
+        self._open[name] += 1
+        try:
+            yield
+        finally:
+            self._open[name] -= 1
+            if not self._open[name]:
+                del self._open[name]

@@ -1,7 +1,9 @@
 """What the OpenAPI description needs beyond what the framework finds out by itself."""
 
 import copy
+import json
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -31,23 +33,44 @@ def takes(**examples: Any) -> dict[str, Any]:
     return {"requestBody": {"content": {_JSON: {"examples": named}}}}
 
 
-def build(app: FastAPI, routers: Iterable[APIRouter]) -> dict[str, Any]:
-    """Return the app's description: FastAPI's own, with the schema of problems and the links between calls."""
-    if app.openapi_schema is None:
-        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        components = schema.setdefault("components", {})
-        problem = errors.Problem.model_json_schema(ref_template="#/components/schemas/{model}")
-        components.setdefault("schemas", {}).update({**problem.pop("$defs"), "Problem": problem})
-        _put_nulls_back(routers, schema)
-        paths = schema["paths"]
-        for path, operations in paths.items():
-            for method, operation in operations.items():
-                _complete(method, operation)
-                if method == "post" and _COLLECTION.fullmatch(path):
-                    _add_links(operation, _links(paths, path))
-                components.setdefault("examples", {}).update(_shared_examples(operation))
-        app.openapi_schema = schema
-    return app.openapi_schema
+class Description:
+    """The app's description, built once, when it is first asked for."""
+
+    def __init__(self, app: FastAPI, routers: Iterable[APIRouter]) -> None:
+        self._app, self._routers = app, tuple(routers)
+        self._lock = threading.Lock()
+        self._built: dict[str, Any] | None = None
+        self._written: bytes | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it."""
+        with self._lock:
+            if self._built is None:
+                self._built = _build(self._app, self._routers)
+            return self._built
+
+    def as_json(self) -> bytes:
+        """Return it as it is sent."""
+        if self._written is None:
+            self._written = json.dumps(self.as_dict(), ensure_ascii=False).encode()
+        return self._written
+
+
+def _build(app: FastAPI, routers: Iterable[APIRouter]) -> dict[str, Any]:
+    """Return FastAPI's own description, with the schema of problems and the links between calls."""
+    schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    components = schema.setdefault("components", {})
+    problem = errors.Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+    components.setdefault("schemas", {}).update({**problem.pop("$defs"), "Problem": problem})
+    _put_nulls_back(routers, schema)
+    paths = schema["paths"]
+    for path, operations in paths.items():
+        for method, operation in operations.items():
+            _complete(method, operation)
+            if method == "post" and _COLLECTION.fullmatch(path):
+                _add_links(operation, _links(paths, path))
+            components.setdefault("examples", {}).update(_shared_examples(operation))
+    return schema
 
 
 def _put_nulls_back(routers: Iterable[APIRouter], schema: dict[str, Any]) -> None:

@@ -22,6 +22,8 @@ class ServiceSettings(InfraSettings):
     """Requests a second that one API key may send for long, in each API process; 0 switches the limit off."""
     rate_limit_burst: int = Field(default=1000, ge=1, le=1_000_000)
     """Requests that one API key may send at once."""
+    max_event_streams: int = Field(default=20, ge=1, le=10_000)
+    """Event streams that one API key may have open at once, in each API process; a dashboard page is one, too."""
     presign_seconds: int = Field(default=900, ge=1, le=900)
     """How long a download link works."""
     idempotency_hours: int = Field(default=24, ge=1)

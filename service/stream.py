@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 
 import anyio.to_thread
 from fastapi.responses import StreamingResponse
@@ -10,14 +11,31 @@ from fastapi.responses import StreamingResponse
 from infra.errors import InfraError
 from infra.jobs import JobEvent
 from service.context import Context
+from service.errors import ProblemError
+from service.metrics import STREAMS
 from service.schemas.common import moment
 
 POLL_SECONDS = 0.5
 SLOWEST_POLL_SECONDS = 2.0
 KEEP_ALIVE_SECONDS = 15.0
 RETRY_MS = 3000
+_FREE_SOON_SECONDS = 5
 LONGEST_SECONDS = 600.0
 """A stream ends after this; the client comes back with Last-Event-ID. It bounds what a forgotten tab costs."""
+
+
+@contextmanager
+def counted(service: Context, key_id: str) -> Iterator[None]:
+    """Count a stream against the limit of its key, for as long as it is open: from before the answer to its end.
+
+    Raises:
+        ProblemError: the key has as many open as it may.
+    """
+    if not service.streams.has_room(key_id):
+        detail = f"This key has {service.streams.most} event streams open, which is as many as it may; close one."
+        raise ProblemError("too-many-streams", detail, headers={"Retry-After": str(_FREE_SOON_SECONDS)})
+    with service.streams.one(key_id), STREAMS.track_inprogress():
+        yield
 
 
 def respond(stream: AsyncIterator[str]) -> StreamingResponse:

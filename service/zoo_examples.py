@@ -101,6 +101,7 @@ BATCH: dict[str, Any] = {
     "evaluations": {"total": 9, "waiting": 6, "running": 0, "succeeded": 3, "failed": 0, "cancelled": 0},
     "created_at": "2026-01-05T09:30:00.000Z",
     "cancelled_at": None,
+    "finished_at": None,
     "request": BATCH_REQUESTS["zoo"]["value"],
 }
 

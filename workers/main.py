@@ -13,7 +13,7 @@ from duquant.models.devices import resolve_device
 from infra.database import make_engine
 from infra.errors import InfraError
 from infra.jobs import JobStore
-from infra.logging import fail_with, setup_logging
+from infra.logging import EXIT_UNAVAILABLE, fail_with, setup_logging
 from infra.migrate import upgrade_engine
 from infra.storage import ObjectStore
 from infra.tracing import flush, setup_tracing
@@ -53,7 +53,7 @@ def main() -> None:
         secrets = (settings.s3_access_key, settings.s3_secret_key, settings.key_pepper)
         log = setup_logging("workers", level=settings.log_level, fmt=settings.log_format, secrets=secrets)
         setup_tracing("workers", settings.otel_endpoint)
-        engine = make_engine(settings.database_url)
+        engine = make_engine(settings.database_url, plan_once=True)
         upgrade_engine(engine)
         storage = ObjectStore.from_settings(settings)
     except InfraError as err:
@@ -62,7 +62,7 @@ def main() -> None:
         executor = build_executor(settings, storage)
     except (RayError, DuQuantError, ConnectionError) as err:
         log.error("executor_not_started", executor=settings.executor, error=str(err))
-        sys.exit(5)
+        sys.exit(EXIT_UNAVAILABLE)
     owner = f"{socket.gethostname()}-{os.getpid()}"
     dispatcher = Dispatcher(JobStore(engine), storage, executor, settings, owner=owner)
 

@@ -34,13 +34,10 @@ from infra import audit
 from infra.database import now_ms, read, write
 from infra.errors import QuotaExceeded, WebhookNotFound
 from infra.ids import new_id
-from infra.outbox import JOB_EVENTS
 from infra.schema import webhook_deliveries as deliveries
 from infra.schema import webhooks
 
 TEST_EVENT = "webhook.test"
-EVENTS = tuple(JOB_EVENTS.values())
-"""What a webhook can ask to hear of."""
 
 MAX_WEBHOOKS = 20
 """Webhooks of one tenant."""

@@ -2,14 +2,14 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Path, Query, Response
+from fastapi import APIRouter, Path, Query, Response
 
 from infra.artifacts import ArtifactFilter
 from service.artifact_views import artifact_summaries, artifact_summary, artifact_view, compare
 from service.auth import ArtifactReader, ArtifactWriter
 from service.bodies import BODY_PROBLEMS, JSON_BODY
-from service.context import Context, context
-from service.errors import responses
+from service.context import Service
+from service.errors import COMMON, responses
 from service.examples import ARTIFACT
 from service.filters import CreatedFrom, CreatedUntil, Name, require_text
 from service.openapi import shows, takes
@@ -28,7 +28,6 @@ from service.zoo_examples import ARTIFACT_COMPARISON, ARTIFACT_SUMMARY
 
 router = APIRouter(prefix="/v1", tags=["artifacts"])
 
-Service = Annotated[Context, Depends(context)]
 ID_PATTERN = r"^(art|job)_[0-9a-z]{1,60}$"
 ArtifactId = Annotated[
     str,
@@ -40,15 +39,14 @@ ArtifactId = Annotated[
 ]
 TagName = Annotated[str, Path(pattern=TAG, description="A name of your own", examples=["prod"])]
 
-_COMMON = ("unauthorized", "missing-scope", "validation-failed", "internal-error", "service-unavailable")
-_ONE = (*_COMMON, "artifact-not-found")
+_ONE = (*COMMON, "artifact-not-found")
 
 
 @router.get(
     "/artifacts",
     operation_id="listArtifacts",
     summary="List artifacts, newest first",
-    responses={200: shows({"items": [ARTIFACT_SUMMARY], "next_cursor": None}), **responses(*_COMMON)},
+    responses={200: shows({"items": [ARTIFACT_SUMMARY], "next_cursor": None}), **responses(*COMMON)},
 )
 def list_artifacts(
     service: Service,
@@ -186,15 +184,7 @@ def untag_artifact(service: Service, caller: ArtifactWriter, artifact_id: Artifa
     summary="Get the files of a job's artifact",
     responses={
         200: shows(ARTIFACT),
-        **responses(
-            "unauthorized",
-            "missing-scope",
-            "job-not-found",
-            "artifact-not-ready",
-            "validation-failed",
-            "internal-error",
-            "service-unavailable",
-        ),
+        **responses(*COMMON, "job-not-found", "artifact-not-ready"),
     },
 )
 def get_job_artifact(service: Service, caller: ArtifactReader, job_id: JobId) -> ArtifactView:

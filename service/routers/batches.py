@@ -9,8 +9,8 @@ from service import idempotency
 from service.auth import BatchWriter, Caller, Reader
 from service.batch_views import batch_table, batch_view, batch_views
 from service.bodies import BODY_PROBLEMS, JSON_BODY
-from service.context import Context, context
-from service.errors import FieldProblem, ProblemError, responses
+from service.context import Context, Service
+from service.errors import COMMON, FieldProblem, ProblemError, responses
 from service.idempotency import Made, Once, OnceRequired
 from service.openapi import shows, takes
 from service.paging import Cursor, Limit, cut, read_cursor
@@ -29,13 +29,11 @@ from service.zoo_examples import BATCH, BATCH_REQUESTS, BATCH_TABLE, REQUANTIZED
 
 router = APIRouter(prefix="/v1", tags=["batches"])
 
-Service = Annotated[Context, Depends(context)]
 BatchId = Annotated[str, Path(pattern=r"^batch_[0-9a-z]{1,60}$", examples=["batch_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]
 
-_COMMON = ("unauthorized", "missing-scope", "validation-failed", "internal-error", "service-unavailable")
-_ONE = (*_COMMON, "batch-not-found")
+_ONE = (*COMMON, "batch-not-found")
 _SUBMIT = (
-    *_COMMON,
+    *COMMON,
     *BODY_PROBLEMS,
     *idempotency.PROBLEMS,
     "quota-exceeded",
@@ -131,7 +129,7 @@ def _add(service: Context, caller: Caller, name: str, asked: dict[str, Any], pla
     "/batches",
     operation_id="listBatches",
     summary="List batches, newest first",
-    responses={200: shows({"items": [BATCH], "next_cursor": None}), **responses(*_COMMON)},
+    responses={200: shows({"items": [BATCH], "next_cursor": None}), **responses(*COMMON)},
 )
 def list_batches(service: Service, caller: Reader, limit: Limit = 50, cursor: Cursor = None) -> BatchPage:
     """List this tenant's batches by pages, each with how far it is."""

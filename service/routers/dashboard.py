@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any
 from urllib.parse import parse_qs
 
@@ -15,7 +15,7 @@ from infra.jobs import Job, JobState
 from service import stream
 from service.artifact_views import artifact_view
 from service.auth import Caller, check_same_site, end_session, session_caller, start_session
-from service.context import Context, context
+from service.context import Context, Service
 from service.errors import ProblemError
 from service.pages import STATE_ICONS, layer_cells, recipe_parts
 from service.schemas.artifacts import ArtifactView
@@ -27,8 +27,6 @@ router = APIRouter(include_in_schema=False)
 _EVENTS_SHOWN = 60
 _PAGE = 50
 
-Service = Annotated[Context, Depends(context)]
-
 
 def _visitor(request: Request, service: Service) -> Caller:
     caller = session_caller(request, service)
@@ -38,6 +36,14 @@ def _visitor(request: Request, service: Service) -> Caller:
 
 
 Visitor = Annotated[Caller, Depends(_visitor)]
+
+
+async def _one_stream(service: Service, visitor: Visitor) -> AsyncIterator[None]:
+    with stream.counted(service, visitor.key_id):
+        yield
+
+
+ONE_STREAM = Depends(_one_stream)
 
 
 async def _form(request: Request) -> Mapping[str, str]:
@@ -109,7 +115,7 @@ def queue_page(
     )
 
 
-@router.get("/live")
+@router.get("/live", dependencies=[ONE_STREAM])
 def follow_queue(service: Service, visitor: Visitor) -> StreamingResponse:
     """Say when the queue page should be read again."""
 
@@ -191,7 +197,7 @@ def _artifact(service: Context, job: Job, caller: Caller) -> tuple[ArtifactView 
         return None, "The object store does not answer; the rest of this page is current."
 
 
-@router.get("/jobs/{job_id}/live")
+@router.get("/jobs/{job_id}/live", dependencies=[ONE_STREAM])
 def follow_job_page(service: Service, visitor: Visitor, job_id: str) -> StreamingResponse:
     """Say when the job's page should be read again."""
     job = service.jobs.get(job_id, visitor.tenant_id)

@@ -1,13 +1,11 @@
 """/v1/estimates: what a job would take."""
 
-from typing import Annotated
-
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 
 from service.auth import Reader
 from service.bodies import BODY_PROBLEMS, JSON_BODY
-from service.context import Context, context
-from service.errors import responses
+from service.context import Service
+from service.errors import COMMON, responses
 from service.estimates import estimate
 from service.examples import JOB
 from service.openapi import shows, takes
@@ -33,20 +31,17 @@ _ESTIMATE = {
     responses={
         200: shows(_ESTIMATE),
         **responses(
-            "unauthorized",
-            "missing-scope",
+            *COMMON,
             *BODY_PROBLEMS,
             "model-forbidden",
             "model-not-found",
             "text-forbidden",
             "text-not-found",
-            "internal-error",
-            "service-unavailable",
         ),
     },
     openapi_extra=takes(preset={"model": {"source": "local", "name": "llama/7b"}, "recipe": "duquant-fast"}),
 )
-def estimate_job(service: Annotated[Context, Depends(context)], caller: Reader, body: EstimateRequest) -> EstimateView:
+def estimate_job(service: Service, caller: Reader, body: EstimateRequest) -> EstimateView:
     """Estimate a job from this project's past ones, and say what the estimate rests on. Nothing is queued."""
     work = work_of(service, caller, body.model, body.recipe, body.calibration)
     shape = service.shelf.measure(work.ref).shape

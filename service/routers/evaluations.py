@@ -2,14 +2,14 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Path, Query, Response
+from fastapi import APIRouter, Path, Query, Response
 
 from infra.jobs import NewJob
 from service import idempotency
 from service.auth import Reader, Writer
 from service.bodies import BODY_PROBLEMS, JSON_BODY
-from service.context import Context, context
-from service.errors import responses
+from service.context import Service
+from service.errors import COMMON, responses
 from service.evaluate import requested_evaluation
 from service.filters import Name, require_text
 from service.idempotency import Made, Once
@@ -23,7 +23,6 @@ from service.zoo_examples import EVALUATION, EVALUATION_JOB, EVALUATION_REQUESTS
 
 router = APIRouter(prefix="/v1", tags=["evaluations"])
 
-Service = Annotated[Context, Depends(context)]
 EvaluationId = Annotated[
     str,
     Path(
@@ -32,8 +31,6 @@ EvaluationId = Annotated[
         examples=["eval_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"],
     ),
 ]
-
-_COMMON = ("unauthorized", "missing-scope", "validation-failed", "internal-error", "service-unavailable")
 
 
 @router.post(
@@ -54,7 +51,7 @@ _COMMON = ("unauthorized", "missing-scope", "validation-failed", "internal-error
             {**EVALUATION_JOB, "reused": False}, "The job was made; Location names it", headers=idempotency.HEADERS
         ),
         **responses(
-            *_COMMON,
+            *COMMON,
             *BODY_PROBLEMS,
             "artifact-not-found",
             "quota-exceeded",
@@ -88,7 +85,7 @@ def submit_evaluation(service: Service, caller: Writer, body: EvaluationRequest,
     summary="List evaluations, newest first",
     responses={
         200: shows({"items": [EVALUATION], "next_cursor": None}),
-        **responses(*_COMMON, "artifact-not-found"),
+        **responses(*COMMON, "artifact-not-found"),
     },
 )
 def list_evaluations(
@@ -115,7 +112,7 @@ def list_evaluations(
     "/evaluations/{evaluation_id}",
     operation_id="getEvaluation",
     summary="Read an evaluation",
-    responses={200: shows(EVALUATION), **responses(*_COMMON, "evaluation-not-found")},
+    responses={200: shows(EVALUATION), **responses(*COMMON, "evaluation-not-found")},
 )
 def get_evaluation(service: Service, caller: Reader, evaluation_id: EvaluationId) -> EvaluationView:
     """Read what was measured. The job that measures has an evaluation when it has succeeded."""

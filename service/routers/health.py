@@ -3,17 +3,17 @@
 import platform
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Annotated
 
-import anyio.to_thread
+import anyio
 import structlog
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Request, Response
 
 from duquant.config import ALGORITHM_VERSION
-from infra.errors import InfraError, TransientError
-from service.context import Context, context
+from infra.errors import DiskFull, InfraError, TransientError
+from infra.probe import check_database
+from service.context import Context, Service
 from service.errors import responses
-from service.openapi import shows
+from service.openapi import Description, shows
 from service.schemas.health import Check, Health, Readiness, Version
 
 log = structlog.get_logger(__name__)
@@ -64,11 +64,18 @@ async def get_health() -> Health:
         **responses("internal-error"),
     },
 )
-async def get_readiness(service: Annotated[Context, Depends(context)], response: Response) -> Readiness:
+async def get_readiness(service: Service, response: Response) -> Readiness:
     """Check the database, the object store and the dispatchers, and name what is down."""
     checks: dict[str, Check] = {}
-    for name, check in _CHECKS.items():
+
+    async def run(name: str, check: Callable[[Context], Check]) -> None:
         checks[name] = await anyio.to_thread.run_sync(_run, name, check, service)
+
+    # At the same time: a probe has little patience, and what does not answer takes seconds to say so.
+    async with anyio.create_task_group() as group:
+        for name, check in _CHECKS.items():
+            group.start_soon(run, name, check)
+    checks = {name: checks[name] for name in _CHECKS}
     ready = all(each.ok for each in checks.values())
     response.status_code = 200 if ready else 503
     return Readiness(ready=ready, checks=checks)
@@ -80,12 +87,20 @@ def _run(name: str, check: Callable[[Context], Check], service: Context) -> Chec
     except InfraError as error:
         # Anyone may ask for readiness: addresses and driver messages go to the log only.
         log.warning("not_ready", part=name, error=str(error))
-        reason = "does not answer" if isinstance(error, TransientError) else "refuses to work"
-        return Check(ok=False, detail=f"{reason}; the server's log says more")
+        return Check(ok=False, detail=f"{_in_short(error)}; the server's log says more")
+
+
+def _in_short(error: InfraError) -> str:
+    match error:
+        case DiskFull():
+            return "its disk is full"
+        case TransientError():
+            return "does not answer"
+    return "refuses to work"
 
 
 def _database(service: Context) -> Check:
-    service.jobs.live_workers(BEAT_SECONDS)
+    check_database(service.engine)
     return Check(ok=True, detail="answers")
 
 
@@ -109,6 +124,14 @@ def _webhooks(service: Context) -> Check:
 
 
 _CHECKS = {"database": _database, "storage": _storage, "dispatcher": _dispatcher, "webhooks": _webhooks}
+
+
+@router.get("/openapi.json", include_in_schema=False)
+def get_description(request: Request) -> Response:
+    """Describe the API. Not a coroutine: the first time takes a second, which others must not wait for."""
+    description = request.app.state.description
+    assert isinstance(description, Description)
+    return Response(description.as_json(), media_type="application/json")
 
 
 @router.get(

@@ -1,6 +1,7 @@
 """/v1/jobs: submit, list, read, cancel, follow."""
 
 import re
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Annotated
 
@@ -15,8 +16,8 @@ from service import conditions, idempotency, stream
 from service.auth import Reader, Writer
 from service.bodies import BODY_PROBLEMS, JSON_BODY
 from service.conditions import IfMatch, IfNoneMatch
-from service.context import Context, context
-from service.errors import FieldProblem, ProblemError, responses
+from service.context import Context, Service
+from service.errors import COMMON, FieldProblem, ProblemError, responses
 from service.evaluate import check_settings, of_artifact
 from service.examples import EVENT_STREAM, JOB, JOB_CHANGES, JOB_PAGE, JOB_REQUESTS, LAYERS
 from service.filters import job_filter
@@ -30,11 +31,9 @@ from service.views import job_detail, job_submitted, job_summary, layer_view
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
 
-Service = Annotated[Context, Depends(context)]
 JobId = Annotated[str, Path(max_length=64, examples=["job_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]
 
-_COMMON = ("unauthorized", "missing-scope", "validation-failed", "internal-error", "service-unavailable")
-_ONE_JOB = (*_COMMON, "job-not-found")
+_ONE_JOB = (*COMMON, "job-not-found")
 
 
 @router.post(
@@ -57,7 +56,7 @@ _ONE_JOB = (*_COMMON, "job-not-found")
             "content": {"application/json": {"example": {**JOB, "reused": False}}},
         },
         **responses(
-            *_COMMON,
+            *COMMON,
             *BODY_PROBLEMS,
             "dependency-failed",
             "dependency-not-found",
@@ -106,7 +105,7 @@ def submit_job(service: Service, caller: Writer, body: JobRequest, once: Once) -
     "/jobs",
     operation_id="listJobs",
     summary="List jobs, newest first",
-    responses={200: shows(JOB_PAGE), **responses(*_COMMON)},
+    responses={200: shows(JOB_PAGE), **responses(*COMMON)},
 )
 def list_jobs(
     service: Service,
@@ -265,17 +264,23 @@ def list_job_layers(service: Service, caller: Reader, job_id: JobId) -> LayerLis
     return LayerList(items=[layer_view(row) for row in service.jobs.layers(job.id)])
 
 
+async def _one_stream(service: Service, caller: Reader) -> AsyncIterator[None]:
+    with stream.counted(service, caller.key_id):
+        yield
+
+
 @router.get(
     "/jobs/{job_id}/events",
     operation_id="followJob",
     summary="Follow a job (server-sent events)",
     response_class=StreamingResponse,
+    dependencies=[Depends(_one_stream)],
     responses={
         200: {
             "description": "Events as they happen; an `end` event after the last",
             "content": {"text/event-stream": {"schema": {"type": "string"}, "example": EVENT_STREAM}},
         },
-        **responses(*_ONE_JOB),
+        **responses(*_ONE_JOB, "too-many-streams"),
     },
 )
 def follow_job(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Path, Response
+from fastapi import APIRouter, Path, Response
 
 from infra import audit
 from infra.audit import AuditEntry
@@ -11,8 +11,8 @@ from infra.keys import ApiKey
 from service import idempotency
 from service.auth import Caller, KeyAdmin, require_scopes
 from service.bodies import BODY_PROBLEMS, JSON_BODY, JSON_BODY_OR_NONE
-from service.context import Context, context
-from service.errors import responses
+from service.context import Context, Service
+from service.errors import COMMON, responses
 from service.idempotency import Made, Once
 from service.openapi import shows, takes
 from service.paging import Cursor, Limit, cut, read_cursor, write_cursor
@@ -21,11 +21,9 @@ from service.schemas.tenants import AuditPage, audit_view
 
 router = APIRouter(prefix="/v1", tags=["keys"])
 
-Service = Annotated[Context, Depends(context)]
 KEY_REQUEST = {"name": "ci", "scopes": ["jobs:read", "jobs:write"], "expires_at": "2036-01-05T09:30:00Z"}
 KeyId = Annotated[str, Path(max_length=64, examples=["key_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]
 
-COMMON = ("unauthorized", "missing-scope", "validation-failed", "internal-error", "service-unavailable")
 _ONE = (*COMMON, "key-not-found")
 
 KEY = {

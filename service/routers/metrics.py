@@ -13,8 +13,8 @@ from prometheus_client.core import GaugeMetricFamily
 from infra.errors import InfraError
 from infra.metrics import REGISTRY, Families, merge
 from service.auth import BEARER, check_key
-from service.context import Context, context
-from service.errors import ProblemError, responses
+from service.context import Context, Service
+from service.errors import ALWAYS, ProblemError, responses
 
 log = structlog.get_logger(__name__)
 
@@ -38,7 +38,7 @@ def _is_from_here(request: Request) -> bool:
 
 async def _may_read(
     request: Request,
-    service: Annotated[Context, Depends(context)],
+    service: Service,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)],
 ) -> None:
     """Let in whom the setting lets in; a key of the server's operator always."""
@@ -58,10 +58,10 @@ async def _may_read(
     dependencies=[Depends(_may_read)],
     responses={
         200: {"description": "Prometheus' text format", "content": {"text/plain": {"example": _SHOWN}}},
-        **responses("unauthorized", "missing-scope", "internal-error", "service-unavailable"),
+        **responses(*ALWAYS),
     },
 )
-def get_metrics(service: Annotated[Context, Depends(context)]) -> Response:
+def get_metrics(service: Service) -> Response:
     """Show what this process, the dispatchers and the database count.
 
     Without a key it answers this machine only, unless DUQUANT_METRICS_ACCESS says otherwise.

@@ -1,13 +1,11 @@
 """/v1/models: what can be quantized."""
 
-from typing import Annotated
-
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 
 from infra.model_shelf import ShelfModel
 from service.auth import Reader
-from service.context import Context, context
-from service.errors import responses
+from service.context import Service
+from service.errors import ALWAYS, responses
 from service.openapi import shows
 from service.schemas.models import ModelList, ModelView
 
@@ -34,10 +32,10 @@ _MODELS = {
     summary="List the models at hand",
     responses={
         200: shows(_MODELS),
-        **responses("unauthorized", "missing-scope", "internal-error", "service-unavailable"),
+        **responses(*ALWAYS),
     },
 )
-def list_models(service: Annotated[Context, Depends(context)], _caller: Reader) -> ModelList:
+def list_models(service: Service, _caller: Reader) -> ModelList:
     """List the demo's models and those in the server's model folders, by name."""
     items = [_view(model) for model in service.shelf.list()]
     return ModelList(items=items, allows_hub=service.settings.allow_hub)

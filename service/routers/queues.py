@@ -2,13 +2,13 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Path
+from fastapi import APIRouter, Path
 
 from infra.jobs import Worker
 from infra.queues import Queue
 from service.auth import QueueAdmin, Reader
-from service.context import Context, context
-from service.errors import responses
+from service.context import Service
+from service.errors import ALWAYS, responses
 from service.openapi import shows
 from service.routers.health import BEAT_SECONDS
 from service.schemas.common import moment
@@ -16,11 +16,9 @@ from service.schemas.queues import FailureList, FailureView, QueueList, QueueVie
 
 router = APIRouter(prefix="/v1", tags=["queues"])
 
-Service = Annotated[Context, Depends(context)]
 QueuePath = Annotated[str, Path(max_length=64, examples=["default"])]
 
-_COMMON = ("unauthorized", "missing-scope", "internal-error", "service-unavailable")
-_ONE_QUEUE = (*_COMMON, "validation-failed", "queue-not-found")
+_ONE_QUEUE = (*ALWAYS, "validation-failed", "queue-not-found")
 _QUEUE = {
     "name": "default",
     "paused": False,
@@ -63,7 +61,7 @@ def _view(queue: Queue) -> QueueView:
     "/queues",
     operation_id="listQueues",
     summary="List the queues",
-    responses={200: shows({"items": [_QUEUE]}), **responses(*_COMMON)},
+    responses={200: shows({"items": [_QUEUE]}), **responses(*ALWAYS)},
 )
 def list_queues(service: Service, caller: Reader) -> QueueList:
     """List every queue, with this tenant's jobs in it."""
@@ -109,7 +107,7 @@ def resume_queue(service: Service, caller: QueueAdmin, queue: QueuePath) -> Queu
     "/workers",
     operation_id="listWorkers",
     summary="List the dispatchers",
-    responses={200: shows({"items": [_WORKER]}), **responses(*_COMMON)},
+    responses={200: shows({"items": [_WORKER]}), **responses(*ALWAYS)},
 )
 def list_workers(service: Service, _caller: QueueAdmin) -> WorkerList:
     """List the dispatchers that have reported within the last minute."""
@@ -135,7 +133,7 @@ def _worker(worker: Worker, running: int) -> WorkerView:
     "/failures",
     operation_id="listFailures",
     summary="List dead letters by reason",
-    responses={200: shows({"items": [_FAILURE]}), **responses(*_COMMON)},
+    responses={200: shows({"items": [_FAILURE]}), **responses(*ALWAYS)},
 )
 def list_failures(service: Service, caller: Reader) -> FailureList:
     """Group this tenant's failed jobs by kind and reason. A retried job is no longer among them."""

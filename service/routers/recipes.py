@@ -4,7 +4,7 @@ from fastapi import APIRouter
 
 from duquant.config import DEFAULT_PRESET, PRESETS
 from service.auth import Reader
-from service.errors import responses
+from service.errors import ALWAYS, responses
 from service.schemas.recipes import RecipeList, RecipeView
 
 router = APIRouter(prefix="/v1", tags=["recipes"])
@@ -32,7 +32,7 @@ def recipe_views() -> list[RecipeView]:
         200: {
             "content": {"application/json": {"example": {"items": [recipe_views()[0].model_dump()]}}},
         },
-        **responses("unauthorized", "missing-scope", "internal-error", "service-unavailable"),
+        **responses(*ALWAYS),
     },
 )
 def list_recipes(_caller: Reader) -> RecipeList:

@@ -2,23 +2,22 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Path, Response
+from fastapi import APIRouter, Path, Response
 
 from service import idempotency
 from service.auth import TenantAdmin
 from service.bodies import BODY_PROBLEMS, JSON_BODY
-from service.context import Context, context
-from service.errors import responses
+from service.context import Service
+from service.errors import COMMON, responses
 from service.idempotency import Made, Once
 from service.openapi import shows, takes
 from service.paging import Cursor, Limit, cut, read_cursor
-from service.routers.keys import COMMON, KEY_REQUEST, MADE, make_key
+from service.routers.keys import KEY_REQUEST, MADE, make_key
 from service.schemas.keys import KeyMade, KeyRequest
 from service.schemas.tenants import TenantChange, TenantPage, TenantRequest, TenantView, tenant_view
 
 router = APIRouter(prefix="/v1", tags=["tenants"])
 
-Service = Annotated[Context, Depends(context)]
 TenantId = Annotated[str, Path(max_length=64, examples=["zoo"])]
 
 _ONE = (*COMMON, "tenant-not-found")

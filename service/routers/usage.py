@@ -3,23 +3,21 @@
 from datetime import UTC, datetime
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Query
 
 from infra.database import read
 from infra.job_quotas import holding
 from infra.usage import UsageKey, UsageRow
 from service.auth import Reader, UsageReader
-from service.context import Context, context
-from service.errors import FieldProblem, ProblemError, responses
+from service.context import Service
+from service.errors import ALWAYS, FieldProblem, ProblemError, responses
 from service.openapi import shows
 from service.schemas.common import Moment, milliseconds, moment
 from service.schemas.usage import QuotaItem, QuotaView, UsageItem, UsageView
 
 router = APIRouter(prefix="/v1", tags=["usage"])
 
-Service = Annotated[Context, Depends(context)]
 
-_COMMON = ("unauthorized", "missing-scope", "internal-error", "service-unavailable")
 _USAGE = {
     "since": "2026-01-01T00:00:00.000Z",
     "until": "2026-01-05T09:30:00.000Z",
@@ -44,7 +42,7 @@ _QUOTA = {
     "/usage",
     operation_id="getUsage",
     summary="Read the bill",
-    responses={200: shows(_USAGE), **responses(*_COMMON, "validation-failed")},
+    responses={200: shows(_USAGE), **responses(*ALWAYS, "validation-failed")},
 )
 def get_usage(
     service: Service,
@@ -80,7 +78,7 @@ def _item(row: UsageRow, by: UsageKey) -> UsageItem:
     "/quota",
     operation_id="getQuota",
     summary="Read this project's limits",
-    responses={200: shows(_QUOTA), **responses(*_COMMON)},
+    responses={200: shows(_QUOTA), **responses(*ALWAYS)},
 )
 def get_quota(service: Service, caller: Reader) -> QuotaView:
     """Read what this project may have and what it has."""

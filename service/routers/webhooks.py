@@ -2,13 +2,13 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Path, Response
+from fastapi import APIRouter, Path, Response
 
 from service import idempotency
 from service.auth import WebhookWriter
 from service.bodies import BODY_PROBLEMS, JSON_BODY
-from service.context import Context, context
-from service.errors import responses
+from service.context import Service
+from service.errors import COMMON, responses
 from service.idempotency import Made, Once
 from service.openapi import shows, takes
 from service.paging import Cursor, Limit, cut, read_cursor
@@ -27,12 +27,10 @@ from service.schemas.webhooks import (
 
 router = APIRouter(prefix="/v1", tags=["webhooks"])
 
-Service = Annotated[Context, Depends(context)]
 WebhookId = Annotated[str, Path(max_length=64, examples=["wh_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]
 DeliveryId = Annotated[str, Path(max_length=64, examples=["msg_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]
 
-_COMMON = ("unauthorized", "missing-scope", "validation-failed", "internal-error", "service-unavailable")
-_ONE = (*_COMMON, "webhook-not-found")
+_ONE = (*COMMON, "webhook-not-found")
 _WEBHOOK = {
     "id": "wh_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b",
     "url": "https://example.com/hooks/duquant",
@@ -65,7 +63,7 @@ _DELIVERY = {
     dependencies=[JSON_BODY],
     responses={
         201: shows(_MADE, "The webhook was made; its secret is shown this once", headers=idempotency.HEADERS),
-        **responses(*_COMMON, *BODY_PROBLEMS, "webhook-forbidden", "quota-exceeded", *idempotency.PROBLEMS),
+        **responses(*COMMON, *BODY_PROBLEMS, "webhook-forbidden", "quota-exceeded", *idempotency.PROBLEMS),
     },
     openapi_extra=takes(ends={"url": "https://example.com/hooks/duquant", "events": ["job.succeeded", "job.failed"]}),
 )
@@ -85,7 +83,7 @@ def create_webhook(service: Service, caller: WebhookWriter, body: WebhookRequest
     "/webhooks",
     operation_id="listWebhooks",
     summary="List webhooks, newest first",
-    responses={200: shows({"items": [_WEBHOOK], "next_cursor": None}), **responses(*_COMMON)},
+    responses={200: shows({"items": [_WEBHOOK], "next_cursor": None}), **responses(*COMMON)},
 )
 def list_webhooks(service: Service, caller: WebhookWriter, limit: Limit = 50, cursor: Cursor = None) -> WebhookPage:
     """List this project's webhooks by pages, without their secrets."""

@@ -128,6 +128,8 @@ class BatchView(BaseModel):
     evaluations: WorkCounts
     created_at: datetime
     cancelled_at: datetime | None
+    finished_at: datetime | None
+    """When it was noticed, some seconds later, that nothing of it waits or runs any more."""
     request: dict[str, Any]
     """What was asked for."""
 

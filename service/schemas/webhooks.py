@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from infra.webhooks.store import Delivery, Webhook
 from service.schemas.common import check_text, moment
 
-Event = Literal["job.started", "job.succeeded", "job.failed", "job.cancelled"]
+Event = Literal["job.started", "job.succeeded", "job.failed", "job.cancelled", "batch.finished"]
 
 _EVENTS = "Event types to hear of; an empty list is all, also those of later versions"
 

@@ -42,7 +42,8 @@
         if (!answer.ok) throw new Error(`status ${answer.status}`);
         const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
         swap(fresh);
-        say("Live", "live");
+        if (source.readyState === EventSource.CLOSED) say("Not live: reload to see changes", "lost");
+        else say("Live", "live");
         if (!fresh.body.dataset.stream) { source.close(); say("Ended", "ended"); }
       } while (isStale);
     } catch {
@@ -57,7 +58,7 @@
   source.onopen = () => say("Live", "live");
   source.onerror = () => {
     say("Not current: trying to reconnect", "lost");
-    // A refused stream (the session ended) is never tried again by the browser; the page's own answer says why.
+    // A refused stream (the session ended, too many are open) is never tried again by the browser; read the page once.
     if (source.readyState === EventSource.CLOSED) read();
   };
 })();

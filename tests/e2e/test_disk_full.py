@@ -1,29 +1,18 @@
 """A full disk, for real: a file system of a few hundred kilobytes, mounted in a namespace of the child's own."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.small_disk import needs_mount
 from support.tiny_models import make_tiny_model, tiny_text
 
 pytestmark = pytest.mark.e2e
 
 
-def _can_mount() -> bool:
-    if shutil.which("unshare") is None:
-        return False
-    probe = subprocess.run(
-        ["unshare", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"],
-        capture_output=True,
-        check=False,
-    )
-    return probe.returncode == 0
-
-
-@pytest.mark.skipif(not _can_mount(), reason="this machine does not let its user mount a file system")
+@needs_mount
 def test_a_full_disk_ends_quantize_with_one_line_and_leaves_nothing_behind(tmp_path: Path):
     model = make_tiny_model(tmp_path / "model", hidden_size=256, intermediate_size=512)
     text = tmp_path / "text.txt"

@@ -1,16 +1,22 @@
 """Batches on each kind of database: what they count, cancel and try again."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, delete, update
+from pydantic import SecretStr
+from sqlalchemy import Engine, delete, insert, select, update
 
-from infra.batches import REFUSED, BatchItem, BatchStore, NewItem
-from infra.database import transaction, write
+from infra.batch_endings import note_finished_batches
+from infra.batch_progress import REFUSED
+from infra.batches import BatchItem, BatchStore, NewItem
+from infra.database import read, transaction, write
 from infra.errors import BatchNotFound, QuotaExceeded
 from infra.jobs import Job, JobState, JobStore
-from infra.schema import jobs, tenants
+from infra.schema import jobs, tenants, webhook_deliveries
+from infra.webhooks.store import WebhookStore
 
 pytestmark = pytest.mark.integration
 
@@ -144,3 +150,65 @@ def test_a_batch_over_the_quota_leaves_nothing(store, desk, zoo, engine):
         batch_of(zoo, item(desk, "a"), item(desk, "b"), item(desk, "c"))
     assert zoo.page("default", limit=5) == []
     assert store.list("default") == []
+
+
+@pytest.fixture
+def told(engine: Engine) -> Callable[[], list[dict[str, Any]]]:
+    """What the default tenant's webhook is told of batches, in order; two other webhooks hear nothing of them."""
+    with write(engine) as connection:
+        connection.execute(insert(tenants).values(id="other", name="other", created_at=0))
+    hooks = WebhookStore(engine, SecretStr("pepper"))
+    hook = hooks.create("default", "https://example.com", ["batch.finished"], actor=ACTOR)[0]
+    deaf = [hooks.create("default", "https://example.com", ["job.failed"], actor=ACTOR)[0].id]
+    deaf.append(hooks.create("other", "https://example.com", [], actor=ACTOR)[0].id)
+
+    def read_messages() -> list[dict[str, Any]]:
+        with read(engine) as connection:
+            rows = connection.execute(select(webhook_deliveries).order_by(webhook_deliveries.c.id)).mappings().all()
+        of_batches = [row for row in rows if row["event"] == "batch.finished"]
+        assert not {row["webhook_id"] for row in of_batches} & set(deaf)
+        assert {row["webhook_id"] for row in of_batches} <= {hook.id}
+        return [row["payload"]["data"] for row in of_batches]
+
+    return read_messages
+
+
+def test_the_end_of_a_batch_is_told_once_and_again_after_a_retry(store, desk, zoo, engine, told):
+    batch_id, jobs = batch_of(zoo, item(desk, "ok"), item(desk, "bad"))
+    succeed(store, desk, jobs[0])
+    assert note_finished_batches(engine) == 0
+    store.fail(desk.claim(), "bad_input", "on purpose")
+    assert zoo.get(batch_id, "default").finished_at is None
+    assert [note_finished_batches(engine) for _ in range(3)] == [1, 0, 0]
+    (first,) = told()
+    assert (first["batch_id"], first["name"], first["state"]) == (batch_id, "zoo", "partial")
+    assert (first["jobs"]["total"], first["jobs"]["succeeded"], first["jobs"]["failed"]) == (2, 1, 1)
+    assert first["finished_at"] == zoo.get(batch_id, "default").finished_at > first["created_at"]
+    store.retry(jobs[1].id, tenant_id="default", actor=ACTOR)
+    assert zoo.get(batch_id, "default").finished_at is None
+    assert note_finished_batches(engine) == 0
+    succeed(store, desk, jobs[1])
+    assert note_finished_batches(engine) == 1
+    assert [message["state"] for message in told()] == ["partial", "succeeded"]
+
+
+def test_a_batch_that_reuses_all_or_is_refused_all_has_ended_at_once(store, desk, zoo, engine, told):
+    there = desk.add("a")
+    succeed(store, desk, there)
+    batch_of(zoo, item(desk, "a"))
+    batch_of(zoo, NewItem(model_name="absent", recipe_name="rtn", detail="no such model"))
+    waiting = desk.add("b")
+    batch_of(zoo, item(desk, "b"))
+    assert note_finished_batches(engine) == 2
+    assert sorted(message["state"] for message in told()) == ["failed", "succeeded"]
+    store.cancel(waiting.id, tenant_id="default", actor=ACTOR)
+    assert note_finished_batches(engine) == 1
+    assert told()[-1]["state"] == "cancelled"
+
+
+def test_processes_that_look_at_the_same_moment_tell_of_a_batch_once(desk, zoo, engine, told):
+    for number in range(8):
+        batch_of(zoo, NewItem(model_name=str(number), recipe_name="rtn", detail="no such model"))
+    with ThreadPoolExecutor(4) as pool:
+        noted = sum(pool.map(lambda _: note_finished_batches(engine), range(4)))
+    assert noted == len(told()) == 8

@@ -133,6 +133,6 @@ def test_the_command_takes_its_server_with_it(tmp_path: Path, number: signal.Sig
 def test_bad_settings_are_one_clear_line(tmp_path: Path, environment: dict[str, str], message: str) -> None:
     process = _start_main({"DUQUANT_HOME": str(tmp_path), "DUQUANT_S3_ACCESS_KEY": "key", **environment})
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert message in errors
     assert len(errors.strip().splitlines()) == 1

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import boto3
 import httpx
 import pytest
 
@@ -16,6 +15,7 @@ from infra.errors import (
     InfraError,
     ObjectExists,
     ObjectNotFound,
+    SettingsError,
     StorageRefused,
     TransientError,
 )
@@ -59,18 +59,9 @@ def test_a_big_file_travels_in_parts_and_comes_back_whole(object_store: ObjectSt
     sha256, size = object_store.put_file("shard", source)
     assert (sha256, size) == (hashlib.sha256(source.read_bytes()).hexdigest(), 40 << 20)
     assert object_store.head("shard").sha256 == sha256
-    client = boto3.client(
-        "s3",
-        endpoint_url=s3.endpoint,
-        region_name="us-east-1",
-        aws_access_key_id=s3.access_key,
-        aws_secret_access_key=s3.secret_key,
-    )
-    try:
+    with s3.client() as client:
         # An ETag with a count tells that the object was put together from parts.
         assert client.head_object(Bucket=object_store.bucket, Key="shard")["ETag"].endswith('-3"')
-    finally:
-        client.close()
     target = tmp_path / "copy"
     assert object_store.get_file("shard", target) == (sha256, size)
     assert target.read_bytes() == source.read_bytes()
@@ -83,32 +74,14 @@ def test_a_small_file_carries_a_checksum_that_the_server_has_verified(
     source = tmp_path / "small"
     source.write_bytes(b"hello")
     object_store.put_file("small", source)
-    client = boto3.client(
-        "s3",
-        endpoint_url=s3.endpoint,
-        region_name="us-east-1",
-        aws_access_key_id=s3.access_key,
-        aws_secret_access_key=s3.secret_key,
-    )
-    try:
+    with s3.client() as client:
         head = client.head_object(Bucket=object_store.bucket, Key="small", ChecksumMode="ENABLED")
         assert head["ChecksumSHA256"] == "LPJNul+wow4m6DsqxbninhsWHlwfp0JecwQzYpOLmCQ="
-    finally:
-        client.close()
 
 
 def test_damaged_bytes_are_noticed_and_leave_no_file(object_store: ObjectStore, s3, tmp_path: Path) -> None:
-    client = boto3.client(
-        "s3",
-        endpoint_url=s3.endpoint,
-        region_name="us-east-1",
-        aws_access_key_id=s3.access_key,
-        aws_secret_access_key=s3.secret_key,
-    )
-    try:
+    with s3.client() as client:
         client.put_object(Bucket=object_store.bucket, Key="bad", Body=b"other", Metadata={"sha256": "0" * 64})
-    finally:
-        client.close()
     target = tmp_path / "target"
     target.write_text("what was there before")
     with pytest.raises(ChecksumMismatch, match="bad"):
@@ -223,7 +196,7 @@ def test_a_server_that_hangs_fails_the_health_check_within_seconds() -> None:
 
 
 def test_an_address_that_is_none_is_refused() -> None:
-    with pytest.raises(StorageRefused, match="not the URL"):
+    with pytest.raises(SettingsError, match="not the URL"):
         connect("nonsense")
 
 

@@ -21,6 +21,7 @@ from pydantic import SecretStr
 from sqlalchemy import insert
 
 from client.home import load_secrets
+from client.main import run
 from client.sdk import Client
 from duquant.config import preset
 from infra.artifact_keys import ArtifactKeys
@@ -200,14 +201,7 @@ def _quiet_logs() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def shared_bucket(s3: Any) -> Iterator[ObjectStore]:
     """One bucket for all of these tests: every job has a prefix of its own, and buckets are slow to make."""
-    with ObjectStore(
-        endpoint=s3.endpoint,
-        region="us-east-1",
-        bucket="service-tests",
-        access_key=s3.access_key,
-        secret_key=s3.secret_key,
-    ) as store:
-        store.ensure_bucket()
+    with s3.store("service-tests") as store:
         yield store
 
 
@@ -250,8 +244,33 @@ def any_service(tmp_path: Path, database_url: str, shared_bucket: ObjectStore, s
 
 
 @pytest.fixture
+def postgres_service(
+    tmp_path: Path, migrated_postgres_url: str, shared_bucket: ObjectStore, s3: Any
+) -> Iterator[Harness]:
+    """The service on PostgreSQL."""
+    yield from run_service(tmp_path, migrated_postgres_url, shared_bucket, s3)
+
+
+@pytest.fixture
 def other_tenant(service: Harness) -> str:
     """A second tenant."""
     with write(service.app.state.context.engine) as connection:
         connection.execute(insert(tenants).values(id="other", name="other", created_at=0))
     return "other"
+
+
+@pytest.fixture
+def cli(service: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+    """Run a command; give back its exit code, stdout and stderr."""
+    monkeypatch.setenv("DUQUANT_URL", service.url)
+    monkeypatch.setenv("DUQUANT_API_KEY", service.token)
+    monkeypatch.setenv("DUQUANT_HOME", str(tmp_path / "empty"))
+    monkeypatch.setenv("DUQUANT_CONFIG", str(tmp_path / "config.yaml"))
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = run(arguments)
+        out = capsys.readouterr()
+        return status, out.out, out.err
+
+    return call

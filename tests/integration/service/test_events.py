@@ -6,8 +6,10 @@ from typing import Any
 
 import httpx
 import pytest
+from support.receiver import wait_until
 
 from client import sse
+from service.limits import OpenStreams
 
 pytestmark = pytest.mark.integration
 
@@ -86,6 +88,7 @@ def test_an_id_that_is_no_number_is_refused(service: Any) -> None:
 
 
 def test_open_streams_hold_no_database_connection(any_service: Any) -> None:
+    any_service.app.state.context.streams = OpenStreams(30)
     job = any_service.enqueue()
     pool = any_service.app.state.context.engine.pool
     with httpx.Client(base_url=any_service.url, headers=any_service.http.headers, timeout=20) as http:
@@ -113,6 +116,34 @@ def test_a_reader_that_goes_away_leaves_nothing_running(service: Any) -> None:
         next(answer.iter_lines())
     time.sleep(2.5)
     assert event_reads_within(service, 1.5) == 0
+
+
+def test_a_key_has_so_many_streams_open_and_no_more(service: Any) -> None:
+    service.app.state.context.streams = OpenStreams(2)
+    job = service.enqueue()
+    path = f"/v1/jobs/{job.id}/events"
+    with service.http.stream("GET", path) as first:
+        assert first.status_code == 200
+        with service.http.stream("GET", path) as second:
+            assert second.status_code == 200
+            refused = service.http.get(path)
+            assert (refused.status_code, refused.json()["type"]) == (429, "urn:duquant:problem:too-many-streams")
+            assert int(refused.headers["Retry-After"]) > 0
+            other = {"Authorization": f"Bearer {service.key('jobs:read')}"}
+            with service.http.stream("GET", path, headers=other) as third:
+                assert third.status_code == 200
+            assert service.http.get(f"/v1/jobs/{job.id}").status_code == 200
+    # What a reader that goes away held is free soon, what was refused or not found never held anything.
+    wait_until(lambda: service.app.state.context.streams.has_room(first_key(service)), 10)
+    for _ in range(3):
+        assert service.http.get("/v1/jobs/job_0/events").status_code == 404
+    service.jobs.cancel(job.id, tenant_id="default", actor="test")
+    for _ in range(3):
+        assert service.http.get(path).status_code == 200
+
+
+def first_key(service: Any) -> str:
+    return service.keys.authenticate(service.token).id
 
 
 def event_reads_within(service: Any, seconds: float) -> int:

@@ -12,9 +12,12 @@ from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, text
+from support.receiver import wait_until
+from support.small_disk import SmallDisk, needs_mount
 
 from client.main import run
+from infra.database import write
 from infra.keys import new_token
 
 pytestmark = pytest.mark.integration
@@ -71,8 +74,11 @@ def test_a_taken_port_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
 def running(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     port = free_port()
     log = (tmp_path / "log").open("w")
-    env = environment(tmp_path, PORT=port, **request.param)
-    process = subprocess.Popen([sys.executable, "-m", "service"], env=env, stderr=log, text=True)
+    wanted = dict(request.param)
+    # The folder that the test and the disk's own side talk in is the same one.
+    inside = SmallDisk(tmp_path, size).inside() if (size := wanted.pop("disk", None)) else []
+    env = environment(tmp_path / "small" if inside else tmp_path, PORT=port, **wanted)
+    process = subprocess.Popen([*inside, sys.executable, "-m", "service"], env=env, stderr=log, text=True)
     url = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -164,6 +170,37 @@ def test_a_full_disk_is_a_503_and_keeps_every_job(service: Any) -> None:
     assert {item["id"] for item in service.http.get("/v1/jobs?limit=200").json()["items"]} == set(kept)
 
 
+@needs_mount
+@pytest.mark.parametrize("running", [{"disk": "40m"}], indirect=True)
+def test_readiness_names_the_full_disk_of_the_database(running: Any, tmp_path: Path) -> None:
+    url, _ = running
+    disk = SmallDisk(tmp_path, "40m")
+
+    def database() -> dict[str, Any]:
+        return httpx.get(f"{url}/readyz", timeout=30).json()["checks"]["database"]
+
+    try:
+        assert database() == {"ok": True, "detail": "answers"}
+        disk.fill()
+        wait_until(lambda: not database()["ok"])
+        assert database()["detail"].startswith("its disk is full")
+        disk.free()
+        wait_until(lambda: database()["ok"])
+    finally:
+        disk.fill()
+        disk.free()
+
+
+def test_readiness_tells_of_a_database_that_can_only_be_read(postgres_service: Any) -> None:
+    database = postgres_service.app.state.context.engine.url.database
+    assert postgres_service.http.get("/readyz").json()["checks"]["database"]["ok"] is True
+    with write(postgres_service.app.state.context.engine) as connection:
+        connection.execute(text(f'ALTER DATABASE "{database}" SET default_transaction_read_only = on'))
+    postgres_service.app.state.context.engine.dispose()
+    check = postgres_service.http.get("/readyz").json()["checks"]["database"]
+    assert (check["ok"], check["detail"].partition(";")[0]) == (False, "refuses to work")
+
+
 def test_readiness_follows_the_dispatcher(service: Any) -> None:
     assert service.http.get("/readyz").status_code == 503
     service.jobs.worker_beat("dispatcher-1", {})
@@ -189,6 +226,6 @@ def test_the_description_has_unique_names_examples_and_problems(service: Any) ->
                 if int(status) >= 400 and name != "getReadiness":
                     assert media_type == "application/problem+json", (name, status)
                     assert content["examples"], (name, status)
-    text = str(described)
-    assert "Largest side of a rotation block" in text  # the recipe's own words
-    assert "HTTPValidationError" not in text
+    said = str(described)
+    assert "Largest side of a rotation block" in said  # the recipe's own words
+    assert "HTTPValidationError" not in said

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 import httpx
@@ -36,6 +37,20 @@ def test_a_job_is_told_to_its_webhook_from_start_to_end(any_service: Any, receiv
         return [each["state"] for each in items] == ["delivered"]
 
     wait_until(delivered)
+
+
+def test_the_end_of_a_batch_is_told_by_the_running_service(service: Any, receiver: Receiver) -> None:
+    service.http.post("/v1/webhooks", json={"url": receiver.url, "events": ["batch.finished"]})
+    models = [{"source": "demo", "name": "smollm2-135m"}, {"source": "local", "name": "absent"}]
+    body = {"models": models, "recipes": ["rtn"]}
+    batch = service.http.post("/v1/batches", json=body, headers={"Idempotency-Key": "zoo"}).json()
+    assert batch["finished_at"] is None
+    service.jobs.fail(service.claim(), "bad_input", "on purpose")
+    (message,) = receiver.wait_for(1)
+    data = json.loads(message.body)["data"]
+    assert (data["batch_id"], data["state"], data["jobs"]["failed"]) == (batch["id"], "failed", 2)
+    shown = service.http.get(f"/v1/batches/{batch['id']}").json()["finished_at"]
+    assert datetime.fromisoformat(shown) == datetime.fromisoformat(data["finished_at"])
 
 
 def test_a_failed_delivery_is_shown_and_can_be_sent_again(service: Any, receiver: Receiver) -> None:

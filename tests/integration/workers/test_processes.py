@@ -1,7 +1,6 @@
 """The dispatcher as a process: killed in the middle of a job, started again."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.small_disk import SmallDisk, needs_mount
 from support.tiny_models import make_tiny_model
 
 from infra.jobs import JobState
@@ -108,19 +108,7 @@ def test_sigterm_gives_the_job_back_and_ends_with_status_0(side, s3, tmp_path, m
     assert not side.store.live_workers(3600)
 
 
-SMALL_DISK = """
-mount -t tmpfs -o size=4m tmpfs "$0/small" || exit 77
-{
-    until [ -e "$0/fill" ]; do sleep 0.05; done
-    cat /dev/zero > "$0/small/filler" 2> /dev/null
-    until [ -e "$0/free" ]; do sleep 0.05; done
-    rm "$0/small/filler"
-} &
-exec "$@"
-"""
-
-
-@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs a small file system of its own")
+@needs_mount
 @pytest.mark.parametrize("is_freed", [True, False])
 def test_a_full_disk_is_the_jobs_reason_and_costs_no_finished_layer(side, s3, tmp_path, model_root, is_freed):
     if not (model_root / "deeper").exists():
@@ -133,23 +121,20 @@ def test_a_full_disk_is_the_jobs_reason_and_costs_no_finished_layer(side, s3, tm
     def failures() -> list[str]:
         return [event.data["detail"] for event in side.store.events(job.id) if event.type == "retry_scheduled"]
 
-    (tmp_path / "small").mkdir()
-    inside = ["unshare", "--map-root-user", "--mount", "sh", "-c", SMALL_DISK, str(tmp_path)]
-    changes = {"DUQUANT_WORK_DIR": str(tmp_path / "small"), "DUQUANT_RETRY_SECONDS": "1"}
+    disk = SmallDisk(tmp_path, "4m")
+    changes = {"DUQUANT_WORK_DIR": str(disk.path), "DUQUANT_RETRY_SECONDS": "1"}
     try:
-        with dispatcher_process(side, s3, tmp_path / "workers.log", inside=inside, **changes) as process:
-            wait_for(lambda: process.poll() is not None or len(done()) >= 2)
-            if process.poll() is not None:
-                pytest.skip("this machine does not let its user mount a file system")
-            (tmp_path / "fill").touch()
+        with dispatcher_process(side, s3, tmp_path / "workers.log", inside=disk.inside(), **changes):
+            wait_for(lambda: len(done()) >= 2)
+            disk.fill()
             wait_for(failures)
             committed = done()
             if is_freed:
-                (tmp_path / "free").touch()
+                disk.free()
             wait_for(lambda: side.store.get(job.id).state.is_terminal)
     finally:
-        (tmp_path / "fill").touch()
-        (tmp_path / "free").touch()
+        disk.fill()
+        disk.free()
     ended = side.store.get(job.id)
     assert all("the disk is full" in detail for detail in failures())
     assert {layer: entry for layer, entry in done().items() if layer in committed} == committed
@@ -165,8 +150,8 @@ def test_a_full_disk_is_the_jobs_reason_and_costs_no_finished_layer(side, s3, tm
 @pytest.mark.parametrize(
     ("changes", "status", "words"),
     [
-        ({"DUQUANT_DATABASE_URL": "postgresql://nobody:secret-word@127.0.0.1:1/none"}, 1, "127.0.0.1"),
-        ({"DUQUANT_SLOTS": "none"}, 1, "DUQUANT_SLOTS"),
+        ({"DUQUANT_DATABASE_URL": "postgresql://nobody:secret-word@127.0.0.1:1/none"}, 5, "127.0.0.1"),
+        ({"DUQUANT_SLOTS": "none"}, 2, "DUQUANT_SLOTS"),
         ({"DUQUANT_DEVICE": "cuda:9", "DUQUANT_EXECUTOR": "ray", "DUQUANT_RAY_ADDRESS": "127.0.0.1:1"}, 5, "executor"),
     ],
 )

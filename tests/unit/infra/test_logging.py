@@ -8,7 +8,14 @@ import pytest
 import structlog
 from pydantic import SecretStr
 
-from infra.errors import InfraError
+from infra.errors import (
+    DatabaseUnusable,
+    InfraError,
+    SettingsError,
+    StartupError,
+    StorageRefused,
+    TransientError,
+)
 from infra.keys import new_token
 from infra.logging import fail_with, setup_logging
 
@@ -97,6 +104,22 @@ def test_numbers_and_harmless_names_are_left_alone(capsys: pytest.CaptureFixture
     setup_logging("service").info("tokenized", tokens=2048, token_count=7, missing=None, done=True)
     (line,) = lines(capsys)
     assert (line["tokens"], line["token_count"], line["missing"], line["done"]) == (2048, 7, None, True)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (SettingsError("no"), 2),
+        (TransientError("no"), 5),
+        (DatabaseUnusable("no"), 5),
+        (StorageRefused("no"), 5),
+        (StartupError("no"), 1),
+    ],
+)
+def test_the_exit_status_tells_bad_settings_from_a_part_that_is_down(error: InfraError, status: int) -> None:
+    with pytest.raises(SystemExit) as caught:
+        fail_with(error)
+    assert caught.value.code == status
 
 
 def test_a_process_ends_with_one_line_without_secrets(capsys: pytest.CaptureFixture[str]) -> None:

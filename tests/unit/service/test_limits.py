@@ -2,7 +2,9 @@
 
 import threading
 
-from service.limits import RateLimiter
+import pytest
+
+from service.limits import OpenStreams, RateLimiter
 
 
 class Clock:
@@ -78,3 +80,17 @@ def test_threads_never_share_a_token() -> None:
     for thread in threads:
         thread.join()
     assert passed.count(True) == 500
+
+
+def test_open_streams_are_counted_by_name_and_given_back_after_an_error() -> None:
+    streams = OpenStreams(1)
+
+    def follow() -> None:
+        with streams.one("a"):
+            assert not streams.has_room("a")
+            assert streams.has_room("b")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        follow()
+    assert streams.has_room("a")

@@ -8,6 +8,7 @@ from typing import TypedDict, TypeVar
 import torch
 
 from duquant.errors import ConfigError, KernelUnavailableError
+from duquant.kernels.cpu import CpuBackend
 from duquant.kernels.reference import ReferenceBackend
 from duquant.kernels.settings import BACKENDS, setting
 from duquant.kernels.types import Backend
@@ -29,7 +30,7 @@ class BackendStatus(TypedDict):
 @lru_cache(maxsize=1)
 def backends() -> tuple[Backend, ...]:
     """Return all backends, fastest first. Importing one must cost nothing: it looks at the machine when asked."""
-    return (ReferenceBackend(),)
+    return (CpuBackend(), ReferenceBackend())
 
 
 def allowed() -> tuple[Backend, ...]:

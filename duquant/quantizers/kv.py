@@ -33,8 +33,9 @@ class KVQuantizer:
     def quantize(self, X: Float[Tensor, "batch heads tokens head_dim"]) -> PackedKV:
         """Round to the cache's bits. Scale and low end are float16, and codes are chosen for the rounded ones."""
         values = X.float()
-        if self._rotation is not None:
-            values = values @ self._on(X.device)
+        rotation = self.rotation_on(X.device)
+        if rotation is not None:
+            values = values @ rotation
         low, high = torch.aminmax(values, dim=-1, keepdim=True)
         low, high = low * self.config.clip_ratio, high * self.config.clip_ratio
         levels = 2**self.config.bits - 1
@@ -49,13 +50,14 @@ class KVQuantizer:
         """Return what the codes stand for, rotated back."""
         codes = _unpack_bytes(packed.packed, self.head_dim, self.config.bits)
         values = codes.float().mul_(packed.scale.float()).add_(packed.low.float())
-        if self._rotation is not None:
-            values = values @ self._on(values.device).T
+        rotation = self.rotation_on(values.device)
+        if rotation is not None:
+            values = values @ rotation.T
         return values.to(dtype)
 
-    def _on(self, device: torch.device) -> Tensor:
-        assert self._rotation is not None
-        if self._rotation.device != device:
+    def rotation_on(self, device: torch.device) -> Float[Tensor, "head_dim head_dim"] | None:
+        """Return what rows are multiplied by (from the right) before rounding, or None."""
+        if self._rotation is not None and self._rotation.device != device:
             self._rotation = self._rotation.to(device)
         return self._rotation
 

@@ -1,6 +1,9 @@
 """The modules of a quantized model: a transform per site, and linears that read it."""
 
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -8,21 +11,70 @@ from torch import Tensor, nn
 
 from duquant.config import Recipe
 from duquant.kernels import (
+    LinearWeight,
     PackedWeight,
+    PreparedTransform,
     QuantizedActivation,
     fake_linear,
-    int4_linear,
     prepare_transform,
     prepare_weight,
     transform_quantize_pack,
+    transformed_linear,
 )
 from duquant.quantizers.packing import unpack
 from duquant.transforms.rotation import resolve_block_size
 from duquant.transforms.site import SiteTransform
 
+_T = TypeVar("_T")
+
 
 def _frozen(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+
+
+class _Shared(Generic[_T]):
+    """A result that several readers ask for, one after the other, with the same tensor.
+
+    It is made for the first and forgotten after the last. The tensor is recognised by identity, held weakly.
+    """
+
+    def __init__(self, readers: int) -> None:
+        self.readers = readers
+        self.result: _T | None = None
+        self._seen: weakref.ref[Tensor] | None = None
+        self._version = 0
+        self._uses = 0
+
+    def get(self, X: Tensor, make: Callable[[], _T]) -> _T:
+        """Return the result for `X`."""
+        # In inference mode tensors count no versions, and in-place changes of an input are not done there.
+        version = 0 if X.is_inference() else X._version
+        result = self.result
+        if result is None or self._seen is None or self._seen() is not X or self._version != version:
+            result = self.result = make()
+            self._seen, self._version = weakref.ref(X), version
+            self._uses = 0
+        self._uses += 1
+        if self._uses >= self.readers:
+            self.forget()
+        return result
+
+    def forget(self) -> None:
+        """Let go of input and result."""
+        self._seen = self.result = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared[_T]":
+        return _Shared(self.readers)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What the kernels made of a site's parameters, and which parameters they were."""
+
+    transform: PreparedTransform
+    weight: LinearWeight
+    bias: Float[Tensor, " out_features"] | None
+    parameters: tuple[nn.Parameter | None, ...]
 
 
 class SiteModule(nn.Module):
@@ -31,7 +83,6 @@ class SiteModule(nn.Module):
     def __init__(self, width: int, consumers: int, recipe: Recipe) -> None:
         super().__init__()
         self._config = recipe.activation
-        self._consumers = consumers
         self.act_clip_ratio = _frozen((2,), torch.float32)
         transform = recipe.transform
         self.R1: nn.Parameter | None = None
@@ -44,35 +95,92 @@ class SiteModule(nn.Module):
             if transform.permutation != "none":
                 self.perm = _frozen((width,), torch.int16 if width <= 2**15 else torch.int32)
                 self.R2 = _frozen(shape, torch.float32)
-        self._seen: weakref.ref[Tensor] | None = None
-        self._version = 0
-        self._uses = 0
-        self._result: QuantizedActivation | Tensor | None = None
+        # In a list, so that the linears are not registered as this module's submodules, too.
+        self._linears: list[DuQuantLinear] = []
+        self._codes: _Shared[QuantizedActivation | Tensor] = _Shared(consumers)
+        self._outputs: _Shared[tuple[Tensor, ...]] = _Shared(consumers)
+        self._prepared: _Prepared | None = None
 
     def forward(self, X: Float[Tensor, "*batch channels"]) -> QuantizedActivation | Tensor:
-        """Return rounded codes of the transformed rows, or the transformed rows in float32 for 16-bit activations.
+        """Return rounded codes of the transformed rows, or the transformed rows in float32 for 16-bit activations."""
+        return self._codes.get(X, lambda: self._compute(X.reshape(-1, X.shape[-1])))
 
-        q, k and v (gate and up) call this one after the other with the same tensor; the work is done for the first and
-        forgotten after the last. The tensor is recognised by identity, held weakly.
-        """
-        # In inference mode tensors count no versions, and in-place changes of an input are not done there.
-        version = 0 if X.is_inference() else X._version
-        if self._seen is None or self._seen() is not X or self._version != version or self._result is None:
-            self._result = self._compute(X.reshape(-1, X.shape[-1]))
-            self._seen, self._version = weakref.ref(X), version
-            self._uses = 0
-        result = self._result
-        self._uses += 1
-        if self._uses >= self._consumers:
-            self._seen = self._result = None
-        return result
+    def output(self, X: Float[Tensor, "*batch channels"], index: int) -> Float[Tensor, "rows out_features"]:
+        """Return linear `index`'s X W.T + bias in the dtype of `X`: all the site's linears are one product."""
+        return self._outputs.get(X, lambda: self._all_outputs(X))[index]
+
+    def attach(self, linear: "DuQuantLinear") -> int:
+        """Add a linear that reads this site; return its index."""
+        self._linears.append(linear)
+        self._codes.readers = self._outputs.readers = len(self._linears)
+        return len(self._linears) - 1
+
+    def _all_outputs(self, X: Tensor) -> tuple[Tensor, ...]:
+        ready = self._ready()
+        rows = X.reshape(-1, X.shape[-1])
+        Y = transformed_linear(rows, ready.transform, ready.weight, bias=ready.bias, dtype=X.dtype)
+        return (Y,) if len(self._linears) == 1 else Y.split(ready.weight.splits, dim=1)
 
     def _compute(self, rows: Tensor) -> QuantizedActivation | Tensor:
-        perm = None if self.perm is None else self.perm.long()
-        transform = SiteTransform(R1=self.R1, perm=perm, R2=self.R2)
         if self._config.bits == 16:
-            return transform.apply(rows.float())
-        return transform_quantize_pack(rows, prepare_transform(transform, self._config, self.act_clip_ratio))
+            return self._transform().apply(rows.float())
+        return transform_quantize_pack(rows, self._ready().transform)
+
+    def _transform(self) -> SiteTransform:
+        perm = None if self.perm is None else self.perm.long()
+        return SiteTransform(R1=self.R1, perm=perm, R2=self.R2)
+
+    def _ready(self) -> _Prepared:
+        """Return what the kernels run on: made when first asked for, and again when parameters were replaced."""
+        ready = self._prepared
+        if ready is None or any(a is not b for a, b in zip(ready.parameters, self._parameters_read(), strict=True)):
+            ready = self._prepared = self._prepare()
+        return ready
+
+    def _parameters_read(self) -> list[nn.Parameter | None]:
+        own = self._parameters
+        read = [own.get(name) for name in ("act_clip_ratio", "R1", "R2")]
+        for linear in self._linears:
+            read.append(linear._parameters["weight_packed"])
+        return read
+
+    def _prepare(self) -> _Prepared:
+        weights = [linear.packed_weight() for linear in self._linears]
+        joined = prepare_weight(weights)
+        # The linears' words become parts of the joined ones: there is one copy, in whatever order the backend reads.
+        first = 0
+        for linear in self._linears:
+            linear.adopt(joined, first)
+            first += linear.out_features
+        biases = [linear.bias for linear in self._linears]
+        bias = None
+        if any(each is not None for each in biases):
+            pairs = zip(biases, joined.splits, strict=True)
+            device = joined.data.device
+            bias = torch.cat([torch.zeros(n, device=device) if b is None else b.float() for b, n in pairs])
+        return _Prepared(
+            transform=prepare_transform(self._transform(), self._config, self.act_clip_ratio),
+            weight=joined,
+            bias=bias,
+            parameters=tuple(self._parameters_read()),
+        )
+
+    def forget(self) -> None:
+        """Let go of what the kernels made of the parameters: they changed."""
+        self._prepared = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "SiteModule":
+        self.forget()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Addresses mean nothing in a copy.
+        return {**self.__dict__, "_prepared": None}
 
 
 class DuQuantLinear(nn.Module):
@@ -89,30 +197,50 @@ class DuQuantLinear(nn.Module):
         self.weight_zero_point = _frozen((-(-out_features // per_word), groups), torch.int32)
         self.weight_shape = _frozen((2,), torch.int64)
         self.bias = _frozen((out_features,), torch.bfloat16) if bias else None
+        self._rounds_activations = recipe.activation.bits < 16
         # In a tuple, so that the shared site is not registered as a submodule of every linear that reads it.
         self._site = (site,)
+        self._index = site.attach(self)
 
     def forward(self, X: Float[Tensor, "*batch in_features"]) -> Float[Tensor, "*batch out_features"]:
         """Return X W.T + bias in the dtype of `X`."""
-        site = self._site[0](X)
-        if isinstance(site, QuantizedActivation):
-            Y = int4_linear(site, prepare_weight([self._weight()]), bias=self.bias, dtype=X.dtype)
+        site = self._site[0]
+        if self._rounds_activations:
+            Y = site.output(X, self._index)
         else:
-            Y = fake_linear(site, self._weight())
+            transformed = site(X)
+            assert isinstance(transformed, Tensor)
+            Y = fake_linear(transformed, self.packed_weight())
             Y = (Y if self.bias is None else Y + self.bias.float()).to(X.dtype)
         return Y.view(*X.shape[:-1], self.out_features)
 
-    def _weight(self) -> PackedWeight:
+    def packed_weight(self) -> PackedWeight:
+        """Return the weight as the artifact has it, zero points unpacked."""
         # (groups, words) along the rows -> (out_features, groups)
         zero_point = unpack(self.weight_zero_point.T.contiguous(), self.out_features, bits=self.bits).T.float()
         return PackedWeight(self.weight_packed, self.weight_scale, zero_point, self.in_features, self.bits)
 
+    def adopt(self, joined: LinearWeight, first: int) -> None:
+        """Let this linear's words be rows of joined ones, so that they are in memory once."""
+        rows = slice(first, first + self.out_features)
+        self.weight_packed.data = joined.data[rows]
+        self.weight_scale.data = joined.scale[rows]
+
     def dequantized_weight(self) -> Float[Tensor, "out_features in_features"]:
         """Return the float32 weight, in the transformed basis, that the packed codes stand for."""
-        W = self._weight()
+        W = self.packed_weight()
         codes = unpack(W.packed, W.in_features, bits=W.bits)
         grouped = codes.view(self.out_features, W.scale.shape[1], -1).float()
         return ((grouped - W.zero_point[..., None]) * W.scale[..., None]).view(codes.shape)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "DuQuantLinear":
+        self._site[0].forget()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._site[0].forget()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         """Describe the sizes."""

@@ -16,6 +16,7 @@ from duquant.kernels.dispatch import BackendStatus, describe, first_able
 from duquant.kernels.reference import check_linear, fake_linear
 from duquant.kernels.types import (
     Backend,
+    FusingBackend,
     LinearWeight,
     PackedWeight,
     PreparedTransform,
@@ -38,6 +39,7 @@ __all__ = [
     "prepare_transform",
     "prepare_weight",
     "transform_quantize_pack",
+    "transformed_linear",
 ]
 
 
@@ -83,6 +85,11 @@ def transform_quantize_pack(
     Raises:
         ShapeError: the width is not the transform's, or X is not floating point.
     """
+    _check_input(X, transform)
+    return transform.backend.transform_quantize_pack(X, transform)
+
+
+def _check_input(X: Tensor, transform: PreparedTransform) -> None:
     if not X.is_floating_point() or X.dim() != 2:
         raise ShapeError(f"activations must be a float matrix (tokens, channels), not {X.dtype} {tuple(X.shape)}")
     T = transform.transform
@@ -93,7 +100,8 @@ def transform_quantize_pack(
         blocks, n = (T.R1.shape[0] if T.R1.dim() == 3 else None), T.R1.shape[-1]
         if X.shape[1] % n or blocks not in (None, X.shape[1] // n):
             raise ShapeError(f"the activation has {X.shape[1]} channels, the transform blocks of {n}")
-    return transform.backend.transform_quantize_pack(X, transform)
+    if X.device != transform.clip_ratio.device:
+        raise ShapeError(f"the activation is on {X.device}, the transform on {transform.clip_ratio.device}")
 
 
 def int4_linear(
@@ -110,6 +118,32 @@ def int4_linear(
     """
     check_linear(X, W, bias)
     return W.backend.int4_linear(X, W, bias, dtype)
+
+
+def transformed_linear(
+    X: Float[Tensor, "tokens in_features"],
+    transform: PreparedTransform,
+    W: LinearWeight,
+    *,
+    bias: Float[Tensor, " out_features"] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "tokens out_features"]:
+    """Return int4_linear(transform_quantize_pack(X, transform), W): the same bits, in one step where a backend can.
+
+    Raises:
+        ShapeError: as the two do.
+    """
+    backend = W.backend
+    # An isinstance check of a protocol takes microseconds, and this runs for every site of every token.
+    fused: FusingBackend | None = backend if hasattr(backend, "transformed_linear") else None
+    if fused is None or backend is not transform.backend:
+        return int4_linear(transform_quantize_pack(X, transform), W, bias=bias, dtype=dtype)
+    _check_input(X, transform)
+    if X.shape[1] != W.in_features or X.device != W.data.device:
+        raise ShapeError(
+            f"the activation has {X.shape[1]} channels on {X.device}, the weight {W.in_features} on {W.data.device}"
+        )
+    return fused.transformed_linear(X, transform, W, bias, dtype)
 
 
 def int4_kv_attention(

@@ -150,6 +150,21 @@ class Backend(Protocol):
         """See duquant.kernels.int4_kv_attention."""
 
 
+@runtime_checkable
+class FusingBackend(Protocol):
+    """A backend that can transform and multiply in one step."""
+
+    def transformed_linear(
+        self,
+        X: Float[Tensor, "tokens in_features"],
+        transform: PreparedTransform,
+        W: LinearWeight,
+        bias: Float[Tensor, " out_features"] | None,
+        dtype: torch.dtype,
+    ) -> Float[Tensor, "tokens out_features"]:
+        """See duquant.kernels.transformed_linear."""
+
+
 def pack_pairs(codes: Int8[Tensor, "tokens in_features"]) -> Tensor:
     """Pack centred 4-bit codes two a byte: the packed layout of QuantizedActivation."""
     words = pack(codes, bits=4)

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from duquant.config import ActivationConfig
 from duquant.errors import KernelUnavailableError, ShapeError
-from duquant.kernels.cpu.library import ISAS, AttentionArgs, Library, LinearArgs, QuantizeArgs, library
+from duquant.kernels.cpu.cache import attend, dequantize_kv, quantize_kv
+from duquant.kernels.cpu.library import ISAS, Library, LinearArgs, QuantizeArgs, library
 from duquant.kernels.cpu.rotations import AmxRotations, amx_rotations
 from duquant.kernels.types import LinearWeight, PackedWeight, PreparedTransform, QuantizedActivation, join_weights
 from duquant.quantizers.kv import KVQuantizer, PackedKV
 from duquant.transforms.site import SiteTransform
 
-_MOST_HEAD_DIM = 512
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -154,44 +154,20 @@ class CpuBackend:
         scaling: float,
         mask: Tensor | None,
     ) -> Float[Tensor, "batch heads queries head_dim"]:
-        """Attend with one query a row of the batch, straight from the codes.
+        """Attend with one query a row of the batch, straight from the codes. See duquant.kernels.cpu.cache."""
+        return attend(Q, keys, values, quantizer, scaling=scaling, mask=mask)
 
-        Raises:
-            KernelUnavailableError: there are several queries, other than 4 bits, or a mask of its own for each head.
-        """
-        batch, heads, queries, head_dim = Q.shape
-        if queries != 1 or quantizer.config.bits != 4 or head_dim > _MOST_HEAD_DIM:
-            raise KernelUnavailableError("the kernel attends with one query at a time, to 4-bit codes")
-        tokens = keys.packed.shape[2]
-        added = _row_mask(mask, batch, tokens)
-        query = Q.float().mul(scaling).contiguous()
-        rotation = quantizer.rotation_on(Q.device)
-        keys, values = _dense(keys), _dense(values)
-        out = torch.empty_like(query)
-        args = AttentionArgs(
-            q=query.data_ptr(),
-            rotation=None if rotation is None else rotation.data_ptr(),
-            keys=keys.packed.data_ptr(),
-            key_scale=keys.scale.data_ptr(),
-            key_low=keys.low.data_ptr(),
-            values=values.packed.data_ptr(),
-            value_scale=values.scale.data_ptr(),
-            value_low=values.low.data_ptr(),
-            mask=None if added is None else added.data_ptr(),
-            out=out.data_ptr(),
-            batch=batch,
-            kv_heads=keys.packed.shape[1],
-            group=heads // keys.packed.shape[1],
-            tokens=tokens,
-            head_dim=head_dim,
-            key_strides=keys.packed.stride()[:2],
-            value_strides=values.packed.stride()[:2],
-            key_grid_strides=keys.scale.stride()[:2],
-            value_grid_strides=values.scale.stride()[:2],
-            mask_stride=0 if added is None else tokens,
-        )
-        library().attend(byref(args), torch.get_num_threads())
-        return out.to(Q.dtype)
+    def quantize_kv(
+        self, X: Float[Tensor, "batch heads tokens head_dim"], quantizer: KVQuantizer, out: PackedKV
+    ) -> None:
+        """Round and write to `out`. See duquant.kernels.cpu.cache."""
+        quantize_kv(X, quantizer, out)
+
+    def dequantize_kv(
+        self, packed: PackedKV, quantizer: KVQuantizer, dtype: torch.dtype
+    ) -> Float[Tensor, "batch heads tokens head_dim"]:
+        """Return what codes stand for. See duquant.kernels.cpu.cache."""
+        return dequantize_kv(packed, quantizer, dtype)
 
     def _quantize_args(self, X: Tensor, transform: PreparedTransform) -> tuple[QuantizeArgs, Tensor]:
         """Return the arguments but the outputs, and the rows that they point to: keep these alive."""
@@ -232,26 +208,3 @@ class CpuBackend:
         if tokens and W.out_features:
             lib.linear(byref(args), torch.get_num_threads())
         return out if made == dtype else out.to(dtype)
-
-
-def _dense(packed: PackedKV) -> PackedKV:
-    """Return codes and grids whose tokens lie next to each other, copied only where they do not."""
-    codes, scale, low = packed
-    bytes_each = codes.shape[3]
-    if codes.stride()[2:] != (bytes_each, 1):
-        codes = codes.contiguous()
-    if scale.stride() != low.stride() or scale.stride(2) != 1:
-        scale, low = scale.contiguous(), low.contiguous()
-    return PackedKV(codes, scale, low)
-
-
-def _row_mask(mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
-    """Return what is added to the scores, (batch, tokens) float32."""
-    if mask is None:
-        return None
-    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != 1:
-        raise KernelUnavailableError(f"the kernel takes one mask for all heads, not {tuple(mask.shape)}")
-    rows = mask[:, 0, 0, :].expand(batch, tokens)
-    if rows.dtype == torch.bool:
-        return torch.zeros(batch, tokens).masked_fill_(~rows, float("-inf"))
-    return rows.float().contiguous()

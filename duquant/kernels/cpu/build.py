@@ -37,12 +37,15 @@ _PORTABLE = (
     _Unit("threads.cpp"),
     _Unit("linear_portable.cpp", flags=("-DDUQUANT_SUFFIX=portable",)),
     _Unit("rows.cpp", flags=("-DDUQUANT_SUFFIX=portable",)),
+    _Unit("kv.cpp", flags=("-DDUQUANT_SUFFIX=portable",)),
 )
 _X86 = (
     _Unit("linear_portable.cpp", "AVX2", (*_AVX2, "-DDUQUANT_SUFFIX=avx2", "-DDUQUANT_COMPILE_AVX2")),
     _Unit("rows.cpp", "AVX2", (*_AVX2, "-DDUQUANT_SUFFIX=avx2")),
+    _Unit("kv.cpp", "AVX2", (*_AVX2, "-DDUQUANT_SUFFIX=avx2")),
     _Unit("linear_vnni.cpp", "AVX512", _AVX512),
     _Unit("rows.cpp", "AVX512", (*_AVX512, "-DDUQUANT_SUFFIX=avx512")),
+    _Unit("kv.cpp", "AVX512", (*_AVX512, "-DDUQUANT_SUFFIX=avx512")),
     _Unit("linear_amx.cpp", "AMX", _AMX),
     _Unit("transform_amx.cpp", "AMX", _AMX),
 )

@@ -61,30 +61,53 @@ class QuantizeArgs(Structure):
     )
 
 
+class CacheArgs(Structure):
+    """struct Cache."""
+
+    _fields_ = (
+        ("codes", c_void_p),
+        ("scale", c_void_p),
+        ("low", c_void_p),
+        ("code_strides", c_int64 * 2),
+        ("grid_strides", c_int64 * 2),
+    )
+
+
+class KvRowsArgs(Structure):
+    """struct KvRows."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("rotation", c_void_p),
+        ("cache", CacheArgs),
+        ("x_strides", c_int64 * 3),
+        ("batch", c_int64),
+        ("heads", c_int64),
+        ("tokens", c_int64),
+        ("head_dim", c_int64),
+        ("clip_ratio", c_float),
+        ("x_is_bfloat16", c_int32),
+    )
+
+
 class AttentionArgs(Structure):
     """struct Attention."""
 
     _fields_ = (
         ("q", c_void_p),
-        ("rotation", c_void_p),
-        ("keys", c_void_p),
-        ("key_scale", c_void_p),
-        ("key_low", c_void_p),
-        ("values", c_void_p),
-        ("value_scale", c_void_p),
-        ("value_low", c_void_p),
-        ("mask", c_void_p),
         ("out", c_void_p),
+        ("rotation", c_void_p),
+        ("mask", c_void_p),
+        ("keys", CacheArgs),
+        ("values", CacheArgs),
         ("batch", c_int64),
         ("kv_heads", c_int64),
         ("group", c_int64),
         ("tokens", c_int64),
         ("head_dim", c_int64),
-        ("key_strides", c_int64 * 2),
-        ("value_strides", c_int64 * 2),
-        ("key_grid_strides", c_int64 * 2),
-        ("value_grid_strides", c_int64 * 2),
         ("mask_stride", c_int64),
+        ("scaling", c_float),
+        ("is_bfloat16", c_int32),
     )
 
 
@@ -94,8 +117,16 @@ class Library:
     def __init__(self, handle: ctypes.CDLL, highest: int) -> None:
         self.linear = handle.duquant_linear
         self.quantize = handle.duquant_quantize
+        self.quantize_kv = handle.duquant_quantize_kv
+        self.dequantize_kv = handle.duquant_dequantize_kv
         self.attend = handle.duquant_attend
-        functions = ((self.linear, LinearArgs), (self.quantize, QuantizeArgs), (self.attend, AttentionArgs))
+        functions = (
+            (self.linear, LinearArgs),
+            (self.quantize, QuantizeArgs),
+            (self.quantize_kv, KvRowsArgs),
+            (self.dequantize_kv, KvRowsArgs),
+            (self.attend, AttentionArgs),
+        )
         for function, arguments in functions:
             function.argtypes, function.restype = (POINTER(arguments), c_int), None
         handle.duquant_start.argtypes, handle.duquant_start.restype = (c_int,), c_int

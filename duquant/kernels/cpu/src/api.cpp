@@ -163,6 +163,22 @@ DUQUANT_EXPORT void duquant_quantize(const Quantize* args, int threads) {
     parallel_for(args->tokens, 32, threads, [&](int64_t begin, int64_t end) { rows(*args, begin, end); });
 }
 
+// New tokens into a cache, and tokens of a cache out of it.
+DUQUANT_EXPORT void duquant_quantize_kv(const KvRows* args, int threads) {
+    const int64_t rows = args->batch * args->heads * args->tokens;
+    auto* run = DUQUANT_BEST(quantize_kv, quantize_kv_avx512);
+    parallel_for(rows, 16, threads_for(rows * args->head_dim * args->head_dim, threads),
+                 [&](int64_t begin, int64_t end) { run(*args, begin, end); });
+}
+
+DUQUANT_EXPORT void duquant_dequantize_kv(const KvRows* args, int threads) {
+    const int64_t rows = args->batch * args->heads * args->tokens;
+    auto* run = DUQUANT_BEST(dequantize_kv, dequantize_kv_avx512);
+    parallel_for(rows, 16, threads_for(rows * args->head_dim * args->head_dim, threads),
+                 [&](int64_t begin, int64_t end) { run(*args, begin, end); });
+}
+
+// One query for each row of the batch, from the codes.
 DUQUANT_EXPORT void duquant_attend(const Attention* args, int threads) {
     const int64_t items = args->batch * args->kv_heads;
     threads = threads_for(items * args->group * args->tokens * args->head_dim * 4, threads);

@@ -4,23 +4,11 @@
 #include <cstdint>
 #include <cstring>
 
+#include "floats.h"
 #include "kernels.h"
 
 namespace duquant {
 namespace {
-
-inline uint32_t float_bits(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-// Round to nearest even, as torch does; NaN stays NaN.
-inline uint16_t to_bfloat16(float value) {
-    const uint32_t bits = float_bits(value);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
 
 // Outputs [row, row + count) of one token from sums of (q_w + 8) q_x. Whole numbers are exact in double; one rounding
 // to float, then the products and the sum of the definition, one after the other.

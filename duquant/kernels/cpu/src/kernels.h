@@ -61,21 +61,36 @@ struct Quantize {
     float* row_sum;
 };
 
+// Keys or values of a cache, (batch, heads, tokens, ...): 4-bit codes two a byte, x = low + scale * code, float16.
+// The tokens of a head lie next to each other.
+struct Cache {
+    uint8_t* codes;
+    uint16_t* scale;
+    uint16_t* low;
+    int64_t code_strides[2];  // bytes from one batch row, one head to the next
+    int64_t grid_strides[2];  // elements
+};
+
+struct KvRows {
+    void* x;                // (batch, heads, tokens, head_dim), float32 or bfloat16: read, or written
+    const float* rotation;  // (head_dim, head_dim), what rows are multiplied by from the right before rounding, or null
+    Cache cache;
+    int64_t x_strides[3];  // elements from one batch row, one head, one token to the next
+    int64_t batch, heads, tokens, head_dim;
+    float clip_ratio;
+    int32_t x_is_bfloat16;
+};
+
 struct Attention {
-    const float* q;         // (batch, kv_heads, group, head_dim), scaled
-    const float* rotation;  // (head_dim, head_dim), what keys and values were multiplied by from the right, or null
-    const uint8_t* keys;
-    const uint16_t* key_scale;  // float16
-    const uint16_t* key_low;
-    const uint8_t* values;
-    const uint16_t* value_scale;
-    const uint16_t* value_low;
-    const float* mask;  // (batch, tokens), added to scores, or null
-    float* out;         // as q
+    const void* q;          // (batch, kv_heads * group, head_dim), float32 or bfloat16
+    void* out;              // as q
+    const float* rotation;  // as in KvRows
+    const float* mask;      // (batch, tokens), added to scores, or null
+    Cache keys, values;
     int64_t batch, kv_heads, group, tokens, head_dim;
-    int64_t key_strides[2], value_strides[2];            // bytes of one batch row, of one head
-    int64_t key_grid_strides[2], value_grid_strides[2];  // elements of one batch row, of one head
-    int64_t mask_stride;                                 // elements of one batch row
+    int64_t mask_stride;  // elements of one batch row
+    float scaling;
+    int32_t is_bfloat16;
 };
 
 // What a task needs of a linear: its arguments and the activations' planes.
@@ -91,15 +106,21 @@ struct LinearJob {
 void linear_rows_portable(const LinearJob&, int64_t, int64_t);
 void quantize_rows_portable(const Quantize&, int64_t, int64_t);
 void attend_portable(const Attention&, int64_t, int64_t);
+void quantize_kv_portable(const KvRows&, int64_t, int64_t);
+void dequantize_kv_portable(const KvRows&, int64_t, int64_t);
 #ifdef DUQUANT_AVX2
 void linear_rows_avx2(const LinearJob&, int64_t, int64_t);
 void quantize_rows_avx2(const Quantize&, int64_t, int64_t);
 void attend_avx2(const Attention&, int64_t, int64_t);
+void quantize_kv_avx2(const KvRows&, int64_t, int64_t);
+void dequantize_kv_avx2(const KvRows&, int64_t, int64_t);
 #endif
 #ifdef DUQUANT_AVX512
 void linear_rows_vnni(const LinearJob&, int64_t, int64_t);
 void quantize_rows_avx512(const Quantize&, int64_t, int64_t);
 void attend_avx512(const Attention&, int64_t, int64_t);
+void quantize_kv_avx512(const KvRows&, int64_t, int64_t);
+void dequantize_kv_avx512(const KvRows&, int64_t, int64_t);
 #endif
 #ifdef DUQUANT_AMX
 void linear_rows_amx(const LinearJob&, int64_t, int64_t);

@@ -33,7 +33,7 @@ def test_site_of_one_linear_keeps_nothing(model: Any) -> None:
     site = model.model.layers[0].mlp.mlp_out
     X = torch.randn(1, 4, 96).bfloat16()
     assert site(X) is not site(X)
-    assert site._result is None
+    assert site._codes.result is None
 
 
 def test_other_tensor_of_the_same_values_is_computed_anew(model: Any) -> None:
@@ -48,7 +48,7 @@ def test_nothing_is_kept_after_a_forward_pass(model: Any) -> None:
         module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in {s.name for s in LLAMA.sites}
     ]
     assert len(sites) == 8
-    assert all(site._result is None for site in sites)
+    assert all(site._codes.result is None and site._outputs.result is None for site in sites)
 
 
 def test_tensor_that_died_in_between_is_not_mistaken(model: Any) -> None:

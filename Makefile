@@ -10,6 +10,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Wheels come from the package index as it is configured on this machine. Downloads are large, so be patient with them.
 PIP := $(BIN)/python -m pip --disable-pip-version-check --timeout 120 --retries 5
+# torch's CUDA builds bring the Triton they were made with, so it cannot be pinned in constraints.txt; the CPU builds
+# bring none, and the GPU kernels are tested in Triton's interpreter.
+TRITON := triton==3.6.0
 CODE := duquant infra service workers client tests benchmarks docs
 
 .DEFAULT_GOAL := help
@@ -55,7 +58,7 @@ bench-queue: $(VENV)/.dev ## measure claims and endings of jobs on both database
 
 lock: $(VENV)/.dev ## write constraints.txt again from what .venv holds now
 	sed -n '/^#/p' constraints.txt > constraints.part
-	$(PIP) freeze --exclude-editable | sed -E 's/\+[a-z0-9.]+$$//' | grep -vE '^(#|-e)' | LC_ALL=C sort -f >> constraints.part
+	$(PIP) freeze --exclude-editable | sed -E 's/\+[a-z0-9.]+$$//' | grep -vE '^(#|-e|triton=)' | LC_ALL=C sort -f >> constraints.part
 	mv constraints.part constraints.txt
 
 clean: ## remove .venv, caches and the demo's data
@@ -86,6 +89,8 @@ $(VENV)/.demo: $(VENV)/.created constraints.txt pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install --quiet --no-deps '$(TRITON)' \
+	  || echo "note: no Triton for this machine; the tests of the GPU kernels will be skipped"
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || $(call debian,chromium) \
 	  || echo "note: no Chromium on this machine; the browser tests will be skipped (Debian: apt-get install chromium)"
 	@touch $@

@@ -1,0 +1,161 @@
+"""Triton kernels of attention over an INT4 KV cache: split-KV flash decoding, and the sum over its splits.
+
+Centred codes c = code - 8 are exact in float16, so keys and values are never dequantized. With
+k = middle + scale * c and middle = low + 8 scale: q.k = scale * (q.c) + middle * sum(q), and
+sum p v = sum (p * scale) c + sum p middle. Grids are float16, so p * scale is within its range, and queries are divided
+by their largest magnitude first. Even channels sit in the low nibbles, odd ones in the high; both are products of their
+own.
+"""
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+@no_type_check
+def load_codes(ptr, token, mask_token, pair, mask_pair, token_stride):
+    """Return centred (even, odd) codes of a tile (tokens, pairs) as float16."""
+    offsets = token[:, None].to(tl.int64) * token_stride + pair[None, :]
+    packed = tl.load(ptr + offsets, mask=mask_token[:, None] & mask_pair[None, :], other=0)
+    return (packed & 0x0F).to(tl.float16) - 8.0, (packed >> 4).to(tl.float16) - 8.0
+
+
+@triton.jit
+@no_type_check
+def load_grid(scale_ptr, low_ptr, token, mask_token, scale_stride, low_stride):
+    """Return (scale, middle) of a tile's tokens, float32; zeros beyond the end."""
+    scale = tl.load(scale_ptr + token.to(tl.int64) * scale_stride, mask=mask_token, other=0.0)
+    low = tl.load(low_ptr + token.to(tl.int64) * low_stride, mask=mask_token, other=0.0)
+    scale = scale.to(tl.float32)
+    return scale, low.to(tl.float32) + 8.0 * scale
+
+
+@triton.jit
+@no_type_check
+def load_queries(ptr, rows, is_row, pair, is_pair, HEAD_DIM: tl.constexpr):
+    """Return (even, odd, sum, size): rows divided by their size, the largest magnitude, in float16, and their sums."""
+    offsets = rows[:, None] * HEAD_DIM + 2 * pair[None, :]
+    mask = is_row[:, None] & is_pair[None, :]
+    even = tl.load(ptr + offsets, mask=mask, other=0.0)
+    odd = tl.load(ptr + offsets + 1, mask=mask, other=0.0)
+    size = tl.maximum(tl.max(tl.maximum(tl.abs(even), tl.abs(odd)), axis=1), 1e-30)
+    even, odd = (even / size[:, None]).to(tl.float16), (odd / size[:, None]).to(tl.float16)
+    # Of the rounded values, so that the term with `middle` uses the very ones that the products see.
+    return even, odd, tl.sum(even.to(tl.float32) + odd.to(tl.float32), axis=1), size
+
+
+@triton.jit
+@no_type_check
+def score_tile(
+    scores, visible, token, query, full_head, batch, tokens, queries, mask_ptr, mask_batch, mask_head, mask_query,
+    mask_token, MASK: tl.constexpr,
+):  # fmt: skip
+    """Return the scores after the mask: -inf where a row does not see a token."""
+    if MASK == 0:
+        visible = visible & (token[None, :] <= (tokens - queries + query)[:, None])
+    else:
+        at = batch * mask_batch + full_head[:, None] * mask_head + query[:, None].to(tl.int64) * mask_query
+        at += token[None, :].to(tl.int64) * mask_token
+        if MASK == 1:
+            visible = visible & (tl.load(mask_ptr + at, mask=visible, other=0) != 0)
+        else:
+            scores += tl.load(mask_ptr + at, mask=visible, other=0.0).to(tl.float32)
+    return tl.where(visible, scores, float("-inf"))
+
+
+@triton.jit
+@no_type_check
+def decode_kernel(
+    Q_ptr, K_ptr, K_scale_ptr, K_low_ptr, V_ptr, V_scale_ptr, V_low_ptr, mask_ptr, sums_ptr, stats_ptr,
+    kv_heads, queries, tokens, scaling,
+    K_batch, K_head, K_token, K_scale_batch, K_scale_head, K_scale_token, K_low_batch, K_low_head, K_low_token,
+    V_batch, V_head, V_token, V_scale_batch, V_scale_head, V_scale_token, V_low_batch, V_low_head, V_low_token,
+    mask_batch, mask_head, mask_query, mask_token,
+    SHARED: tl.constexpr, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    STEPS: tl.constexpr, MASK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Attend to STEPS tiles of TOKENS cached tokens; store weighted sums, the largest score and the sum of weights.
+
+    Q: float32 (batch * kv_heads, SHARED * queries, HEAD_DIM), contiguous; row r is query r % queries of head
+    r // queries among the SHARED ones that read the same keys. One program takes ROWS of these rows. `sums` is
+    (batch * kv_heads, splits, rows, 2, PAIRS), `stats` (batch * kv_heads, splits, rows, 2), rows padded to ROWS.
+    MASK: 0 none (row sees tokens up to its own), 1 bool, 2 added to the scores.
+    """
+    group, split, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    batch, head = (group // kv_heads).to(tl.int64), (group % kv_heads).to(tl.int64)
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    is_row = rows < SHARED * queries
+    query = rows % queries
+    pair = tl.arange(0, PAIRS)
+    is_pair = pair < HEAD_DIM // 2
+    Q_start = Q_ptr + group.to(tl.int64) * SHARED * queries * HEAD_DIM
+    Q_even, Q_odd, Q_sum, Q_size = load_queries(Q_start, rows, is_row, pair, is_pair, HEAD_DIM)
+    K_ptr += batch * K_batch + head * K_head
+    K_scale_ptr += batch * K_scale_batch + head * K_scale_head
+    K_low_ptr += batch * K_low_batch + head * K_low_head
+    V_ptr += batch * V_batch + head * V_head
+    V_scale_ptr += batch * V_scale_batch + head * V_scale_head
+    V_low_ptr += batch * V_low_batch + head * V_low_head
+    largest = tl.full((ROWS,), float("-inf"), tl.float32)
+    weight_sum = tl.zeros((ROWS,), dtype=tl.float32)
+    middle_sum = tl.zeros((ROWS,), dtype=tl.float32)
+    even_sum = tl.zeros((ROWS, PAIRS), dtype=tl.float32)
+    odd_sum = tl.zeros((ROWS, PAIRS), dtype=tl.float32)
+    for step in tl.range(STEPS, num_stages=STAGES):
+        token = (split * STEPS + step) * TOKENS + tl.arange(0, TOKENS)
+        is_token = token < tokens
+        K_even, K_odd = load_codes(K_ptr, token, is_token, pair, is_pair, K_token)
+        K_scale, K_middle = load_grid(K_scale_ptr, K_low_ptr, token, is_token, K_scale_token, K_low_token)
+        scores = tl.dot(Q_even, tl.trans(K_even)) + tl.dot(Q_odd, tl.trans(K_odd))
+        scores = (scores * K_scale[None, :] + Q_sum[:, None] * K_middle[None, :]) * (Q_size * scaling)[:, None]
+        scores = score_tile(
+            scores, is_row[:, None] & is_token[None, :], token, query, head * SHARED + rows // queries, batch,
+            tokens, queries, mask_ptr, mask_batch, mask_head, mask_query, mask_token, MASK,
+        )  # fmt: skip
+        new_largest = tl.maximum(largest, tl.max(scores, axis=1))
+        # Rows that have seen no token yet have -inf here; a finite stand-in keeps their exponentials zero, not NaN.
+        reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        weights = tl.exp(scores - reference[:, None])
+        shrink = tl.exp(largest - reference)
+        V_even, V_odd = load_codes(V_ptr, token, is_token, pair, is_pair, V_token)
+        V_scale, V_middle = load_grid(V_scale_ptr, V_low_ptr, token, is_token, V_scale_token, V_low_token)
+        scaled = (weights * V_scale[None, :]).to(tl.float16)
+        even_sum = even_sum * shrink[:, None] + tl.dot(scaled, V_even)
+        odd_sum = odd_sum * shrink[:, None] + tl.dot(scaled, V_odd)
+        middle_sum = middle_sum * shrink + tl.sum(weights * V_middle[None, :], axis=1)
+        weight_sum = weight_sum * shrink + tl.sum(weights, axis=1)
+        largest = new_largest
+    padded = tl.num_programs(2) * ROWS
+    at = (group.to(tl.int64) * tl.num_programs(1) + split) * padded + rows
+    tl.store(sums_ptr + at[:, None] * (2 * PAIRS) + pair[None, :], even_sum + middle_sum[:, None])
+    tl.store(sums_ptr + at[:, None] * (2 * PAIRS) + PAIRS + pair[None, :], odd_sum + middle_sum[:, None])
+    tl.store(stats_ptr + at * 2, largest)
+    tl.store(stats_ptr + at * 2 + 1, weight_sum)
+
+
+@triton.jit
+@no_type_check
+def combine_kernel(
+    sums_ptr, stats_ptr, Y_ptr, rows, padded, splits,
+    HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, SPLITS_PAD: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    """Y (batch * kv_heads, rows, HEAD_DIM) = the splits' sums, brought to one largest score, over the weights' sum."""
+    group, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    split = tl.arange(0, SPLITS_PAD)
+    pair = tl.arange(0, PAIRS)
+    at = (group * splits + split) * padded + row
+    is_split = split < splits
+    largest = tl.load(stats_ptr + at * 2, mask=is_split, other=float("-inf"))
+    weight_sum = tl.load(stats_ptr + at * 2 + 1, mask=is_split, other=0.0)
+    share = tl.exp(largest - tl.max(largest, axis=0))
+    total = tl.sum(share * weight_sum, axis=0)
+    mask = is_split[:, None] & (pair < HEAD_DIM // 2)[None, :]
+    even = tl.load(sums_ptr + at[:, None] * (2 * PAIRS) + pair[None, :], mask=mask, other=0.0)
+    odd = tl.load(sums_ptr + at[:, None] * (2 * PAIRS) + PAIRS + pair[None, :], mask=mask, other=0.0)
+    even = tl.sum(even * share[:, None], axis=0) / total
+    odd = tl.sum(odd * share[:, None], axis=0) / total
+    target = Y_ptr + (group * rows + row) * HEAD_DIM + 2 * pair
+    tl.store(target, even.to(OUT), mask=pair < HEAD_DIM // 2)
+    tl.store(target + 1, odd.to(OUT), mask=pair < HEAD_DIM // 2)

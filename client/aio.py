@@ -8,6 +8,8 @@ async with AsyncClient("http://127.0.0.1:8000", key) as client:
 import asyncio
 import math
 import time
+from collections.abc import AsyncIterator
+from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -67,9 +69,8 @@ class AsyncClient:
             attempt += 1
             pause: float | None
             try:
-                answer = await self._http.request(
-                    call.method, call.path, params=dict(call.params), json=call.body, headers=dict(call.headers)
-                )
+                content = None if call.file is None else _chunks(call.file)
+                answer = await self._http.request(**wire.request_of(call), content=content)
             except (httpx.HTTPError, ValueError) as error:
                 pause = wire.pause_after_break(attempt)
                 is_passing = isinstance(error, httpx.HTTPError) and not isinstance(error, httpx.ConnectError)
@@ -97,3 +98,9 @@ class AsyncClient:
                 return job
             if left <= 0:
                 raise WaitTimeoutError(f"{job_id} is still {job.state} after {timeout_s:g} s; it goes on")
+
+
+async def _chunks(path: Path) -> AsyncIterator[bytes]:
+    pieces = wire.chunks(path)
+    while piece := await asyncio.to_thread(next, pieces, b""):
+        yield piece

@@ -6,6 +6,7 @@ Building a call does no I/O, so the same calls serve the blocking client and the
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from client.errors import BadInputError
@@ -30,6 +31,8 @@ class Call(Generic[T]):
     """Turns the answer's JSON into a record."""
     params: Mapping[str, Any] = field(default_factory=dict)
     body: Any = None
+    file: Path | None = None
+    """What is sent in the place of a body of JSON."""
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -233,6 +236,34 @@ def cancel_batch(batch_id: str) -> Call[Batch]:
 def retry_batch(batch_id: str) -> Call[Batch]:
     """Run again what failed or was cancelled."""
     return _post(f"/v1/batches/{_batch(batch_id)}:retry-failed", Batch.from_json)
+
+
+def upload_text(path: Path, name: str | None = None) -> Call[Any]:
+    """Upload a text to calibrate or measure on; the answer's `source` is what jobs name it by."""
+    kind = "application/x-ndjson" if path.suffix in (".jsonl", ".ndjson") else "text/plain"
+    headers = {"Content-Type": kind}
+    return Call(
+        method="POST", path="/v1/texts", read=_same, params={"name": name or path.name}, file=path, headers=headers
+    )
+
+
+def list_texts(**filters: Any) -> Call[Any]:
+    """Read a page of texts, newest first."""
+    return _get("/v1/texts", _same, **filters)
+
+
+def get_text(text_id: str) -> Call[Any]:
+    """Read what is known of a text."""
+    return _get(f"/v1/texts/{_text(text_id)}", _same)
+
+
+def delete_text(text_id: str) -> Call[None]:
+    """Delete a text."""
+    return Call(method="DELETE", path=f"/v1/texts/{_text(text_id)}", read=_same)
+
+
+def _text(text_id: str) -> str:
+    return segment(text_id, "text id", "text_0199a1b2...")
 
 
 def list_recipes() -> Call[Any]:

@@ -6,7 +6,7 @@ import typer
 
 from client import calls
 from client.connection import Session, on_service
-from client.jobs import TimeoutOption, WaitFlag, check_job, report_job, text_source
+from client.jobs import TextOption, TimeoutOption, WaitFlag, check_job, report_job, text_source
 from client.lists import CursorOption, LimitOption, OfModel, tell_of_more
 from client.models import Evaluation
 from client.output import note, print_pairs, print_table, size
@@ -20,9 +20,7 @@ app = typer.Typer(help="Measure artifacts and models.", no_args_is_help=True)
 def submit(
     session: Session,
     what: Annotated[str, typer.Argument(help="The id of an artifact or of its job, or a model as demo:NAME.")],
-    text: Annotated[
-        str | None, typer.Option(help="A text file below the server's text roots, or builtin:pydoc-topics[:PART].")
-    ] = None,
+    text: TextOption = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
     windows: Annotated[int | None, typer.Option(help="Windows from the start of the text; 0 for all of it.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Measure again even if this was measured already.")] = False,
@@ -32,7 +30,7 @@ def submit(
     """Submit an evaluation: perplexity of an artifact or of an unquantized model."""
     settings: dict[str, Any] = {}
     if text is not None:
-        settings["text"] = text_source(text, "evaluation")
+        settings["text"] = text_source(session, text, "evaluation")
     if seq_len is not None:
         settings["seq_len"] = seq_len
     if windows is not None:

@@ -1,6 +1,7 @@
 """`duquant job`: work on a running service."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,8 +23,9 @@ TimeoutOption = Annotated[
     float | None, typer.Option("--timeout", min=0, help="Give up waiting after this many seconds (exit code 124).")
 ]
 WaitFlag = Annotated[bool, typer.Option("--wait", help="Follow it until it has ended.")]
-CalibrationOption = Annotated[
-    str | None, typer.Option(help="A text file below the server's text roots, or builtin:pydoc-topics[:PART].")
+TextOption = Annotated[
+    str | None,
+    typer.Option(help="The id of an uploaded text, a file below the server's roots, or builtin:pydoc-topics[:PART]."),
 ]
 RecipeOption = Annotated[
     str | None, typer.Option(help="A preset, or a recipe file (.json or .yaml).", autocompletion=preset_names)
@@ -36,7 +38,7 @@ def submit(
     session: Session,
     model: Annotated[str, typer.Argument(help="demo:NAME, local:NAME or hub:OWNER/NAME@COMMIT.")],
     recipe: RecipeOption = None,
-    calibration: CalibrationOption = None,
+    calibration: TextOption = None,
     samples: Annotated[int | None, typer.Option(help="Windows of calibration text.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
     priority: Annotated[int | None, typer.Option(help="0 to 1000; lower numbers start first. [default: 100]")] = None,
@@ -52,7 +54,7 @@ def submit(
     """Submit a quantization job. The same work again returns the job that is there."""
     changes: dict[str, Any] = {"samples": samples, "seq_len": seq_len}
     if calibration is not None:
-        changes["source"] = text_source(calibration, "calibration")
+        changes["source"] = text_source(session, calibration, "calibration")
     changes = {name: value for name, value in changes.items() if value is not None}
     job = session.client.submit(
         model,
@@ -84,8 +86,11 @@ def recipe_value(recipe: str | None) -> Any:
     return recipe
 
 
-def text_source(text: str, default_part: str) -> dict[str, str]:
-    """Return what a text option means to the service: builtin:NAME[:PART], or a file below its text roots."""
+def text_source(session: Session, text: str, default_part: str) -> Mapping[str, str]:
+    """Return what a text option means to the service: builtin:NAME[:PART], a text's id, or a file below its roots."""
+    if text.startswith("text_") and "." not in text and "/" not in text:
+        source: Mapping[str, str] = session.client.run(calls.get_text(text))["source"]
+        return source
     kind, _, rest = text.partition(":")
     if kind == "builtin":
         name, _, part = rest.partition(":")

@@ -19,6 +19,7 @@ from client import (
     operations,
     profiles,
     recipes,
+    texts,
     up,
     webhooks,
 )
@@ -52,6 +53,7 @@ app.add_typer(jobs.app, name="job")
 app.add_typer(batches.app, name="batch")
 app.add_typer(artifacts.app, name="artifact")
 app.add_typer(evaluations.app, name="evaluation")
+app.add_typer(texts.app, name="text")
 app.add_typer(recipes.app, name="recipe")
 app.add_typer(operations.models, name="model")
 app.add_typer(operations.queues, name="queue")

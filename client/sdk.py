@@ -69,9 +69,8 @@ class Client:
             attempt += 1
             pause: float | None
             try:
-                answer = self._http.request(
-                    call.method, call.path, params=dict(call.params), json=call.body, headers=dict(call.headers)
-                )
+                content = None if call.file is None else wire.chunks(call.file)
+                answer = self._http.request(**wire.request_of(call), content=content)
             except (httpx.HTTPError, ValueError) as error:
                 pause = wire.pause_after_break(attempt)
                 # Nothing listens there: another moment does not help a person who mistyped a port.

@@ -1,15 +1,18 @@
 """What the blocking and the asynchronous client share: what is sent, what is tried again, and what an error means."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import httpx
 
+from client.calls import Call
 from client.errors import ApiError, BadInputError, ClientError, UnavailableError
 
 CONNECT_SECONDS = 5.0
 TRIES = 3
+_CHUNK_BYTES = 1 << 18
 _LONGEST_PAUSE_S = 10.0
 """A server that asks for more patience than this is reported at once."""
 _AGAIN = frozenset({httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.TOO_MANY_REQUESTS})
@@ -29,7 +32,44 @@ def options(url: str, key: str, timeout_s: float) -> dict[str, Any]:
         "base_url": url.rstrip("/"),
         "headers": {"Authorization": f"Bearer {key}", "User-Agent": "duquant-client"},
         "timeout": httpx.Timeout(timeout_s, connect=CONNECT_SECONDS),
+        # Without TLS there is nothing to verify, and reading the certificates takes longer than most commands.
+        "verify": url.startswith("https://"),
     }
+
+
+def request_of(call: Call[Any]) -> dict[str, Any]:
+    """Return what both clients give httpx for a call, except for the content of a file.
+
+    Raises:
+        BadInputError: the file cannot be read.
+    """
+    headers = dict(call.headers)
+    if call.file is not None:
+        try:
+            headers["Content-Length"] = str(call.file.stat().st_size)
+        except OSError as error:
+            raise BadInputError(f"cannot read {call.file}: {error.strerror}") from error
+    return {
+        "method": call.method,
+        "url": call.path,
+        "params": dict(call.params),
+        "json": call.body,
+        "headers": headers,
+    }
+
+
+def chunks(path: Path) -> Iterator[bytes]:
+    """Yield a file's bytes.
+
+    Raises:
+        BadInputError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            while piece := stream.read(_CHUNK_BYTES):
+                yield piece
+    except OSError as error:
+        raise BadInputError(f"cannot read {path}: {error.strerror}") from error
 
 
 def pause_after(answer: httpx.Response, attempt: int) -> float | None:

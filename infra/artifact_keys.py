@@ -9,6 +9,11 @@ _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
+def _require_id(value: str) -> None:
+    if not _ID.fullmatch(value):
+        raise InfraError(f"{value!r} cannot be part of an object key")
+
+
 @dataclass(frozen=True, slots=True)
 class ArtifactKeys:
     """The keys of one job's artifact.
@@ -22,8 +27,7 @@ class ArtifactKeys:
 
     def __post_init__(self) -> None:
         for value in (self.tenant_id, self.job_id):
-            if not _ID.fullmatch(value):
-                raise InfraError(f"{value!r} cannot be part of an object key")
+            _require_id(value)
 
     @property
     def prefix(self) -> str:
@@ -50,6 +54,17 @@ class ArtifactKeys:
         if not _FILE.fullmatch(name):
             raise InfraError(f"{name!r} cannot be part of an object key")
         return f"{self.prefix}files/{fence}/{name}"
+
+
+def text_key(tenant_id: str, text_id: str, suffix: str) -> str:
+    """Return the key of a text that a tenant has uploaded.
+
+    >>> text_key("default", "text_1", ".txt")
+    'texts/default/text_1.txt'
+    """
+    for value in (tenant_id, text_id):
+        _require_id(value)
+    return f"texts/{tenant_id}/{text_id}{suffix}"
 
 
 def job_of(key: str) -> str | None:

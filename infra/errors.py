@@ -134,8 +134,8 @@ class TextNotFound(InfraError):
     """No such text."""
 
 
-class TextTooLarge(InfraError):
-    """The text is larger than texts may be."""
+class TextConflict(InfraError):
+    """The text is in use."""
 
 
 class EvaluationNotFound(InfraError):

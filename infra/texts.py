@@ -1,8 +1,23 @@
-"""What tells a changed calibration text from an unchanged one, without reading it."""
+"""Calibration and evaluation texts: what tells a changed one from an unchanged one, and those that projects upload."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from infra.storage import ObjectInfo
+from sqlalchemy import Connection, Engine, delete, func, insert, or_, select, tuple_
+
+from infra import audit
+from infra.artifact_keys import text_key
+from infra.database import now_ms, read, write
+from infra.errors import QuotaExceeded, TextConflict, TextNotFound
+from infra.ids import new_id
+from infra.job_model import ACTIVE, Record
+from infra.job_rows import state_is
+from infra.schema import jobs, tenants, texts
+from infra.storage import ObjectInfo, ObjectStore, file_sha256
+
+MAX_TEXTS = 200
+"""Texts of one tenant."""
 
 
 def file_identity(path: Path) -> str:
@@ -14,3 +29,132 @@ def file_identity(path: Path) -> str:
 def object_identity(info: ObjectInfo) -> str:
     """Return the identity of a text object: its hash, or its size for objects that others have put without one."""
     return info.sha256 or f"size:{info.size_bytes}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredText(Record):
+    """A text that a tenant has uploaded."""
+
+    id: str
+    tenant_id: str
+    name: str
+    key: str
+    """The object: what a job names as its source."""
+    sha256: str
+    size_bytes: int
+    created_at: int
+
+
+class TextStore:
+    """The texts of all tenants: rows here, bytes in object storage under keys that are built from ids."""
+
+    def __init__(self, engine: Engine, storage: ObjectStore) -> None:
+        self._engine = engine
+        self._storage = storage
+
+    def add(self, tenant_id: str, name: str, path: Path, *, suffix: str, actor: str) -> tuple[StoredText, bool]:
+        """Store a file; return its text, and whether it is new: the same bytes under the same name are stored once.
+
+        The object is put before its row is written, so a row never names what is not there.
+
+        Raises:
+            QuotaExceeded: the tenant has as many as it may have.
+            InfraError: the object store does not work.
+        """
+        sha256, size = file_sha256(path)
+        with read(self._engine) as connection:
+            if (known := self._known(connection, tenant_id, name, sha256, suffix)) is not None:
+                return known, False
+            _require_room(connection, tenant_id)
+        text_id = new_id("text")
+        key = text_key(tenant_id, text_id, suffix)
+        self._storage.put_file(key, path)
+        try:
+            with write(self._engine) as connection:
+                # Two uploads at once take their turns here.
+                connection.execute(select(tenants.c.id).where(tenants.c.id == tenant_id).with_for_update())
+                known = self._known(connection, tenant_id, name, sha256, suffix)
+                if known is None:
+                    _require_room(connection, tenant_id)
+                    values = {"id": text_id, "tenant_id": tenant_id, "name": name, "key": key, "sha256": sha256}
+                    statement = insert(texts).values(size_bytes=size, created_at=now_ms(self._engine.dialect), **values)
+                    stored = StoredText.from_row(connection.execute(statement.returning(texts)).mappings().one())
+                    _audit(connection, stored, actor, "text.uploaded")
+                    return stored, True
+        except BaseException:
+            self._storage.delete(key)
+            raise
+        self._storage.delete(key)
+        return known, False
+
+    def _known(self, connection: Connection, tenant_id: str, name: str, sha256: str, suffix: str) -> StoredText | None:
+        query = select(texts).where(texts.c.tenant_id == tenant_id, texts.c.name == name, texts.c.sha256 == sha256)
+        row = connection.execute(query.where(texts.c.key.endswith(suffix)).limit(1)).mappings().first()
+        return None if row is None else StoredText.from_row(row)
+
+    def get(self, text_id: str, tenant_id: str) -> StoredText:
+        """Return one text.
+
+        Raises:
+            TextNotFound: no such text, or it is another tenant's.
+        """
+        with read(self._engine) as connection:
+            return _one(connection, text_id, tenant_id)
+
+    def page(self, tenant_id: str, *, limit: int, before: tuple[int, str] | None = None) -> Sequence[StoredText]:
+        """Return a tenant's texts, newest first; `before` is (created_at, id) of the last one on the page before."""
+        query = select(texts).where(texts.c.tenant_id == tenant_id)
+        if before is not None:
+            query = query.where(tuple_(texts.c.created_at, texts.c.id) < tuple_(*before))
+        query = query.order_by(texts.c.created_at.desc(), texts.c.id.desc()).limit(limit)
+        with read(self._engine) as connection:
+            return [StoredText.from_row(row) for row in connection.execute(query).mappings()]
+
+    def delete(self, text_id: str, tenant_id: str, *, actor: str) -> None:
+        """Delete a text with its object.
+
+        Raises:
+            TextNotFound: no such text, or it is another tenant's.
+            TextConflict: a job that has not ended reads it.
+        """
+        with write(self._engine) as connection:
+            text = _one(connection, text_id, tenant_id)
+            if (reader := _reader(connection, text)) is not None:
+                raise TextConflict(f"{reader} reads {text.id} and has not ended", text_id=text.id)
+            connection.execute(delete(texts).where(texts.c.id == text.id))
+            _audit(connection, text, actor, "text.deleted")
+        # After the row: what is left behind by a crash in between is an object that nothing names.
+        self._storage.delete(text.key)
+
+
+def _reader(connection: Connection, text: StoredText) -> str | None:
+    """Return a job that has not ended and reads the text, if there is one."""
+    of_recipe = jobs.c.spec["recipe"]["calibration"]["source"]["name"].as_string()
+    of_evaluation = jobs.c.spec["evaluation"]["text"]["name"].as_string()
+    query = (
+        select(jobs.c.id)
+        .where(jobs.c.tenant_id == text.tenant_id, jobs.c.finished_at.is_(None), state_is(*ACTIVE))
+        .where(or_(of_recipe == text.key, of_evaluation == text.key))
+        .limit(1)
+    )
+    found: str | None = connection.execute(query).scalar_one_or_none()
+    return found
+
+
+def _require_room(connection: Connection, tenant_id: str) -> None:
+    used = connection.execute(select(func.count()).where(texts.c.tenant_id == tenant_id)).scalar_one()
+    if used >= MAX_TEXTS:
+        raise QuotaExceeded(f"a project has at most {MAX_TEXTS} texts", quota="texts", limit=MAX_TEXTS, used=used)
+
+
+def _one(connection: Connection, text_id: str, tenant_id: str) -> StoredText:
+    query = select(texts).where(texts.c.id == text_id, texts.c.tenant_id == tenant_id)
+    row = connection.execute(query).mappings().first()
+    if row is None:
+        raise TextNotFound(f"no text {text_id}", text_id=text_id)
+    return StoredText.from_row(row)
+
+
+def _audit(connection: Connection, text: StoredText, actor: str, action: str) -> None:
+    data = {"name": text.name, "sha256": text.sha256, "size_bytes": text.size_bytes}
+    audit.record(connection, tenant_id=text.tenant_id, actor=actor, action=action, target=text.id, data=data)

@@ -31,6 +31,7 @@ from infra.queues import QueueStore
 from infra.schema import DEFAULT_TENANT
 from infra.storage import ObjectStore
 from infra.tenants import TenantStore
+from infra.texts import TextStore
 from infra.usage import UsageStore
 from infra.webhooks.addresses import AddressPolicy, GuardedTransport
 from infra.webhooks.sender import WebhookSender
@@ -56,6 +57,7 @@ from service.routers import (
     queues,
     recipes,
     tenants,
+    texts,
     usage,
     webhooks,
 )
@@ -73,6 +75,7 @@ ROUTERS = (
     artifacts,
     evaluations,
     models_routes,
+    texts,
     recipes,
     usage,
     keys,
@@ -85,6 +88,7 @@ ROUTERS = (
 """In the order in which the description lists them."""
 _RETRY_SECONDS = 5.0
 _LAST_SECONDS = 2.0
+_UPLOADS_OF_A_KEY = 2
 _DESCRIPTION = """Turns Hugging Face language models into packed INT4 checkpoints.
 
 Every call under `/v1` needs an API key. Every error is an `application/problem+json` document of a documented type.
@@ -132,7 +136,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         app.include_router(resource.router)
     app.mount("/static", StaticFiles(directory=_HERE / "static"), name="static")
     errors.install(app)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, larger={"/v1/texts": settings.max_text_bytes})
     app.add_middleware(RequestContext)
     described = [resource.router for resource in ROUTERS]
     app.state.routes = [route for router in described for route in router.routes if isinstance(route, APIRoute)]
@@ -149,6 +153,7 @@ def build_context(settings: ServiceSettings) -> Context:
     pages = Jinja2Templates(directory=_HERE / "templates")
     pages.env.filters.update(filters())
     rate = settings.rate_limit_per_second
+    storage = ObjectStore.from_settings(settings, public_endpoint=settings.s3_public_endpoint)
     return Context(
         settings=settings,
         engine=engine,
@@ -168,9 +173,11 @@ def build_context(settings: ServiceSettings) -> Context:
         history=History(engine),
         models=models,
         shelf=ModelShelf(settings.model_roots, models),
-        storage=ObjectStore.from_settings(settings, public_endpoint=settings.s3_public_endpoint),
+        texts=TextStore(engine, storage),
+        storage=storage,
         pages=pages,
         streams=OpenStreams(settings.max_event_streams),
+        uploads=OpenStreams(_UPLOADS_OF_A_KEY),
         limits=RateLimiter(rate, settings.rate_limit_burst) if rate else None,
     )
 

@@ -57,6 +57,9 @@ CATALOGUE: dict[str, ProblemKind] = {
     "batch-not-found": ProblemKind(
         404, "There is no such batch", "no such batch, or it is another tenant's", "check the id"
     ),
+    "text-unknown": ProblemKind(
+        404, "There is no such text", "no uploaded text has this id, or it is another project's", "check the id"
+    ),
     "key-not-found": ProblemKind(
         404, "There is no such API key", "no such key, or it is another project's", "check the id"
     ),
@@ -100,6 +103,12 @@ CATALOGUE: dict[str, ProblemKind] = {
         "the first request with this key has not been answered yet",
         "try again after `Retry-After`",
     ),
+    "text-conflict": ProblemKind(
+        409,
+        "The text is in use",
+        "a job that has not ended reads the text",
+        "wait for the job, or cancel it",
+    ),
     "key-conflict": ProblemKind(
         409, "The API key's state does not allow this", "a revoked or expired key cannot be rotated", "make a new key"
     ),
@@ -110,11 +119,16 @@ CATALOGUE: dict[str, ProblemKind] = {
         "`If-Match` names another version than the present one",
         "read it again and decide anew",
     ),
-    "body-too-large": ProblemKind(413, "The request body is too large", "the body is over 1 MB", "send less"),
+    "body-too-large": ProblemKind(
+        413,
+        "The request body is too large",
+        "the body is over `DUQUANT_MAX_BODY_BYTES`, a text over `DUQUANT_MAX_TEXT_BYTES`",
+        "send less",
+    ),
     "unsupported-media-type": ProblemKind(
         415,
-        "The body must be application/json",
-        "the body is not `application/json`",
+        "The body is of a kind that this call does not take",
+        "the body is not `application/json`, or for a text not `text/plain` or `application/x-ndjson`",
         "set `Content-Type`",
     ),
     "validation-failed": ProblemKind(
@@ -170,9 +184,9 @@ CATALOGUE: dict[str, ProblemKind] = {
     ),
     "too-many-streams": ProblemKind(
         429,
-        "Too many event streams with this key",
-        "the key has as many event streams open as it may (`DUQUANT_MAX_EVENT_STREAMS`)",
-        "close one, or poll the job with `Prefer: wait`",
+        "Too many open streams with this key",
+        "the key has as many event streams (`DUQUANT_MAX_EVENT_STREAMS`) or uploads open as it may",
+        "close one, or wait for one; poll the job with `Prefer: wait`",
     ),
     "quota-exceeded": ProblemKind(
         429,

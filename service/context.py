@@ -22,6 +22,7 @@ from infra.queue_metrics import QueueMetrics
 from infra.queues import QueueStore
 from infra.storage import ObjectStore
 from infra.tenants import TenantStore
+from infra.texts import TextStore
 from infra.usage import UsageStore
 from infra.webhooks.addresses import AddressPolicy
 from infra.webhooks.store import WebhookStore
@@ -51,9 +52,11 @@ class Context:
     history: History
     models: ModelCatalog
     shelf: ModelShelf
+    texts: TextStore
     storage: ObjectStore
     pages: Jinja2Templates
     streams: OpenStreams
+    uploads: OpenStreams
     limits: RateLimiter | None = None
     """Counts requests by key; none when the limit is switched off."""
     webhook_sender: asyncio.Task[None] | None = None

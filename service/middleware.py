@@ -3,6 +3,7 @@
 import re
 import time
 import uuid
+from collections.abc import Mapping
 
 import anyio
 import structlog
@@ -99,21 +100,22 @@ class _Record:
 class BodyLimit:
     """Refuses a body over the limit, by its declared length or while it arrives."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, larger: Mapping[str, int] | None = None) -> None:
         self.app = app
         self.max_bytes = max_bytes
+        self.larger = larger or {}
+        """Limits of paths that take more."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        limit = self.larger.get(scope["path"], self.max_bytes)
         declared = Headers(scope=scope).get("content-length", "")
-        too_large = HTTPException(
-            413, f"The body is over the limit of {self.max_bytes} bytes.", {"Connection": "close"}
-        )
+        too_large = HTTPException(413, f"The body is over the limit of {limit} bytes.", {"Connection": "close"})
         # Longer than any honest length: int() itself refuses absurdly long numbers.
-        refused = declared.isdecimal() and (len(declared) > 18 or int(declared) > self.max_bytes)
+        refused = declared.isdecimal() and (len(declared) > 18 or int(declared) > limit)
         received = 0
 
         async def limited() -> Message:
@@ -122,7 +124,7 @@ class BodyLimit:
                 raise too_large
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self.max_bytes:
+            if received > limit:
                 await _throw_away(receive, message)
                 raise too_large
             return message

@@ -18,6 +18,8 @@ class ServiceSettings(InfraSettings):
     """The object store's address as clients see it, for download links; null is the one this process uses."""
     max_body_bytes: int = Field(default=1_000_000, ge=1_000)
     """Largest request body."""
+    max_text_bytes: int = Field(default=100_000_000, ge=1_000)
+    """Largest text that may be uploaded."""
     rate_limit_per_second: float = Field(default=500, ge=0, le=1e6)
     """Requests a second that one API key may send for long, in each API process; 0 switches the limit off."""
     rate_limit_burst: int = Field(default=1000, ge=1, le=1_000_000)

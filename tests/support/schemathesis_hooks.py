@@ -10,6 +10,9 @@ RULES_IN_WORDS = ("/recipe", "/calibration", "/evaluate", "/text")
 """Recipes and texts, which check themselves: their rules stand in the descriptions of the fields."""
 
 
+schemathesis.serializer.alias("application/x-ndjson", "text/plain")
+
+
 @schemathesis.check
 def requests_as_described_are_well_formed(ctx, response, case):
     """Take a 400 or 422 for a described request only when it says that something is not there or not allowed."""

@@ -48,6 +48,10 @@ ROUTES = [
     ("GET", "/v1/evaluations", "jobs:read"),
     ("GET", "/v1/evaluations/{evaluation_id}", "jobs:read"),
     ("GET", "/v1/models", "jobs:read"),
+    ("POST", "/v1/texts", "jobs:write"),
+    ("GET", "/v1/texts", "jobs:read"),
+    ("GET", "/v1/texts/{text_id}", "jobs:read"),
+    ("DELETE", "/v1/texts/{text_id}", "jobs:write"),
     ("GET", "/v1/recipes", "jobs:read"),
     ("GET", "/v1/usage", "usage:read"),
     ("GET", "/v1/quota", "jobs:read"),
@@ -113,6 +117,7 @@ def make_one_of_each(service: Any) -> dict[str, str]:
     made = service.http.post("/v1/batches", json=batch, headers={"Idempotency-Key": "one"})
     assert made.status_code == 201, made.text
     webhook = service.http.post("/v1/webhooks", json={"url": "https://example.com/"}).json()["id"]
+    text = service.http.post("/v1/texts?name=mine", content="It was.", headers={"Content-Type": "text/plain"})
     return {
         "job_id": job.id,
         "batch_id": made.json()["id"],
@@ -122,6 +127,7 @@ def make_one_of_each(service: Any) -> dict[str, str]:
         "webhook_id": webhook,
         "delivery_id": service.http.post(f"/v1/webhooks/{webhook}:test").json()["id"],
         "tenant_id": "default",
+        "text_id": text.json()["id"],
     }
 
 

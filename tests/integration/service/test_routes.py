@@ -30,6 +30,7 @@ class Route:
     method: str
     path: str
     body: Any
+    media_type: str
     query: tuple[str, ...]
     """Query parameters that it cannot do without."""
 
@@ -45,11 +46,13 @@ def routes(service: Any) -> Iterator[Route]:
     described = service.http.get("/openapi.json").json()
     for path, operations in described["paths"].items():
         for method, operation in operations.items():
-            content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
-            examples = list(content.get("examples", {}).values())
+            contents = operation.get("requestBody", {}).get("content", {})
+            media_type, content = next(iter(contents.items()), ("", {}))
+            examples = [{"value": content["example"]}] if "example" in content else []
+            examples += content.get("examples", {}).values()
             query = (each for each in operation.get("parameters", []) if each["in"] == "query" and each.get("required"))
             body = examples[0]["value"] if examples else None
-            yield Route(method.upper(), path, body, tuple(each["name"] for each in query))
+            yield Route(method.upper(), path, body, media_type, tuple(each["name"] for each in query))
 
 
 def ask(service: Any, route: Route, ids: dict[str, str], token: str | None) -> httpx.Response:
@@ -58,7 +61,9 @@ def ask(service: Any, route: Route, ids: dict[str, str], token: str | None) -> h
         headers["Idempotency-Key"] = uuid.uuid4().hex
     query = [(name, ids["artifact_id"]) for name in route.query]  # what is compared with
     ids = _Absent({"tag": "best", **ids})
-    request = service.http.build_request(route.method, route.path.format_map(ids), json=route.body, params=query)
+    sent = {"content": route.body} if route.media_type.startswith("text/") else {"json": route.body}
+    headers |= {"Content-Type": route.media_type} if route.media_type else {}
+    request = service.http.build_request(route.method, route.path.format_map(ids), params=query, **sent)
     del request.headers["Authorization"]  # the client's own
     request.headers.update(headers)
     return service.http.send(request)
@@ -91,7 +96,14 @@ def mine(service: Any) -> dict[str, str]:
         "artifact_id": service.http.get("/v1/artifacts").json()["items"][0]["id"],
         "batch_id": batch.json()["id"],
         "evaluation_id": _evaluation(service, job),
+        "text_id": _text(service),
     }
+
+
+def _text(service: Any) -> str:
+    headers = {"Content-Type": "text/plain"}
+    answer = service.http.post("/v1/texts", params={"name": "mine"}, content="It was.", headers=headers)
+    return answer.json()["id"]
 
 
 def _evaluation(service: Any, job: Any) -> str:

@@ -2,15 +2,17 @@
 
 import base64
 import contextlib
+import functools
 import hashlib
 import os
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
 
 import boto3
@@ -42,6 +44,8 @@ _PART = 16 << 20
 _MAX_PRESIGN_S = 900
 _DELETE_AT_ONCE = 1000
 
+_MAKING_CLIENTS = threading.Lock()
+
 # Threads help against a far-away S3; four parts of 16 MiB in flight bound the memory.
 _TRANSFER = TransferConfig(multipart_threshold=_PART, multipart_chunksize=_PART, max_concurrency=4)
 
@@ -66,6 +70,18 @@ class Upload:
 
     key: str
     id: str
+
+
+@functools.cache
+def _session() -> boto3.session.Session:
+    """Return the process's session. It holds no connection, only the descriptions of S3, which take long to read."""
+    return boto3.session.Session()
+
+
+def _new_client(**options: Any) -> "S3Client":
+    # Clients can be used from any thread; making them from one session cannot.
+    with _MAKING_CLIENTS:
+        return _session().client("s3", **options)
 
 
 def file_sha256(path: Path) -> tuple[str, int]:
@@ -122,8 +138,7 @@ class ObjectStore:
     ) -> "S3Client":
         access_key, secret_key = self._keys
         try:
-            return boto3.session.Session().client(
-                "s3",
+            return _new_client(
                 endpoint_url=endpoint,
                 region_name=self._region,
                 aws_access_key_id=access_key,

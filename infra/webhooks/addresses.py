@@ -8,6 +8,7 @@ again when connecting would let its owner answer differently the second time (DN
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Iterable
+from functools import cached_property
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 import httpx
@@ -171,9 +172,14 @@ class GuardedTransport(httpx.AsyncBaseTransport):
     ) -> None:
         self._policy = policy
         self._resolve = resolve
+        self._verify = verify
+
+    @cached_property
+    def _inner(self) -> httpx.AsyncHTTPTransport:
+        """The transport behind. Made when there is something to send: reading the certificates takes a while."""
         # Connections are pooled by address: keeping one would lend it to another name on the same address.
         limits = httpx.Limits(max_keepalive_connections=0)
-        self._inner = httpx.AsyncHTTPTransport(verify=verify, limits=limits, trust_env=False)  # type: ignore[arg-type]  # an SSLContext
+        return httpx.AsyncHTTPTransport(verify=self._verify, limits=limits, trust_env=False)  # type: ignore[arg-type]  # an SSLContext
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send the request to the first judged address that accepts a connection.
@@ -205,4 +211,5 @@ class GuardedTransport(httpx.AsyncBaseTransport):
 
     async def aclose(self) -> None:
         """Close the connections."""
-        await self._inner.aclose()
+        if "_inner" in vars(self):
+            await self._inner.aclose()

@@ -163,15 +163,16 @@ def test_sqlite_writers_wait_for_each_other(migrated_sqlite_url: str) -> None:
     engine.dispose()
 
 
-def test_a_lock_that_is_never_freed_is_transient(migrated_sqlite_url: str, desk_job) -> None:
+def test_a_lock_that_is_never_freed_is_transient(
+    migrated_sqlite_url: str, desk_job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("infra.database._BUSY_TIMEOUT_S", 1)
     engine = make_engine(migrated_sqlite_url)
     path = make_url(migrated_sqlite_url).database
     assert path is not None
     other = sqlite3.connect(path, isolation_level=None)
     try:
         other.execute("BEGIN IMMEDIATE")
-        with engine.connect() as connection:
-            connection.exec_driver_sql("PRAGMA busy_timeout = 10")  # the pool hands this connection out again
         with pytest.raises(TransientError, match="locked"):
             JobStore(engine).enqueue(desk_job, actor="tester")
     finally:

@@ -125,8 +125,8 @@ def _race(url: str, processes: int) -> tuple[float, list[dict[str, Any]]]:
 
 
 def _work(url: str, owner: str) -> None:
-    """Claim and complete until nothing waits."""
-    engine = make_engine(url)
+    """Claim and complete until nothing waits, as a dispatcher does."""
+    engine = make_engine(url, plan_once=True)
     store = JobStore(engine)
     store.claim(owner, lease_seconds=LEASE_S, kinds=())
     print("ready", flush=True)

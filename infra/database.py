@@ -1,9 +1,10 @@
 """Engines and transactions. Everything that differs between SQLite and PostgreSQL is in this file."""
 
+import fcntl
 import functools
 import json
 import math
-import random
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ from sqlalchemy.exc import (
 )
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from infra.errors import DatabaseUnusable, InfraError, SettingsError, TransientError
+from infra.errors import DatabaseUnusable, DiskFull, InfraError, SettingsError, TransientError
 from infra.metrics import DATABASE_ERRORS
 
 _BUSY_TIMEOUT_S = 30
@@ -47,14 +48,20 @@ _MIGRATION_LOCK = 7_308_900_461  # any constant that no other program on the ser
 _WRITES = "duquant_writes"
 _USED_AT = "duquant_used_at"
 _PING_AFTER_S = 1.0
-_BUSY_PAUSE_S = (0.0003, 0.0015)
+_BUSY_PAUSE_S = 0.0001
+_LINE = "duquant_line"
 _PRIMARY_CODE = 0xFF
 """The part of a SQLite error code that says what kind of error it is."""
 _joined: ContextVar[Connection | None] = ContextVar("duquant_transaction", default=None)
 
 
-def make_engine(url: str) -> Engine:
+def make_engine(url: str, *, plan_once: bool = False) -> Engine:
     """Return an engine for a SQLite file or a PostgreSQL server. Connects lazily, so it never fails on a dead server.
+
+    Args:
+        url: The database.
+        plan_once: PostgreSQL keeps one plan for each statement, whatever its parameters. For processes that run few
+            statements often, such as the claim, whose planning costs more than its run; not for lists with filters.
 
     Raises:
         SettingsError: the URL is malformed or names another database.
@@ -77,7 +84,8 @@ def make_engine(url: str) -> Engine:
                 "connect_timeout": _CONNECT_TIMEOUT_S,
                 "application_name": "duquant",
                 # A writer that stops in mid-transaction must not hold its row locks for ever.
-                "options": "-c idle_in_transaction_session_timeout=60000",
+                "options": "-c idle_in_transaction_session_timeout=60000"
+                + (" -c plan_cache_mode=force_generic_plan" if plan_once else ""),
             },
         )
         event.listen(engine, "checkin", _note_use)
@@ -121,6 +129,8 @@ def _make_sqlite_engine(url: URL) -> Engine:
         connect_args={"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False},
     )
     event.listen(engine, "connect", _prepare_sqlite)
+    event.listen(engine, "connect", functools.partial(_open_line, f"{engine.url.database}-line"))
+    event.listen(engine, "close", _close_line)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
 
@@ -138,6 +148,19 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
         cursor.close()
 
 
+def _open_line(path: str, _connection: Any, record: ConnectionPoolEntry) -> None:
+    # A file of its own: closing any handle of the database's file would give up SQLite's own locks on it.
+    try:
+        record.info[_LINE] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise DatabaseUnusable(f"cannot open {path} beside the database: {error.strerror}") from error
+
+
+def _close_line(_connection: Any, record: ConnectionPoolEntry) -> None:
+    if (line := record.info.pop(_LINE, None)) is not None:
+        os.close(line)
+
+
 def _begin_sqlite(connection: Connection) -> None:
     # A transaction that reads first and writes later fails at once when another writer came between, whatever the
     # time-out; one that takes the write lock at its start only waits.
@@ -151,14 +174,17 @@ def _take_write_lock(connection: Connection) -> None:
     """Begin a writing transaction when nobody else writes.
 
     SQLite's own wait sleeps longer and longer, up to 100 ms, while whoever asks often is served: under load one process
-    starves. Short pauses of random length give all the same chance, and cost little for the few processes that share a
-    file.
+    starves, and the file lies idle between two sleeps. So writers stand in line at a lock file, which the kernel wakes
+    them for, and only the first of them asks SQLite, often. It leaves the line when it has the transaction: a crash
+    cannot block it, and programs that do not stand in line only make it wait a little.
     """
     raw = connection.connection.dbapi_connection
     assert raw is not None
-    deadline = time.monotonic() + _BUSY_TIMEOUT_S
-    raw.execute("PRAGMA busy_timeout = 0")
+    line = connection.connection.info[_LINE]
+    fcntl.flock(line, fcntl.LOCK_EX)
     try:
+        raw.execute("PRAGMA busy_timeout = 0")
+        deadline = time.monotonic() + _BUSY_TIMEOUT_S
         while True:
             try:
                 raw.execute("BEGIN IMMEDIATE")
@@ -166,8 +192,9 @@ def _take_write_lock(connection: Connection) -> None:
             except sqlite3.OperationalError as error:
                 if error.sqlite_errorcode & _PRIMARY_CODE != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                     raise OperationalError("BEGIN IMMEDIATE", None, error) from error
-            time.sleep(random.uniform(*_BUSY_PAUSE_S))  # noqa: S311  spreads waiters, guards nothing
+            time.sleep(_BUSY_PAUSE_S)
     finally:
+        fcntl.flock(line, fcntl.LOCK_UN)
         raw.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_S * 1000}")
 
 
@@ -226,10 +253,16 @@ def migration_lock(engine: Engine) -> Iterator[Connection]:
 
 def insert_if_new(connection: Connection, table: Table, **values: Any) -> bool:
     """Insert a row unless one with the same unique columns is there; return whether it was inserted."""
-    make = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
     # Not by the row count: with RETURNING, which SQLAlchemy adds for numbered rows, PostgreSQL's says nothing.
-    statement = make(table).values(**values).on_conflict_do_nothing().returning(*table.primary_key)
+    statement = insert_new(connection.dialect, table).values(**values).returning(*table.primary_key)
     return connection.execute(statement).first() is not None
+
+
+def insert_new(dialect: Dialect, table: Table) -> postgresql.Insert | sqlite.Insert:
+    """An insert that does nothing, and returns nothing, where a row with the same unique columns is there."""
+    if dialect.name == "postgresql":
+        return postgresql.insert(table).on_conflict_do_nothing()
+    return sqlite.insert(table).on_conflict_do_nothing()
 
 
 def now_ms(dialect: Dialect) -> ColumnElement[int]:
@@ -263,6 +296,8 @@ def _translate(url: URL, error: DBAPIError) -> InfraError:
         return _translate_sqlite(where, cause)
     if any(word in cause for word in ("authentication failed", "does not exist", "permission denied")):
         return DatabaseUnusable(f"the database {where} refuses us: {cause}", database=where)
+    if "No space left on device" in cause:
+        return DiskFull(f"the disk of the database {where} is full: {cause}", database=where)
     if isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated:
         return TransientError(f"the database {where} does not answer: {cause}", database=where)
     return DatabaseUnusable(f"the database {where} failed: {cause}", database=where)
@@ -271,8 +306,10 @@ def _translate(url: URL, error: DBAPIError) -> InfraError:
 def _translate_sqlite(where: str, cause: str) -> InfraError:
     if "locked" in cause or "busy" in cause:
         return TransientError(f"the database {where} is busy: {cause}", database=where)
-    if "full" in cause or "disk I/O error" in cause:
-        return TransientError(f"the disk of the database {where} is full or failing: {cause}", database=where)
+    if "full" in cause:
+        return DiskFull(f"the disk of the database {where} is full: {cause}", database=where)
+    if "disk I/O error" in cause:
+        return TransientError(f"the disk of the database {where} is failing: {cause}", database=where)
     if "readonly" in cause or "unable to open" in cause:
         return DatabaseUnusable(f"the database {where} cannot be written: {cause}", database=where)
     return DatabaseUnusable(f"the database {where} failed: {cause}", database=where)

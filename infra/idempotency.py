@@ -2,15 +2,24 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
-from sqlalchemy import ColumnElement, Connection, Engine, and_, delete, insert, literal, select, update
+from sqlalchemy import BigInteger, ColumnElement, Connection, Engine, and_, bindparam, delete, select, update
 from sqlalchemy.engine import RowMapping
-from sqlalchemy.exc import IntegrityError
 
-from infra.database import now_ms, write
+from infra.database import insert_new, now_ms, write
 from infra.errors import IdempotencyInProgress, IdempotencyMismatch
+from infra.prepared import Prepared
 from infra.schema import idempotency_keys
 
+_FINISH = Prepared(
+    update(idempotency_keys)
+    .where(idempotency_keys.c.tenant_id == bindparam("of_tenant"), idempotency_keys.c.key == bindparam("of_key"))
+    .where(idempotency_keys.c.state == "running", idempotency_keys.c.created_at == bindparam("began_at"))
+    .values(state="done")
+    .returning(idempotency_keys.c.state),
+    columns=("state", "status", "headers", "body"),
+)
 _STALE_MS = 60_000
 """A request that has not been answered for this long died with its server; the next one takes its place."""
 
@@ -42,7 +51,9 @@ class IdempotencyStore:
         self._clock = clock
 
     def _now(self) -> ColumnElement[int]:
-        return now_ms(self._engine.dialect) if self._clock is None else literal(self._clock())
+        if self._clock is not None:
+            return bindparam(None, callable_=self._clock, type_=BigInteger, unique=True)
+        return now_ms(self._engine.dialect)
 
     def begin(self, tenant_id: str, key: str, *, route: str, body_hash: str) -> Ticket | Answer:
         """Return the answer that was given before, or a ticket to work one out.
@@ -53,13 +64,16 @@ class IdempotencyStore:
         """
         values = {"tenant_id": tenant_id, "key": key, "route": route, "body_hash": body_hash, "state": "running"}
         with write(self._engine) as connection:
-            statement = insert(idempotency_keys).values(created_at=self._now(), **values)
-            try:
-                with connection.begin_nested():
-                    began_at = connection.execute(statement.returning(idempotency_keys.c.created_at)).scalar_one()
-                return Ticket(tenant_id, key, began_at)
-            except IntegrityError:
-                return self._known(connection, values)
+            row = self._begin.row(connection, values)
+            if row is not None:
+                return Ticket(tenant_id, key, row["created_at"])
+            return self._known(connection, values)
+
+    @cached_property
+    def _begin(self) -> Prepared:
+        made = insert_new(self._engine.dialect, idempotency_keys).values(created_at=self._now())
+        columns = ("tenant_id", "key", "route", "body_hash", "state")
+        return Prepared(made.returning(idempotency_keys.c.created_at), columns)
 
     def _known(self, connection: Connection, values: Mapping[str, str]) -> Ticket | Answer:
         now = self._now()
@@ -87,9 +101,16 @@ class IdempotencyStore:
         Raises:
             IdempotencyInProgress: another request took this one for dead and works on it; roll the work back.
         """
-        values = {"state": "done", "status": answer.status, "headers": dict(answer.headers), "body": answer.body}
+        values = {
+            "of_tenant": ticket.tenant_id,
+            "of_key": ticket.key,
+            "began_at": ticket.began_at,
+            "status": answer.status,
+            "headers": dict(answer.headers),
+            "body": answer.body,
+        }
         with write(self._engine) as connection:
-            if connection.execute(update(idempotency_keys).where(_is_held(ticket)).values(values)).rowcount == 0:
+            if _FINISH.row(connection, values) is None:
                 raise IdempotencyInProgress("this request took so long that another one with its key was begun")
 
     def abandon(self, ticket: Ticket) -> None:

@@ -5,10 +5,14 @@ start of the latest claim of all, whichever is later, and the tenant that would 
 uses, divided by its weight, moves its virtual time on. A tenant that was away gets no credit for it.
 Among the jobs of one tenant priority decides, with ageing (`job_model.turn_at`).
 
+Claims may run side by side: each locks the job it takes, and passes over those that others are taking. Two at the same
+moment may so go to the tenant whose turn it was only once; both are charged, and it waits the longer afterwards. Only
+where a limit on running slots is set do claims go one after the other, since two at once could both take the last slot.
+
 Reference: Goyal, Vin, Cheng, "Start-time Fair Queueing", SIGCOMM 1996.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -18,12 +22,16 @@ from sqlalchemy import (
     Connection,
     Float,
     Select,
+    String,
     bindparam,
     case,
+    cast,
     exists,
+    false,
     func,
     or_,
     select,
+    true,
     update,
 )
 from sqlalchemy.sql.dml import ReturningUpdate
@@ -31,31 +39,39 @@ from sqlalchemy.sql.dml import ReturningUpdate
 from infra.database import write
 from infra.job_model import HELD, Claim, EventType, Job, JobKind, JobState, StopReason
 from infra.job_rows import MOVED, SWEEPER, JobRows, state_is
+from infra.prepared import Prepared, Row, Statement
 from infra.schema import jobs, queues, tenants
 
 NOMINAL_GPU_SECONDS = 1.0
 """What a claim costs before any layer is done, so that claims at the same moment go to different tenants."""
 
 _UNBOUNDED = 2**31 - 1
-_CHARGE = (
+_waiting = jobs.alias("waiting")
+_any_tenant = tenants.alias("any_tenant")
+_HEAD = cast(_waiting.c.turn_at, String) + ":" + _waiting.c.id
+"""A job and its turn as one value: two would take two looks."""
+_start = bindparam("start", type_=Float)
+_starts_at = case((tenants.c.vtime > _start, tenants.c.vtime), else_=_start)
+_CHARGE = Prepared(
     update(tenants)
     .where(tenants.c.id == bindparam("payer"))
-    .values(vstart=bindparam("start"), vtime=bindparam("start", type_=Float) + bindparam("cost") / tenants.c.weight)
+    # Claims at the same moment chose by the same virtual time; each starts where the one before it ends.
+    .values(vstart=_starts_at, vtime=_starts_at + bindparam("cost", type_=Float) / tenants.c.weight)
 )
 
 
-class _Line(NamedTuple):
-    """A queue that may start a job, and the GPU slots it has left."""
-
-    name: str
-    room: int
-
-
 class _Choice(NamedTuple):
-    """A job that could be next, and the virtual time at which its tenant would start it."""
+    """A tenant that could be next in a queue. They compare as they are served."""
 
     start: float
+    """The virtual time at which it would start."""
+    turn_at: int
+    """Among tenants that start at the same time, the job that has waited longest by its priority is first."""
     job_id: str
+    tenant_id: str
+    queue: str
+    room: int
+    """GPU slots that the queue has left."""
 
 
 class JobClaims(JobRows):
@@ -69,100 +85,120 @@ class JobClaims(JobRows):
         Jobs of paused tenants and queues wait, and so do those for which their tenant's or queue's running slots do not
         suffice; smaller ones behind them go ahead.
         """
+        wanted = tuple(kinds)
         with write(self._engine) as connection:
-            lines = self._open_queues(connection)
-            while lines and (choice := self._choose(connection, lines, kinds)) is not None:
-                job = self._take(connection, choice.job_id, owner, lease_seconds)
-                if job is None:  # cancelled or put off while we looked
-                    continue
-                self._charge(connection, job, choice.start)
-                return Claim(job=job, fence=job.fence, owner=owner)
+            for choice in sorted(self._choices(connection, wanted)):
+                job = self._take(connection, choice, wanted, owner, lease_seconds)
+                if job is not None:
+                    self._charge(connection, job, choice.start)
+                    return Claim(job=job, fence=job.fence, owner=owner)
+                # What waits there is being taken by others, or was cancelled while we looked.
         return None
 
-    def _open_queues(self, connection: Connection) -> list[_Line]:
-        """Wait for other claims to commit, and queue what is due; return the queues that may start a job.
-
-        Claims go one after the other, since they share budgets: two at once could both take a tenant's last slot.
-        """
-        rows = connection.execute(self._gate).all()
-        if any(row.is_due for row in rows):
+    def _choices(self, connection: Connection, kinds: tuple[JobKind, ...]) -> list[_Choice]:
+        """Queue what is due; return who could be next. Waits for other claims where slots are limited."""
+        look = self._prepared(self._look, kinds)
+        rows = look.rows(connection, {})
+        if any(row["is_limited"] for row in rows):
+            self._queue_locks.run(connection, {})
+            rows = look.rows(connection, {})
+        if any(row["is_due"] for row in rows):
             self._promote(connection)
-        room = [_UNBOUNDED if row.max_running is None else row.max_running - row.held for row in rows]
-        return [_Line(row.name, free) for row, free in zip(rows, room, strict=True) if not row.paused and free > 0]
+            rows = look.rows(connection, {})
+        return [_choice(row) for row in rows if row["head"] is not None]
 
     @cached_property
-    def _gate(self) -> Select[Any]:
-        is_due = exists().where(state_is(JobState.SCHEDULED), jobs.c.run_at <= self._now())
-        held = _held_gpus(jobs.c.queue == queues.c.name)
-        return (
-            select(
-                queues.c.name,
-                queues.c.paused,
-                queues.c.max_running,
-                case((queues.c.max_running.is_not(None), held), else_=0).label("held"),
-                is_due.label("is_due"),
-            )
-            .order_by(queues.c.name)
-            .with_for_update(key_share=True, of=queues)
-        )
+    def _queue_locks(self) -> Prepared:
+        return Prepared(select(queues.c.name).order_by(queues.c.name).with_for_update(key_share=True))
 
-    def _choose(self, connection: Connection, lines: Sequence[_Line], kinds: Sequence[str]) -> _Choice | None:
-        """Return the job that is next: the first of the tenant that starts first."""
-        choices = []
-        for line in lines:
-            heads = connection.execute(self._heads, {"line": line.name, "room": line.room, "kinds": list(kinds)})
-            choices += [_Choice(max(row.vtime, row.latest_start), row.job_id) for row in heads if row.job_id]
-        if not choices:
-            return None
-        first = min(choice.start for choice in choices)
-        tied = [choice for choice in choices if choice.start == first]
-        if len(tied) == 1:
-            return tied[0]
-        # Among tenants that are equal, the job that has waited longest by its priority.
-        order = select(jobs.c.id).where(jobs.c.id.in_([choice.job_id for choice in tied]))
-        ids = connection.execute(order.order_by(jobs.c.turn_at, jobs.c.id).limit(1)).scalars()
-        return next((_Choice(first, job_id) for job_id in ids), None)
+    def _prepared(self, build: Callable[[Sequence[JobKind]], Statement], kinds: tuple[JobKind, ...]) -> Prepared:
+        """Return a statement that is about some kinds of jobs; which kinds are in its text."""
+        key = (build.__name__, kinds)
+        if key not in self._by_kinds:
+            self._by_kinds[key] = Prepared(build(kinds))
+        return self._by_kinds[key]
 
     @cached_property
-    def _heads(self) -> Select[Any]:
-        """The query for each tenant's first job in one queue, null for those that have none.
+    def _by_kinds(self) -> dict[tuple[str, tuple[JobKind, ...]], Prepared]:
+        return {}
+
+    def _look(self, kinds: Sequence[JobKind]) -> Select[Any]:
+        """The query for each tenant's first job in each queue, null where it has none.
 
         One look into an index for each tenant. Written as one join over all of them, planners scan the table instead.
         """
-        held = _held_gpus(jobs.c.tenant_id == tenants.c.id)
-        waiting = jobs.alias("waiting")
-        first = (
-            select(waiting.c.id)
-            .where(waiting.c.tenant_id == tenants.c.id, waiting.c.queue == bindparam("line"))
-            .where(state_is(JobState.QUEUED, of=waiting), waiting.c.kind.in_(bindparam("kinds", expanding=True)))
-            .where(or_(waiting.c.deadline_at.is_(None), waiting.c.deadline_at > self._now()))
-            .where(waiting.c.gpus <= bindparam("room", type_=BigInteger))
-            .where(or_(tenants.c.max_running.is_(None), waiting.c.gpus <= tenants.c.max_running - held))
-            .order_by(waiting.c.turn_at, waiting.c.id)
-            .limit(1)
-            .scalar_subquery()
-        )
-        latest_start = select(func.max(tenants.alias("all_tenants").c.vstart)).scalar_subquery()
-        return select(tenants.c.vtime, latest_start.label("latest_start"), first.label("job_id")).where(
-            tenants.c.paused == 0,
-            # A tenant without room must not cost a walk through all that it has waiting.
-            or_(tenants.c.max_running.is_(None), tenants.c.max_running > held),
+        held = _held_gpus(jobs.c.queue == queues.c.name)
+        room = case((queues.c.max_running.is_(None), _UNBOUNDED), else_=queues.c.max_running - held)
+        head = self._first(kinds, queues.c.name, room).with_only_columns(_HEAD)
+        return (
+            select(
+                queues.c.name.label("queue"),
+                room.label("room"),
+                tenants.c.id.label("tenant_id"),
+                tenants.c.vtime,
+                select(func.max(_any_tenant.c.vstart)).scalar_subquery().label("latest_start"),
+                head.correlate(queues, tenants).scalar_subquery().label("head"),
+                exists().where(state_is(JobState.SCHEDULED), jobs.c.run_at <= self._now()).label("is_due"),
+                or_(queues.c.max_running.is_not(None), exists().where(_any_tenant.c.max_running.is_not(None))).label(
+                    "is_limited"
+                ),
+            )
+            .join_from(queues, tenants, true())
+            .where(
+                queues.c.paused == 0,
+                tenants.c.paused == 0,
+                or_(queues.c.max_running.is_(None), queues.c.max_running > held),
+                # One without room must not cost a walk through all that it has waiting.
+                or_(tenants.c.max_running.is_(None), tenants.c.max_running > _held_by_tenant()),
+            )
         )
 
-    def _take(self, connection: Connection, job_id: str, owner: str, lease_seconds: float) -> Job | None:
-        values = {"taken_id": job_id, "owner": owner, "lease_ms": round(lease_seconds * 1000)}
-        row = connection.execute(self._start, values).mappings().one_or_none()
+    def _first(self, kinds: Sequence[JobKind], queue: ColumnElement[str], room: ColumnElement[int]) -> Select[Any]:
+        """The first job that a tenant may start in a queue, in at most `room` slots."""
+        limit = tenants.c.max_running
+        return (
+            select(_waiting.c.id)
+            .where(_waiting.c.tenant_id == tenants.c.id, _waiting.c.queue == queue)
+            .where(state_is(JobState.QUEUED, of=_waiting), or_(false(), *(_waiting.c.kind == kind for kind in kinds)))
+            .where(or_(_waiting.c.deadline_at.is_(None), _waiting.c.deadline_at > self._now()))
+            .where(_waiting.c.gpus <= room)
+            .where(or_(limit.is_(None), _waiting.c.gpus <= limit - _held_by_tenant()))
+            .order_by(_waiting.c.turn_at, _waiting.c.id)
+            .limit(1)
+        )
+
+    def _take(
+        self,
+        connection: Connection,
+        choice: _Choice,
+        kinds: tuple[JobKind, ...],
+        owner: str,
+        lease_seconds: float,
+    ) -> Job | None:
+        """Start the first job of the choice that nobody else is taking."""
+        values = {
+            "taker": choice.tenant_id,
+            "line": choice.queue,
+            "room": choice.room,
+            "owner": owner,
+            "lease_ms": round(lease_seconds * 1000),
+        }
+        row = self._prepared(self._start, kinds).row(connection, values)
         if row is None:
             return None
         data = {"fence": row["fence"], "attempt": row["attempt"]}
         self._tell(connection, row, JobState.QUEUED, EventType.CLAIMED, owner, data)
         return Job.from_row(row)
 
-    @cached_property
-    def _start(self) -> ReturningUpdate[Any]:
+    def _start(self, kinds: Sequence[JobKind]) -> ReturningUpdate[Any]:
+        free = (
+            self._first(kinds, bindparam("line", type_=String), bindparam("room", type_=BigInteger))
+            .where(tenants.c.id == bindparam("taker"))
+            .with_for_update(key_share=True, skip_locked=True, of=_waiting)
+        )
         return (
             update(jobs)
-            .where(jobs.c.id == bindparam("taken_id"), state_is(JobState.QUEUED))
+            .where(jobs.c.id == free.scalar_subquery(), state_is(JobState.QUEUED))
             .values(
                 state=JobState.RUNNING,
                 version=jobs.c.version + 1,
@@ -179,7 +215,7 @@ class JobClaims(JobRows):
 
     def _charge(self, connection: Connection, job: Job, start: float) -> None:
         values = {"payer": job.tenant_id, "start": start, "cost": job.gpus * NOMINAL_GPU_SECONDS}
-        connection.execute(_CHARGE, values)
+        _CHARGE.run(connection, values)
 
     def _promote(self, connection: Connection) -> None:
         """Queue the scheduled jobs whose time has come."""
@@ -213,6 +249,16 @@ class JobClaims(JobRows):
             self._held(connection, claim, phase=phase, progress_done=done, progress_total=total)
             data = {"phase": phase, "done": done, "total": total}
             self._event(connection, claim.job.id, EventType.PROGRESS, claim.owner, data)
+
+
+def _choice(row: Row) -> _Choice:
+    turn_at, _, job_id = row["head"].partition(":")
+    start = max(row["vtime"], row["latest_start"])
+    return _Choice(start, int(turn_at), job_id, row["tenant_id"], row["queue"], row["room"])
+
+
+def _held_by_tenant() -> ColumnElement[int]:
+    return _held_gpus(jobs.c.tenant_id == tenants.c.id)
 
 
 def _held_gpus(condition: ColumnElement[bool]) -> ColumnElement[int]:

@@ -5,13 +5,13 @@ from functools import cached_property
 from typing import Any, NoReturn
 
 from sqlalchemy import Connection, bindparam, exists, func, select, update
-from sqlalchemy.sql.dml import ReturningUpdate
 
 from infra.database import write
 from infra.errors import JobConflict
 from infra.job_model import TRANSITIONS, Claim, EventType, FailureReason, Job, JobState
 from infra.job_results import record_result
 from infra.job_rows import MOVED, JobRows, clean, state_is
+from infra.prepared import Prepared
 from infra.schema import job_layers, jobs
 
 
@@ -29,7 +29,7 @@ class JobEndings(JobRows):
         """
         values = {"claimed_id": claim.job.id, "held_fence": claim.fence, "made": dict(result)}
         with write(self._engine) as connection:
-            row = connection.execute(self._succeed, values).mappings().one_or_none()
+            row = self._succeed.row(connection, values)
             if row is None:
                 self._explain(connection, claim)
             self._tell(connection, row, JobState.RUNNING, EventType.SUCCEEDED, claim.owner)
@@ -40,11 +40,11 @@ class JobEndings(JobRows):
             return job
 
     @cached_property
-    def _succeed(self) -> ReturningUpdate[Any]:
+    def _succeed(self) -> Prepared:
         """The way from running to succeeded, with all that it needs as its guard."""
         assert JobState.SUCCEEDED in TRANSITIONS[JobState.RUNNING]
         is_unfinished = exists().where(job_layers.c.job_id == jobs.c.id, job_layers.c.state != "done").correlate(jobs)
-        return (
+        return Prepared(
             update(jobs)
             .where(jobs.c.id == bindparam("claimed_id"), jobs.c.fence == bindparam("held_fence"))
             .where(state_is(JobState.RUNNING), jobs.c.lease_until >= self._now(), ~is_unfinished)

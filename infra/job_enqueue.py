@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import structlog
-from sqlalchemy import Connection, Select, bindparam, case, exists, insert, select
+from sqlalchemy import Connection, bindparam, case, exists, insert, select
 from sqlalchemy.exc import IntegrityError
 
 from infra import tracing
@@ -14,14 +14,23 @@ from infra.ids import new_id
 from infra.job_model import ACTIVE, TERMINAL, EventType, Job, JobState, NewJob, turn_at
 from infra.job_quotas import require_room
 from infra.job_rows import JobRows, state_is
+from infra.prepared import Prepared
 from infra.schema import artifacts, job_deps, jobs, queues
 
 log = structlog.stdlib.get_logger(__name__)
 
 _MAX_LEASE_LOSSES = 5
 
-_NEW_JOB = insert(jobs).returning(jobs)
-_SAME_WORK = (
+_NEW_JOB = Prepared(
+    insert(jobs).returning(jobs),
+    columns=(
+        *("id", "tenant_id", "kind", "state", "spec", "fingerprint", "forced", "priority", "created_at", "run_at"),
+        *("turn_at", "deadline_at", "queue", "batch_id", "gpus", "model_name", "recipe_name", "labels", "traceparent"),
+        *("attempt", "max_attempts", "lease_losses", "max_lease_losses", "fence"),
+        *("phase", "progress_done", "progress_total", "version"),
+    ),
+)
+_SAME_WORK = Prepared(
     select(jobs)
     .where(jobs.c.tenant_id == bindparam("of_tenant"), jobs.c.fingerprint == bindparam("wanted"))
     .where(state_is(*ACTIVE, JobState.SUCCEEDED))
@@ -62,16 +71,17 @@ class JobEnqueue(JobRows):
 
     def _same_work(self, connection: Connection, new: NewJob) -> Job | None:
         values = {"of_tenant": new.tenant_id, "wanted": new.fingerprint}
-        row = connection.execute(_SAME_WORK, values).mappings().one_or_none()
+        row = _SAME_WORK.row(connection, values)
         return None if row is None else Job.from_row(row)
 
     def _insert(self, connection: Connection, new: NewJob, *, force: bool, actor: str) -> Job:
         # Jobs are locked before the tenant, as everywhere: two orders would be a deadlock.
         is_blocked = self._is_blocked(connection, new.tenant_id, new.depends_on)
         require_room(connection, new.tenant_id, gpus=new.gpus)
-        now, has_queue = connection.execute(self._look, {"line": new.queue}).one()
-        if not has_queue:
+        row = self._queue.row(connection, {"line": new.queue})
+        if row is None:
             raise QueueNotFound(f"no queue {new.queue}", queue=new.queue)
+        now = row["now"]
         # A time in the past would be a way to the front of the queue.
         run_at = max(now, new.run_at or now)
         state = JobState.BLOCKED if is_blocked else JobState.SCHEDULED if run_at > now else JobState.QUEUED
@@ -105,7 +115,7 @@ class JobEnqueue(JobRows):
             "progress_total": 0,
             "version": 1,
         }
-        job = Job.from_row(connection.execute(_NEW_JOB, values).mappings().one())
+        job = Job.from_row(_NEW_JOB.rows(connection, values)[0])
         for depends_on in dict.fromkeys(new.depends_on):
             connection.execute(insert(job_deps).values(job_id=job.id, depends_on=depends_on))
         data = {"to": job.state, "forced": force}
@@ -116,8 +126,8 @@ class JobEnqueue(JobRows):
         return job
 
     @cached_property
-    def _look(self) -> Select[int, bool]:
-        return select(self._now(), exists().where(queues.c.name == bindparam("line")))
+    def _queue(self) -> Prepared:
+        return Prepared(select(self._now().label("now")).select_from(queues).where(queues.c.name == bindparam("line")))
 
     def _is_blocked(self, connection: Connection, tenant_id: str, depends_on: Sequence[str]) -> bool:
         """Look at the jobs that a new one waits for, and keep them from ending before it is in.

@@ -141,7 +141,7 @@ class Record:
     """A row of the database, or a part of one."""
 
     @classmethod
-    def from_row(cls, row: RowMapping) -> Self:
+    def from_row(cls, row: Mapping[str, Any] | RowMapping) -> Self:
         """Build the record from a database row; columns that it does not know are left out."""
         return cls(**{name: row[name] for name in _names(cls)})  # type: ignore[arg-type]  # a class is hashable; mypy doubts Self
 

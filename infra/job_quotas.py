@@ -7,11 +7,14 @@ from sqlalchemy import ColumnElement, Connection, bindparam, func, select
 from infra.errors import QuotaExceeded, TenantNotFound
 from infra.job_model import HELD, WAITING, JobState
 from infra.job_rows import state_is
+from infra.prepared import Prepared
 from infra.schema import artifacts, jobs, tenants
 
-_LIMITS = select(tenants.c.max_queued, tenants.c.max_running, tenants.c.max_bytes).where(
+_of_tenant = select(tenants.c.max_queued, tenants.c.max_running, tenants.c.max_bytes).where(
     tenants.c.id == bindparam("of_tenant")
 )
+_LIMITS = Prepared(_of_tenant)
+_LOCKED_LIMITS = Prepared(_of_tenant.with_for_update(key_share=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +41,12 @@ def allowance(connection: Connection, tenant_id: str) -> Allowance:
     Raises:
         TenantNotFound: no such tenant.
     """
-    row = connection.execute(_LIMITS, {"of_tenant": tenant_id}).one_or_none()
+    row = _LIMITS.row(connection, {"of_tenant": tenant_id})
+    if row is not None and (row["max_queued"] is not None or row["max_bytes"] is not None):
+        row = _LOCKED_LIMITS.row(connection, {"of_tenant": tenant_id})
     if row is None:
         raise TenantNotFound(f"no tenant {tenant_id}", tenant_id=tenant_id)
-    if row.max_queued is not None or row.max_bytes is not None:
-        row = connection.execute(_LIMITS.with_for_update(key_share=True), {"of_tenant": tenant_id}).one()
-    return Allowance(row.max_queued, row.max_running, row.max_bytes)
+    return Allowance(**row)
 
 
 def require_room(connection: Connection, tenant_id: str, *, gpus: int) -> None:

@@ -11,14 +11,15 @@ from infra.database import read, write
 from infra.errors import JobNotFound
 from infra.job_model import Job, JobEvent, JobState, Record, Worker
 from infra.job_rows import JobRows, state_is
+from infra.prepared import Prepared
 from infra.schema import job_events, jobs, tenants, workers
 
 _WORKER_MEMORY_S = 24 * 3600
 
 _is_queued_beside = state_is(JobState.QUEUED) & (jobs.c.queue == bindparam("line"))
 _place = select(jobs.c.turn_at).where(jobs.c.id == bindparam("job_id")).correlate(None).scalar_subquery()
-_AHEAD = (
-    select(func.count(jobs.c.id), tenants.c.weight)
+_AHEAD = Prepared(
+    select(func.count(jobs.c.id).label("before"), tenants.c.weight)
     .select_from(
         tenants.outerjoin(
             jobs,
@@ -31,8 +32,8 @@ _AHEAD = (
     .group_by(tenants.c.weight)
 )
 """How many jobs of its own tenant are before a job, and the tenant's weight."""
-_RIVALS = (
-    select(func.count(), tenants.c.weight)
+_RIVALS = Prepared(
+    select(func.count().label("count"), tenants.c.weight)
     .select_from(jobs.join(tenants, tenants.c.id == jobs.c.tenant_id))
     .where(jobs.c.tenant_id != bindparam("of_tenant"), tenants.c.paused == 0, _is_queued_beside)
     .group_by(tenants.c.id, tenants.c.weight)
@@ -88,11 +89,14 @@ class JobReads(JobRows):
             return None
         values = {"job_id": job.id, "of_tenant": job.tenant_id, "line": job.queue}
         with read(self._engine) as connection:
-            before, weight = connection.execute(_AHEAD, values).one()
-            if before == 0:
+            own = _AHEAD.rows(connection, values)[0]
+            if own["before"] == 0:
                 return 0
-            rivals = connection.execute(_RIVALS, values).all()
-        position: int = before + sum(min(count, math.ceil(before * share / weight)) for count, share in rivals)
+            rivals = _RIVALS.rows(connection, values)
+        before, weight = own["before"], own["weight"]
+        position: int = before + sum(
+            min(rival["count"], math.ceil(before * rival["weight"] / weight)) for rival in rivals
+        )
         return position
 
     def failures(self, tenant_id: str | None = None) -> list[FailureGroup]:

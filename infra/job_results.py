@@ -7,9 +7,17 @@ from sqlalchemy import ColumnElement, Connection, insert, select, update
 from infra.database import insert_if_new
 from infra.ids import new_id
 from infra.job_model import Job
+from infra.prepared import Prepared
 from infra.schema import artifacts, evaluations, jobs, tenants, usage_ledger
 
 UNKNOWN_DEVICE = "unknown"
+_NEW_ARTIFACT = Prepared(
+    insert(artifacts),
+    columns=(
+        *("id", "tenant_id", "job_id", "fingerprint", "model_name", "recipe_name"),
+        *("manifest_key", "size_bytes", "summary", "created_at"),
+    ),
+)
 
 
 def record_result(connection: Connection, job: Job, now: ColumnElement[int]) -> None:
@@ -27,8 +35,9 @@ def record_result(connection: Connection, job: Job, now: ColumnElement[int]) -> 
             "manifest_key": artifact["manifest_key"],
             "size_bytes": artifact["size_bytes"],
             "summary": artifact["summary"],
+            "created_at": job.finished_at,
         }
-        connection.execute(insert(artifacts).values(created_at=now), values)
+        _NEW_ARTIFACT.run(connection, values)
     elif job.kind == "evaluate" and "metrics" in result:
         values = {
             "id": new_id("eval"),

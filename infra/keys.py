@@ -7,16 +7,18 @@ import secrets
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from pydantic import SecretStr
-from sqlalchemy import ColumnElement, Connection, Engine, case, insert, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, Engine, bindparam, case, insert, or_, select, tuple_, update
 from sqlalchemy.engine import RowMapping
 
 from infra import audit
 from infra.database import now_ms, read, write
 from infra.errors import InfraError, KeyConflict, KeyNotFound
 from infra.ids import new_id
+from infra.prepared import Prepared, Row
 from infra.schema import api_keys, tenants
 
 TOKEN_PREFIX = "dq_live_"  # noqa: S105  the start of every token, not one
@@ -174,22 +176,27 @@ class KeyStore:
         if not is_well_formed(token):
             return None
         digest = self._hash(token)
-        now = now_ms(self._engine.dialect)
-        query = select(api_keys, now.label("now")).where(
-            api_keys.c.hash == digest,
-            api_keys.c.revoked_at.is_(None),
-            or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > now),
-        )
         with read(self._engine) as connection:
-            row = connection.execute(query).mappings().first()
+            row = self._by_hash.row(connection, {"digest": digest})
         if row is None or not hmac.compare_digest(row["hash"], digest):
             return None
         key = _from_row(row)
         if key.last_used_at is None or row["now"] - key.last_used_at >= _USE_RESOLUTION_MS:
             # Once a minute is exact enough, and spares a write on every request.
             with write(self._engine) as connection:
-                connection.execute(update(api_keys).where(api_keys.c.id == key.id).values(last_used_at=now))
+                connection.execute(update(api_keys).where(api_keys.c.id == key.id).values(last_used_at=row["now"]))
         return key
+
+    @cached_property
+    def _by_hash(self) -> Prepared:
+        now = now_ms(self._engine.dialect)
+        return Prepared(
+            select(api_keys, now.label("now")).where(
+                api_keys.c.hash == bindparam("digest"),
+                api_keys.c.revoked_at.is_(None),
+                or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > now),
+            )
+        )
 
     def revoke(self, key_id: str, tenant_id: str, *, actor: str = "operator") -> bool:
         """Refuse a key from now on; return whether the tenant had it and it was valid until now."""
@@ -254,6 +261,6 @@ def _audit(connection: Connection, key: ApiKey, actor: str, action: str, data: d
     audit.record(connection, tenant_id=key.tenant_id, actor=actor, action=action, target=key.id, data=data)
 
 
-def _from_row(row: RowMapping) -> ApiKey:
+def _from_row(row: RowMapping | Row) -> ApiKey:
     values = {item.name: row[item.name] for item in fields(ApiKey)}
     return ApiKey(**{**values, "scopes": frozenset(row["scopes"])})

@@ -5,11 +5,11 @@ from collections import Counter
 import pytest
 from sqlalchemy import Engine, insert, select, update
 
-from infra.database import read, write
+from infra.database import make_engine, read, write
 from infra.errors import QuotaExceeded, TenantNotFound
 from infra.job_quotas import holding
-from infra.jobs import JobState, JobStore
-from infra.schema import artifacts, queues, tenants
+from infra.jobs import JobState, JobStore, NewJob
+from infra.schema import artifacts, jobs, queues, tenants
 
 LEASE = 60
 
@@ -200,3 +200,25 @@ def test_the_place_in_the_queue_counts_what_others_get_meanwhile(desk, store: Jo
         desk.add(f"theirs {number}", tenant_id="double")
     # Before my third come my two others, and four of a tenant that has twice my share.
     assert [store.queue_position(job) for job in mine] == [0, 3, 6]
+
+
+@pytest.mark.integration
+def test_claims_side_by_side_take_different_jobs_and_none_waits(migrated_postgres_url: str) -> None:
+    engine = make_engine(migrated_postgres_url)
+    store = JobStore(engine)
+    try:
+        for number in range(2):
+            new = NewJob(tenant_id="default", kind="quantize", spec={}, fingerprint=f"{number}")
+            store.enqueue(new, actor="tester")
+        waiting = store.list("default")
+        with write(engine) as connection:
+            # As a claim that has its job and has not committed.
+            first = select(jobs.c.id).order_by(jobs.c.turn_at, jobs.c.id).limit(1).with_for_update(key_share=True)
+            taken = connection.execute(first).scalar_one()
+            other = store.claim("worker", lease_seconds=LEASE)
+            assert other is not None
+            assert {taken, other.job.id} == {job.id for job in waiting}
+            assert store.claim("worker", lease_seconds=LEASE) is None
+        assert store.claim("worker", lease_seconds=LEASE) is not None  # the other one gave it up
+    finally:
+        engine.dispose()

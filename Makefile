@@ -17,7 +17,7 @@ CODE := duquant infra service workers client tests benchmarks docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint format bench-quantize bench-memory bench-api bench-queue docs lock clean
+.PHONY: help venv demo test lint format bench-quantize bench-memory bench-api bench-queue bench-kernels docs lock clean
 
 help: ## say what the targets are
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1	\2/' | expand -t 22
@@ -56,9 +56,12 @@ bench-api: $(VENV)/.dev ## measure submits and lists over HTTP: benchmarks/resul
 bench-queue: $(VENV)/.dev ## measure claims and endings of jobs on both databases: benchmarks/results/job-store.json
 	$(BIN)/python benchmarks/job_store.py
 
+bench-kernels: $(VENV)/.demo ## measure the CPU kernels beside torch's: benchmarks/results/kernels-cpu.json
+	$(BIN)/python benchmarks/kernels.py
+
 lock: $(VENV)/.dev ## write constraints.txt again from what .venv holds now
 	sed -n '/^#/p' constraints.txt > constraints.part
-	$(PIP) freeze --exclude-editable | sed -E 's/\+[a-z0-9.]+$$//' | grep -vE '^(#|-e|triton=)' | LC_ALL=C sort -f >> constraints.part
+	$(PIP) freeze --exclude-editable | sed -E 's/\+[a-z0-9.]+$$//' | grep -vE '^(#|-e|triton[ =])' | LC_ALL=C sort -f >> constraints.part
 	mv constraints.part constraints.txt
 
 clean: ## remove .venv, caches and the demo's data

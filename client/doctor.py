@@ -58,8 +58,9 @@ def _machine() -> Iterator[Finding]:
     place = next(folder for folder in (home, *home.parents) if folder.exists())
     free = shutil.disk_usage(place).free
     yield Finding("disk", free >= _WANTED_FREE_BYTES, f"{size(free)} free under {place}", is_required=False)
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    yield Finding("C compiler", compiler is not None, compiler or "none; the CPU kernels need one", is_required=False)
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    detail = compiler or "none; the CPU kernels need one"
+    yield Finding("C++ compiler", compiler is not None, detail, is_required=False)
 
 
 def _packages() -> Iterator[Finding]:
@@ -78,9 +79,8 @@ def _kernels() -> Iterator[Finding]:
     from duquant import kernels
 
     for kernel in kernels.describe():
-        available = bool(kernel["available"])
-        detail = "available" if available else str(kernel["reason"])
-        yield Finding(f"kernel {kernel['backend']}", available, detail, is_required=kernel["backend"] == "reference")
+        is_required = kernel["backend"] == "reference"
+        yield Finding(f"kernel {kernel['backend']}", kernel["available"], kernel["reason"], is_required=is_required)
 
 
 def _service(url: str, key: str | None) -> Iterator[Finding]:

@@ -9,70 +9,104 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from duquant.config import KVCacheConfig
+from duquant.kernels import dequantize_kv, quantize_kv
 from duquant.quantizers.kv import KVQuantizer, PackedKV
+
+_LEAST_ROOM = 32
 
 
 class CachedStates:
-    """Keys or values of one layer, (batch, heads, tokens, ...): the first `sink_tokens` as they came, the rest packed."""
+    """Keys or values of one layer, (batch, heads, tokens, ...); the first `sink_tokens` are not packed.
+
+    Codes are written into buffers with room to spare, so that a new token costs no copy of the old ones.
+    """
 
     def __init__(self, quantizer: KVQuantizer) -> None:
-        self._quantizer = quantizer
+        self.quantizer = quantizer
         self.sinks: Tensor | None = None
-        self.packed: PackedKV | None = None
+        self._buffers: PackedKV | None = None
+        self._count = 0
 
     def __len__(self) -> int:
-        sinks = 0 if self.sinks is None else self.sinks.shape[2]
-        return sinks + (0 if self.packed is None else self.packed.packed.shape[2])
+        return (0 if self.sinks is None else self.sinks.shape[2]) + self._count
+
+    @property
+    def packed(self) -> PackedKV | None:
+        """Return the packed tokens, views of the buffers; None when there are none."""
+        if self._buffers is None or not self._count:
+            return None
+        return PackedKV(*(part[:, :, : self._count] for part in self._buffers))
 
     def append(self, states: Float[Tensor, "batch heads new_tokens head_dim"]) -> None:
         """Add new tokens behind the others."""
-        whole = max(0, self._quantizer.config.sink_tokens - len(self))
+        whole = max(0, self.quantizer.config.sink_tokens - len(self))
         if whole:
             # A copy: a slice would keep the whole tensor alive.
             head = states[:, :, :whole].clone()
             self.sinks = head if self.sinks is None else torch.cat((self.sinks, head), dim=2)
-        if whole < states.shape[2]:
-            new = self._quantizer.quantize(states[:, :, whole:])
-            old = self.packed
-            self.packed = new if old is None else PackedKV(*(torch.cat(p, dim=2) for p in zip(old, new, strict=True)))
+            states = states[:, :, whole:]
+        new = states.shape[2]
+        if new:
+            buffers = self._with_room(states)
+            out = PackedKV(*(part[:, :, self._count : self._count + new] for part in buffers))
+            quantize_kv(states, self.quantizer, out)
+            self._count += new
 
     def read(self, dtype: torch.dtype) -> Float[Tensor, "batch heads tokens head_dim"]:
         """Return all tokens, dequantized."""
         parts = [] if self.sinks is None else [self.sinks.to(dtype)]
-        if self.packed is not None:
-            parts.append(self._quantizer.dequantize(self.packed, dtype))
+        if (packed := self.packed) is not None:
+            parts.append(dequantize_kv(packed, self.quantizer, dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def change(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply a function of the batch axis to everything that is held."""
         if self.sinks is not None:
             self.sinks = function(self.sinks)
-        if self.packed is not None:
-            self.packed = PackedKV(*(function(part) for part in self.packed))
+        if self._buffers is not None:
+            self._buffers = PackedKV(*(function(part) for part in self._buffers))
 
     def drop_last(self, tokens: int) -> None:
         """Forget the last tokens, all of them when there are no more."""
         kept = max(0, len(self) - tokens)
         sinks = 0 if self.sinks is None else min(kept, self.sinks.shape[2])
         self.sinks = None if self.sinks is None or not sinks else self.sinks[:, :, :sinks]
-        left = kept - sinks
-        self.packed = None if self.packed is None or not left else PackedKV(*(part[:, :, :left] for part in self.packed))
+        self._count = kept - sinks
 
     def size_bytes(self) -> int:
         """Return the bytes that sinks, codes and grids take."""
         held = [part for part in (self.sinks, *(self.packed or ())) if part is not None]
         return sum(part.numel() * part.element_size() for part in held)
 
+    def _with_room(self, states: Tensor) -> PackedKV:
+        """Return buffers that hold `states` behind the tokens there are; larger ones are made when needed."""
+        batch, heads, new, _head_dim = states.shape
+        old, needed = self._buffers, self._count + new
+        if old is not None and needed <= old.packed.shape[2]:
+            return old
+        # The first tokens, a prompt's, take what they need; later ones come one by one, and room for them grows.
+        room = needed if old is None else needed + max(_LEAST_ROOM, needed // 4)
+        buffers = self.quantizer.empty(batch, heads, room, states.device)
+        if old is not None:
+            for target, part in zip(buffers, old, strict=True):
+                target[:, :, : self._count] = part[:, :, : self._count]
+        self._buffers = buffers
+        return buffers
+
 
 class DuQuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped here
-    """Keys and values of one layer, packed; `update` returns them dequantized."""
+    """Keys and values of one layer, packed; `update` returns them dequantized.
+
+    With `hands_out_packed` it returns the packed states themselves, for duquant.inference.attention to read.
+    """
 
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, quantizer: KVQuantizer) -> None:
+    def __init__(self, quantizer: KVQuantizer, *, hands_out_packed: bool = False) -> None:
         super().__init__()
         self._quantizer = quantizer
+        self._hands_out_packed = hands_out_packed
         self._keys, self._values = CachedStates(quantizer), CachedStates(quantizer)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -87,12 +121,14 @@ class DuQuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers 
         value_states: Float[Tensor, "batch heads new_tokens head_dim"],
         *_args: Any,
         **_kwargs: Any,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | CachedStates, Tensor | CachedStates]:
         """Quantize and append the new tokens; return all keys and all values, dequantized, in the states' dtype."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._keys.append(key_states)
         self._values.append(value_states)
+        if self._hands_out_packed:
+            return self._keys, self._values
         return self._keys.read(key_states.dtype), self._values.read(value_states.dtype)
 
     def get_seq_length(self) -> int:
@@ -149,11 +185,11 @@ class DuQuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers 
 class DuQuantCache(Cache):  # type: ignore[misc]  # transformers is untyped here
     """A KV cache of packed codes for all layers of a model; pass it as `past_key_values`."""
 
-    def __init__(self, config: KVCacheConfig, *, layers: int, head_dim: int) -> None:
+    def __init__(self, config: KVCacheConfig, *, layers: int, head_dim: int, hands_out_packed: bool = False) -> None:
         quantizer = KVQuantizer(config, head_dim)
-        super().__init__(layers=[DuQuantCacheLayer(quantizer) for _ in range(layers)])
+        made = [DuQuantCacheLayer(quantizer, hands_out_packed=hands_out_packed) for _ in range(layers)]
+        super().__init__(layers=made)
 
     def size_bytes(self) -> int:
         """Return the bytes held."""
         return sum(layer.size_bytes() for layer in self.layers)
-

@@ -12,6 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from duquant.artifact.layout import FORMAT, SCHEMA_VERSION
 from duquant.config import Recipe
 from duquant.errors import ArtifactError
+from duquant.inference.attention import IMPLEMENTATION
 from duquant.inference.cache import DuQuantCache
 from duquant.inference.modules import DuQuantLinear, SiteModule
 from duquant.models.architecture import architecture_of
@@ -91,8 +92,16 @@ def attach_cache(model: Any, recipe: Recipe) -> None:
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
+    if config._attn_implementation == "sdpa":
+        config._attn_implementation = IMPLEMENTATION
+
     def new_cache() -> DuQuantCache:
-        return DuQuantCache(recipe.kv_cache, layers=config.num_hidden_layers, head_dim=head_dim)
+        return DuQuantCache(
+            recipe.kv_cache,
+            layers=config.num_hidden_layers,
+            head_dim=head_dim,
+            hands_out_packed=config._attn_implementation == IMPLEMENTATION,
+        )
 
     def fill_cache(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         use_cache = kwargs.get("use_cache")

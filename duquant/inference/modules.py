@@ -119,7 +119,7 @@ class SiteModule(nn.Module):
         ready = self._ready()
         rows = X.reshape(-1, X.shape[-1])
         Y = transformed_linear(rows, ready.transform, ready.weight, bias=ready.bias, dtype=X.dtype)
-        return (Y,) if len(self._linears) == 1 else Y.split(ready.weight.splits, dim=1)
+        return (Y,) if len(self._linears) == 1 else torch.split_with_sizes(Y, ready.weight.splits, dim=1)
 
     def _compute(self, rows: Tensor) -> QuantizedActivation | Tensor:
         if self._config.bits == 16:

@@ -5,6 +5,7 @@ by the backend that made them ready. `reference` is the definition; see duquant.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from duquant.config import ActivationConfig
 from duquant.errors import ShapeError
-from duquant.kernels.dispatch import BackendStatus, describe, first_able
+from duquant.kernels.dispatch import BackendStatus, able, describe, first_able
 from duquant.kernels.reference import check_linear, fake_linear
 from duquant.kernels.types import (
     Backend,
+    CacheBackend,
     FusingBackend,
     LinearWeight,
     PackedWeight,
@@ -32,12 +34,14 @@ __all__ = [
     "PackedWeight",
     "PreparedTransform",
     "QuantizedActivation",
+    "dequantize_kv",
     "describe",
     "fake_linear",
     "int4_kv_attention",
     "int4_linear",
     "prepare_transform",
     "prepare_weight",
+    "quantize_kv",
     "transform_quantize_pack",
     "transformed_linear",
 ]
@@ -135,7 +139,7 @@ def transformed_linear(
     """
     backend = W.backend
     # An isinstance check of a protocol takes microseconds, and this runs for every site of every token.
-    fused: FusingBackend | None = backend if hasattr(backend, "transformed_linear") else None
+    fused = cast(FusingBackend, backend) if hasattr(backend, "transformed_linear") else None
     if fused is None or backend is not transform.backend:
         return int4_linear(transform_quantize_pack(X, transform), W, bias=bias, dtype=dtype)
     _check_input(X, transform)
@@ -186,3 +190,35 @@ def int4_kv_attention(
         "attention",
         lambda backend: backend.int4_kv_attention(Q, keys, values, quantizer, scaling=scaling, mask=mask),
     )
+
+
+def quantize_kv(X: Float[Tensor, "batch heads tokens head_dim"], quantizer: KVQuantizer, out: PackedKV) -> None:
+    """Round keys or values as KVQuantizer.quantize does and write them to `out`, views of a cache's buffers.
+
+    A code may differ from KVQuantizer's by one where the rotation, a float32 sum in another order, ends next to a
+    rounding boundary.
+    """
+    backend = _cache_backend(quantizer, X.device)
+    if backend is not None:
+        backend.quantize_kv(X, quantizer, out)
+        return
+    for target, part in zip(out, quantizer.quantize(X), strict=True):
+        target.copy_(part)
+
+
+def dequantize_kv(
+    packed: PackedKV, quantizer: KVQuantizer, dtype: torch.dtype
+) -> Float[Tensor, "batch heads tokens head_dim"]:
+    """Return what the codes stand for, as KVQuantizer.dequantize does."""
+    backend = _cache_backend(quantizer, packed.packed.device)
+    if backend is not None:
+        return backend.dequantize_kv(packed, quantizer, dtype)
+    return quantizer.dequantize(packed, dtype)
+
+
+def _cache_backend(quantizer: KVQuantizer, device: torch.device) -> CacheBackend | None:
+    if quantizer.config.bits == 4:
+        for backend in able(device.type, device.index):
+            if hasattr(backend, "quantize_kv"):
+                return cast(CacheBackend, backend)
+    return None

@@ -1,7 +1,7 @@
 """Which backend runs where: the first that can, in the order gpu, cpu, reference; each refusal is logged once."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TypedDict, TypeVar
 
@@ -9,12 +9,15 @@ import torch
 
 from duquant.errors import ConfigError, KernelUnavailableError
 from duquant.kernels.cpu import CpuBackend
+from duquant.kernels.gpu import GpuBackend
 from duquant.kernels.reference import ReferenceBackend
 from duquant.kernels.settings import BACKENDS, setting
 from duquant.kernels.types import Backend
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_DEVICES = {"gpu": "cuda", "cpu": "cpu"}
+"""Where a backend's absence is worth a line in the log."""
 _said: set[tuple[str, str]] = set()
 
 
@@ -30,7 +33,7 @@ class BackendStatus(TypedDict):
 @lru_cache(maxsize=1)
 def backends() -> tuple[Backend, ...]:
     """Return all backends, fastest first. Importing one must cost nothing: it looks at the machine when asked."""
-    return (CpuBackend(), ReferenceBackend())
+    return (GpuBackend(), CpuBackend(), ReferenceBackend())
 
 
 def allowed() -> tuple[Backend, ...]:
@@ -49,28 +52,47 @@ def allowed() -> tuple[Backend, ...]:
     return tuple(backend for backend in backends() if backend.name in names | {"reference"})
 
 
+@lru_cache(maxsize=64)
+def able(device_type: str, index: int | None = None) -> tuple[Backend, ...]:
+    """Return the backends that run on a device, fastest first. Looked up once: machines and settings do not change."""
+    device = torch.device(device_type if index is None else f"{device_type}:{index}")
+    found = []
+    for backend in allowed():
+        try:
+            backend.require(device)
+        except KernelUnavailableError as err:
+            if _DEVICES.get(backend.name) == device_type:
+                _say_once(backend.name, str(err))
+        else:
+            found.append(backend)
+    return tuple(found)
+
+
+def forget() -> None:
+    """Look at machine and settings again at the next use (tests change them)."""
+    able.cache_clear()
+
+
 def first_able(device: torch.device, what: str, use: Callable[[Backend], _T]) -> _T:
     """Return use(backend) of the first backend that runs on `device` and can do it.
 
     Raises:
         KernelUnavailableError: none can.
     """
-    reason = ""
-    for backend in allowed():
+    reason = "no backend runs there"
+    for backend in able(device.type, device.index):
         try:
-            backend.require(device)
             return use(backend)
         except KernelUnavailableError as err:
             reason = str(err)
-            if backend.name == device.type or (backend.name, device.type) == ("gpu", "cuda"):
-                _say_once(backend.name, what, reason)
+            _say_once(backend.name, f"{what}: {reason}")
     raise KernelUnavailableError(f"no kernel for {what} on {device}: {reason}")
 
 
-def _say_once(backend: str, what: str, reason: str) -> None:
+def _say_once(backend: str, reason: str) -> None:
     if (backend, reason) not in _said:
         _said.add((backend, reason))
-        _LOG.warning("the %s kernels are not used for %s: %s", backend, what, reason)
+        _LOG.warning("the %s kernels are not used here: %s", backend, reason)
 
 
 def describe() -> list[BackendStatus]:
@@ -86,8 +108,3 @@ def describe() -> list[BackendStatus]:
         except KernelUnavailableError as err:
             rows.append({"backend": backend.name, "available": False, "reason": str(err)})
     return rows
-
-
-def same_backend(found: Sequence[Backend]) -> bool:
-    """Tell whether several prepared things belong to one backend, so that it may run them in one step."""
-    return all(backend is found[0] for backend in found)

@@ -165,6 +165,21 @@ class FusingBackend(Protocol):
         """See duquant.kernels.transformed_linear."""
 
 
+@runtime_checkable
+class CacheBackend(Protocol):
+    """A backend with kernels for the packed KV cache itself; others leave it to KVQuantizer."""
+
+    def quantize_kv(
+        self, X: Float[Tensor, "batch heads tokens head_dim"], quantizer: KVQuantizer, out: PackedKV
+    ) -> None:
+        """See duquant.kernels.quantize_kv."""
+
+    def dequantize_kv(
+        self, packed: PackedKV, quantizer: KVQuantizer, dtype: torch.dtype
+    ) -> Float[Tensor, "batch heads tokens head_dim"]:
+        """See duquant.kernels.dequantize_kv."""
+
+
 def pack_pairs(codes: Int8[Tensor, "tokens in_features"]) -> Tensor:
     """Pack centred 4-bit codes two a byte: the packed layout of QuantizedActivation."""
     words = pack(codes, bits=4)

@@ -55,6 +55,13 @@ class KVQuantizer:
             values = values @ rotation.T
         return values.to(dtype)
 
+    def empty(self, batch: int, heads: int, tokens: int, device: torch.device) -> PackedKV:
+        """Return room for that many tokens, not filled."""
+        per_byte = 8 // self.config.bits
+        shape = (batch, heads, tokens)
+        grids = [torch.empty((*shape, 1), dtype=torch.float16, device=device) for _ in range(2)]
+        return PackedKV(torch.empty((*shape, -(-self.head_dim // per_byte)), dtype=torch.uint8, device=device), *grids)
+
     def rotation_on(self, device: torch.device) -> Float[Tensor, "head_dim head_dim"] | None:
         """Return what rows are multiplied by (from the right) before rounding, or None."""
         if self._rotation is not None and self._rotation.device != device:

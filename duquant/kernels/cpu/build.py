@@ -1,5 +1,6 @@
 """Compiling the CPU kernels on first use, with the system's C++ compiler, into a cache that processes share."""
 
+import fcntl
 import hashlib
 import os
 import platform
@@ -54,7 +55,7 @@ _X86 = (
 def library_path() -> Path:
     """Return the compiled library; compile it when the cache has none for these sources, compiler and flags.
 
-    Any number of processes may do this at once: each compiles in a folder of its own, and a rename publishes.
+    Any number of processes may do this at once: one compiles, the others wait for it, and a rename publishes.
 
     Raises:
         KernelUnavailableError: there is no compiler, it fails, or the cache cannot be written.
@@ -65,9 +66,11 @@ def library_path() -> Path:
     if not target.exists():
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as folder:
-                built = _build(compiler, units, Path(folder))
-                built.replace(target)
+            with target.with_suffix(".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not target.exists():
+                    with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as folder:
+                        _build(compiler, units, Path(folder)).replace(target)
         except OSError as err:
             raise KernelUnavailableError(f"the compiled kernels cannot be written to {target.parent}: {err}") from err
     return target
@@ -124,9 +127,9 @@ def _build(compiler: str, units: list[_Unit], folder: Path) -> Path:
 
     with ThreadPoolExecutor(max_workers=min(len(kept), os.cpu_count() or 1)) as pool:
         objects = list(pool.map(compile_unit, enumerate(kept)))
-    library = folder / "kernels.so"
-    _run([compiler, *_FLAGS, "-shared", "-o", str(library), *objects], compiler)
-    return library
+    linked = folder / "kernels.so"
+    _run([compiler, *_FLAGS, "-shared", "-o", str(linked), *objects], compiler)
+    return linked
 
 
 def _run(command: list[str], compiler: str) -> str:

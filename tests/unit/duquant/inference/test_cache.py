@@ -22,10 +22,7 @@ def filled(tokens: int = 5) -> tuple[DuQuantCacheLayer, torch.Tensor, torch.Tens
 
 def contents(layer: DuQuantCacheLayer) -> tuple[torch.Tensor, torch.Tensor]:
     """All that is cached, dequantized."""
-    assert layer._keys is not None
-    assert layer._values is not None
-    keys, values = (layer._quantizer.dequantize(part, torch.float32) for part in (layer._keys, layer._values))
-    return keys, values
+    return layer._keys.read(torch.float32), layer._values.read(torch.float32)
 
 
 def test_tokens_one_by_one_equal_tokens_at_once() -> None:
@@ -36,7 +33,9 @@ def test_tokens_one_by_one_equal_tokens_at_once() -> None:
     # The codes are equal; rotating back is one matrix product of another height.
     torch.testing.assert_close(result[0], keys, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(result[1], values, rtol=1e-5, atol=1e-5)
-    assert all(torch.equal(a, b) for a, b in zip(stepwise._keys, layer._keys, strict=True))  # type: ignore[arg-type]
+    assert stepwise._keys.packed is not None
+    assert layer._keys.packed is not None
+    assert all(torch.equal(a, b) for a, b in zip(stepwise._keys.packed, layer._keys.packed, strict=True))
 
 
 def test_new_tokens_leave_the_old_ones_alone() -> None:
@@ -118,3 +117,41 @@ def test_cache_holds_packed_codes(bits: int, code_bytes: int) -> None:
     rows = 3 * 2 * 5
     assert cache.size_bytes() == 2 * 2 * rows * (code_bytes + 2 + 2)  # layers, K and V, float16 scale and low end
     assert cache.get_seq_length() == 5
+
+
+@pytest.mark.parametrize("steps", [[6], [1, 1, 1, 1, 1, 1], [2, 3, 1], [4, 2]])
+def test_sinks_keep_their_bits_however_the_tokens_come(steps: list[int]) -> None:
+    layer = DuQuantCacheLayer(KVQuantizer(KVCacheConfig(sink_tokens=3), HEAD_DIM))
+    plain = DuQuantCacheLayer(KVQuantizer(KVCacheConfig(), HEAD_DIM))
+    sent, first = states(6), 0
+    for step in steps:
+        keys, values = layer.update(sent[:, :, first : first + step], sent[:, :, first : first + step])
+        rounded, _ = plain.update(sent[:, :, first : first + step], sent[:, :, first : first + step])
+        first += step
+    assert torch.equal(keys[:, :, :3], sent[:, :, :3])
+    assert torch.equal(keys, values)
+    assert torch.equal(keys[:, :, 3:], rounded[:, :, 3:])
+    assert layer.get_seq_length() == 6
+    assert layer.size_bytes() == 2 * 3 * 2 * (3 * HEAD_DIM * 4 + 3 * (HEAD_DIM // 2 + 4))
+
+
+def test_sinks_are_cropped_last_and_filled_again() -> None:
+    layer = DuQuantCacheLayer(KVQuantizer(KVCacheConfig(sink_tokens=3), HEAD_DIM))
+    sent = states(6)
+    layer.update(sent, sent)
+    layer.crop(-4)
+    assert layer.get_seq_length() == 2
+    keys, _ = layer.update(sent[:, :, 2:5], sent[:, :, 2:5])
+    assert torch.equal(keys[:, :, :3], sent[:, :, :3])
+    assert not torch.equal(keys[:, :, 3:], sent[:, :, 3:5])
+    layer.crop(-9)
+    assert layer.get_seq_length() == 0
+    layer.reorder_cache(torch.tensor([0]))
+
+
+def test_sinks_follow_their_rows() -> None:
+    layer = DuQuantCacheLayer(KVQuantizer(KVCacheConfig(sink_tokens=2), HEAD_DIM))
+    sent = states(4)
+    layer.update(sent, sent)
+    layer.reorder_cache(torch.tensor([2, 0, 1]))
+    assert torch.equal(contents(layer)[0][:, :, :2], sent[[2, 0, 1], :, :2])

@@ -17,7 +17,7 @@ CODE := duquant infra service workers client tests benchmarks docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint format bench-quantize bench-memory bench-api bench-queue bench-kernels docs lock clean
+.PHONY: help venv demo test lint format bench-quantize bench-accuracy bench-memory bench-api bench-queue bench-kernels bench-gpu docs lock clean
 
 help: ## say what the targets are
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1	\2/' | expand -t 22
@@ -47,6 +47,9 @@ docs: $(VENV)/.dev ## write the generated pages again: docs/reference/config.md,
 bench-quantize: $(VENV)/.demo ## measure time, memory and perplexity of the recipes: benchmarks/results/quantize-smollm2.json
 	$(BIN)/python benchmarks/quantize.py
 
+bench-accuracy: $(VENV)/.demo ## measure the accuracy table, row by row: benchmarks/results/accuracy.json, docs/results/accuracy.md
+	$(BIN)/python benchmarks/accuracy.py
+
 bench-memory: $(VENV)/.demo ## measure the memory of a layer worker: benchmarks/results/worker-memory.json
 	$(BIN)/python benchmarks/worker_memory.py
 
@@ -58,6 +61,9 @@ bench-queue: $(VENV)/.dev ## measure claims and endings of jobs on both database
 
 bench-kernels: $(VENV)/.demo ## measure the CPU kernels beside torch's: benchmarks/results/kernels-cpu.json
 	$(BIN)/python benchmarks/kernels.py
+
+bench-gpu: ## check and measure the GPU kernels: benchmarks/results/gpu.json; PYTHON needs torch with CUDA, not .venv
+	$(PYTHON) benchmarks/gpu.py
 
 lock: $(VENV)/.dev ## write constraints.txt again from what .venv holds now
 	sed -n '/^#/p' constraints.txt > constraints.part

@@ -26,7 +26,7 @@ def describe() -> dict[str, Any]:
         },
         "versions": {
             "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("duquant", "torch", "transformers")},
+            **{name: _version(name) for name in ("duquant", "torch", "transformers")},
         },
     }
 
@@ -41,8 +41,18 @@ def data_folder() -> Path:
     return Path(os.environ.get("DUQUANT_DATA_DIR") or REPOSITORY.parent / "shared" / "data")
 
 
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"  # a benchmark may run from a plain checkout
+
+
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown: no git here"
     return done.stdout.strip()
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,8 @@ _USED_AT = "duquant_used_at"
 _PING_AFTER_S = 1.0
 _BUSY_PAUSE_S = 0.0001
 _LINE = "duquant_line"
+_TURN = "duquant_turn"
+_HAS_TURN = "duquant_has_turn"
 _PRIMARY_CODE = 0xFF
 """The part of a SQLite error code that says what kind of error it is."""
 _joined: ContextVar[Connection | None] = ContextVar("duquant_transaction", default=None)
@@ -129,8 +132,9 @@ def _make_sqlite_engine(url: URL) -> Engine:
         connect_args={"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False},
     )
     event.listen(engine, "connect", _prepare_sqlite)
-    event.listen(engine, "connect", functools.partial(_open_line, f"{engine.url.database}-line"))
+    event.listen(engine, "connect", functools.partial(_open_line, f"{engine.url.database}-line", threading.Lock()))
     event.listen(engine, "close", _close_line)
+    event.listen(engine, "checkin", _end_turn)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
 
@@ -148,7 +152,8 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
         cursor.close()
 
 
-def _open_line(path: str, _connection: Any, record: ConnectionPoolEntry) -> None:
+def _open_line(path: str, turn: threading.Lock, _connection: Any, record: ConnectionPoolEntry) -> None:
+    record.info[_TURN] = turn
     # A file of its own: closing any handle of the database's file would give up SQLite's own locks on it.
     try:
         record.info[_LINE] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -159,6 +164,12 @@ def _open_line(path: str, _connection: Any, record: ConnectionPoolEntry) -> None
 def _close_line(_connection: Any, record: ConnectionPoolEntry) -> None:
     if (line := record.info.pop(_LINE, None)) is not None:
         os.close(line)
+
+
+def _end_turn(_connection: Any, record: ConnectionPoolEntry) -> None:
+    # Also of a connection that broke. By now its transaction has ended, one way or the other.
+    if record.info.pop(_HAS_TURN, False):
+        record.info[_TURN].release()
 
 
 def _begin_sqlite(connection: Connection) -> None:
@@ -174,17 +185,22 @@ def _take_write_lock(connection: Connection) -> None:
     """Begin a writing transaction when nobody else writes.
 
     SQLite's own wait sleeps longer and longer, up to 100 ms, while whoever asks often is served: under load one process
-    starves, and the file lies idle between two sleeps. So writers stand in line at a lock file, which the kernel wakes
-    them for, and only the first of them asks SQLite, often. It leaves the line when it has the transaction: a crash
-    cannot block it, and programs that do not stand in line only make it wait a little.
+    starves, and the file lies idle between two sleeps. So the writers of a process take turns, and the first of each
+    process stands in line at a lock file, for which the kernel wakes it; only the first of all asks SQLite, often. It
+    leaves the line when it has the transaction: a crash cannot block it, and programs that do not stand in line only
+    make it wait a little.
     """
     raw = connection.connection.dbapi_connection
     assert raw is not None
-    line = connection.connection.info[_LINE]
+    info = connection.connection.info
+    deadline = time.monotonic() + _BUSY_TIMEOUT_S
+    if not info[_TURN].acquire(timeout=_BUSY_TIMEOUT_S):
+        raise OperationalError("BEGIN IMMEDIATE", None, sqlite3.OperationalError("database is locked"))
+    info[_HAS_TURN] = True
+    line = info[_LINE]
     fcntl.flock(line, fcntl.LOCK_EX)
     try:
         raw.execute("PRAGMA busy_timeout = 0")
-        deadline = time.monotonic() + _BUSY_TIMEOUT_S
         while True:
             try:
                 raw.execute("BEGIN IMMEDIATE")

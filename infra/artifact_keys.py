@@ -56,6 +56,17 @@ class ArtifactKeys:
         return f"{self.prefix}files/{fence}/{name}"
 
 
+def require_inside(key: str, prefix: str) -> str:
+    """Return a key that somebody else has written down, if it names an object below a prefix.
+
+    Raises:
+        InfraError: it does not. Some servers take the dots out of keys, and would give what lies elsewhere.
+    """
+    if not key.startswith(prefix) or {"", ".", ".."} & set(key.split("/")):
+        raise InfraError(f"the key {key!r} lies outside {prefix}", key=key)
+    return key
+
+
 def text_key(tenant_id: str, text_id: str, suffix: str) -> str:
     """Return the key of a text that a tenant has uploaded.
 

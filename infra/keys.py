@@ -11,12 +11,12 @@ from functools import cached_property
 from typing import Any
 
 from pydantic import SecretStr
-from sqlalchemy import ColumnElement, Connection, Engine, bindparam, case, insert, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, Engine, bindparam, case, func, insert, or_, select, tuple_, update
 from sqlalchemy.engine import RowMapping
 
 from infra import audit
 from infra.database import now_ms, read, write
-from infra.errors import InfraError, KeyConflict, KeyNotFound
+from infra.errors import InfraError, KeyConflict, KeyNotFound, QuotaExceeded
 from infra.ids import new_id
 from infra.prepared import Prepared, Row
 from infra.schema import api_keys, tenants
@@ -29,6 +29,8 @@ _CRC_CHARS = 6
 _TOKEN = re.compile(rf"{TOKEN_PREFIX}([0-9A-Za-z]{{{_RANDOM_CHARS}}})([0-9A-Za-z]{{{_CRC_CHARS}}})")
 _SHOWN_CHARS = 8
 _USE_RESOLUTION_MS = 60_000
+MAX_KEYS = 500
+"""Keys of one tenant that are neither revoked nor expired."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ class KeyStore:
 
         Raises:
             KeyConflict: the token is that of a revoked key or of another tenant's.
+            QuotaExceeded: the tenant has as many as it may have.
             InfraError: no such tenant; the token is malformed.
         """
         token = token or new_token()
@@ -88,10 +91,19 @@ class KeyStore:
             known = connection.execute(select(api_keys).where(api_keys.c.hash == self._hash(token))).mappings().first()
             if known is not None:
                 return self._renew(connection, _from_row(known), tenant_id, scopes, actor), token
+            self._require_room(connection, tenant_id)
             key = self._insert(connection, tenant_id, name, scopes, token, expires_at=expires_at)
             data = {"name": name, "scopes": scopes, "expires_at": expires_at}
             _audit(connection, key, actor, "key.created", data)
             return key, token
+
+    def _require_room(self, connection: Connection, tenant_id: str) -> None:
+        """Every key has limits of its own; without an end to keys there would be none to these."""
+        is_live = or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > now_ms(self._engine.dialect))
+        live = select(func.count()).where(api_keys.c.tenant_id == tenant_id, api_keys.c.revoked_at.is_(None), is_live)
+        used = connection.execute(live).scalar_one()
+        if used >= MAX_KEYS:
+            raise QuotaExceeded(f"a project has at most {MAX_KEYS} keys", quota="keys", limit=MAX_KEYS, used=used)
 
     def _insert(
         self,

@@ -1,5 +1,6 @@
 """Calibration and evaluation texts: what tells a changed one from an unchanged one, and those that projects upload."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,14 +8,17 @@ from pathlib import Path
 from sqlalchemy import Connection, Engine, delete, func, insert, or_, select, tuple_
 
 from infra import audit
-from infra.artifact_keys import text_key
+from infra.artifact_keys import require_inside, text_key
 from infra.database import now_ms, read, write
-from infra.errors import QuotaExceeded, TextConflict, TextNotFound
+from infra.errors import InfraError, PathForbidden, QuotaExceeded, TextConflict, TextNotFound
 from infra.ids import new_id
 from infra.job_model import ACTIVE, Record
 from infra.job_rows import state_is
 from infra.schema import jobs, tenants, texts
 from infra.storage import ObjectInfo, ObjectStore, file_sha256
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_LONGEST_KEY = 1000
 
 MAX_TEXTS = 200
 """Texts of one tenant."""
@@ -29,6 +33,23 @@ def file_identity(path: Path) -> str:
 def object_identity(info: ObjectInfo) -> str:
     """Return the identity of a text object: its hash, or its size for objects that others have put without one."""
     return info.sha256 or f"size:{info.size_bytes}"
+
+
+def require_hub_name(name: str) -> None:
+    """Raise PathForbidden unless a name is a repository of the hub: the library would also read folders and URLs."""
+    if not _HUB_NAME.fullmatch(name) or ".." in name:
+        raise PathForbidden("a data set of the hub is named OWNER/NAME", name=name)
+
+
+def require_own_key(name: str, tenant_id: str) -> None:
+    """Raise PathForbidden unless a name is the key of a text object of this tenant."""
+    prefix = f"texts/{tenant_id}/"
+    try:
+        require_inside(name, prefix)
+    except InfraError as error:
+        raise PathForbidden(f"text objects of this project start with {prefix}", name=name) from error
+    if len(name.encode(errors="replace")) > _LONGEST_KEY or not name.isprintable():
+        raise PathForbidden("no text object has such a name", name=name[:80])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from infra.artifact_keys import ArtifactKeys
+from infra.artifact_keys import ArtifactKeys, require_inside
 from infra.artifacts import Artifact, Evaluation
 from infra.errors import ObjectNotFound
 from infra.jobs import Job, JobState
@@ -90,8 +90,8 @@ def artifact_view(service: Context, job: Job) -> ArtifactView:
 
     def link(key: str, name: str) -> str:
         # The manifest is ours, but links are signed with our rights: never for anything outside this job's folder.
-        assert key.startswith(prefix), key
-        return service.storage.presign(key, service.settings.presign_seconds, name.rpartition("/")[2])
+        inside = require_inside(key, prefix)
+        return service.storage.presign(inside, service.settings.presign_seconds, name.rpartition("/")[2])
 
     entries = [*manifest["files"], {**_facts(content), "key": artifact.manifest_key}]
     files = [

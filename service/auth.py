@@ -16,6 +16,7 @@ import structlog
 from fastapi import Depends, Request, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from infra.errors import KeyNotFound
 from infra.keys import ApiKey
 from service.context import Context, context
 from service.errors import ProblemError
@@ -181,10 +182,11 @@ def session_caller(request: Request, service: Context) -> Caller | None:
         return None
     if facts["until"] < time.time():
         return None
-    for key in service.keys.list(facts["tenant"]):
-        if key.id == facts["key"] and is_live(key):
-            return Caller.of(key)
-    return None
+    try:
+        key = service.keys.get(facts["key"], facts["tenant"])
+    except KeyNotFound:
+        return None
+    return Caller.of(key) if is_live(key) else None
 
 
 def is_live(key: ApiKey) -> bool:

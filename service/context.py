@@ -26,7 +26,8 @@ from infra.texts import TextStore
 from infra.usage import UsageStore
 from infra.webhooks.addresses import AddressPolicy
 from infra.webhooks.store import WebhookStore
-from service.limits import OpenStreams, RateLimiter
+from service.limits import OpenStreams, RateLimiter, Remembered
+from service.schemas.health import Check
 from service.settings import ServiceSettings
 
 
@@ -59,6 +60,8 @@ class Context:
     uploads: OpenStreams
     limits: RateLimiter | None = None
     """Counts requests by key; none when the limit is switched off."""
+    readiness: Remembered[dict[str, Check]] = field(default_factory=lambda: Remembered(1.0))
+    """What /readyz has found a moment ago: anybody may ask, and each asks the database and the object store."""
     webhook_sender: asyncio.Task[None] | None = None
     """Sends webhooks while the service runs."""
     stopping: asyncio.Event = field(default_factory=asyncio.Event)

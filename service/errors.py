@@ -233,6 +233,9 @@ def _domain_problem(error: Exception) -> ProblemError:
             )
         case ConfigError():
             return config_problem(error)
+    if isinstance(error, InfraError | DuQuantError):
+        # Others are logged by the server, with where they come from.
+        log.error("request_failed", error=str(error), exc_info=error)
     detail = "Something went wrong on the server; its log has the request id."
     # The server drops the connection after a crash: without a word of it, the client's next request would meet that.
     return ProblemError("internal-error", detail, headers={"Connection": "close"})

@@ -1,16 +1,20 @@
-"""Limits by API key in the memory of this process: a token bucket of requests, and how many streams are open.
+"""Limits in the memory of this process: for each API key a token bucket of requests, and how many streams are open.
 
 Several API processes each count for themselves, so a key gets up to the limit from each of them, and a restart fills
 every bucket: the limits protect a process from a runaway client. Quotas, which are kept in the database, are exact.
 """
 
+import asyncio
 import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
 
 _SWEEP_AT = 10_000
 
@@ -100,3 +104,20 @@ class OpenStreams:
             self._open[name] -= 1
             if not self._open[name]:
                 del self._open[name]
+
+
+class Remembered(Generic[T]):
+    """What was found out a moment ago: however many ask, it is found out once at a time, and not too often."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._seconds = seconds
+        self._clock = clock
+        self._lock = asyncio.Lock()
+        self._found: tuple[float, T] | None = None
+
+    async def get(self, find: Callable[[], Awaitable[T]]) -> T:
+        """Return what `find` gave, at most so many seconds ago."""
+        async with self._lock:
+            if self._found is None or self._clock() - self._found[0] >= self._seconds:
+                self._found = (self._clock(), await find())
+            return self._found[1]

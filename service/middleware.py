@@ -4,6 +4,7 @@ import re
 import time
 import uuid
 from collections.abc import Mapping
+from urllib.parse import quote
 
 import anyio
 import structlog
@@ -21,6 +22,7 @@ QUIET_PATHS = ("/healthz", "/metrics", "/static/")
 """What is asked for all the time and tells nothing."""
 _DRAIN_SECONDS = 1.0
 _DRAIN_BYTES = 16_000_000
+_PLAIN = "".join(map(chr, range(0x21, 0x7F)))
 _METHODS = frozenset({"GET", "HEAD", "POST", "PATCH", "PUT", "DELETE", "OPTIONS"})
 
 SECURITY_HEADERS = {
@@ -94,7 +96,10 @@ class _Record:
         if not path.startswith(QUIET_PATHS):
             job_id = self._scope.get("path_params", {}).get("job_id")
             about = {} if job_id is None else {"job_id": job_id}
-            log.info("http_request", method=method, path=path, status=self.status, seconds=round(seconds, 4), **about)
+            # As it was sent, with its escapes: a decoded one could hold line ends or commands to a terminal.
+            raw = self._scope.get("raw_path", b"").decode("ascii", "backslashreplace")
+            shown = quote(raw, safe=_PLAIN)
+            log.info("http_request", method=method, path=shown, status=self.status, seconds=round(seconds, 4), **about)
 
 
 class BodyLimit:

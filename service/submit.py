@@ -14,7 +14,7 @@ from infra.errors import ObjectNotFound, PathForbidden, PathNotFound
 from infra.jobs import JobChanges, NewJob
 from infra.models import ModelRef
 from infra.paths import find_under
-from infra.texts import file_identity, object_identity
+from infra.texts import file_identity, object_identity, require_hub_name, require_own_key
 from service.auth import Caller
 from service.context import Context
 from service.errors import FieldProblem, ProblemError, config_problem
@@ -162,6 +162,13 @@ def check_source(service: Context, caller: Caller, source: TextSource, pointer: 
             case "hub" if not service.settings.allow_hub:
                 detail = "hub data sets are switched off on this server (DUQUANT_ALLOW_HUB)"
                 raise ProblemError("text-forbidden", detail)
+            case "hub":
+                require_hub_name(source.name)
+    except PathForbidden as error:
+        detail = str(error)
+        raise ProblemError(
+            "text-forbidden", detail, [FieldProblem(pointer=f"{pointer}/name", detail=detail)]
+        ) from error
     except ProblemError as problem:
         problem.errors.append(FieldProblem(pointer=f"{pointer}/name", detail=problem.detail))
         raise
@@ -184,9 +191,7 @@ def _text_file(service: Context, source: TextSource) -> Path:
 
 
 def _text_object(service: Context, caller: Caller, source: TextSource) -> str:
-    prefix = f"texts/{caller.tenant_id}/"
-    if not source.name.startswith(prefix) or ".." in source.name.split("/"):
-        raise ProblemError("text-forbidden", f"text objects of this key's tenant start with {prefix}")
+    require_own_key(source.name, caller.tenant_id)
     try:
         info = service.storage.head(source.name)
     except ObjectNotFound as error:

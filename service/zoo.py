@@ -1,7 +1,8 @@
 """Turns a request for many artifacts into a batch: finds the models, makes the jobs, measures what they make."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any
 
 from duquant.config import Recipe
@@ -14,7 +15,7 @@ from service import evaluate
 from service.auth import Caller
 from service.context import Context
 from service.errors import FieldProblem, ProblemError
-from service.schemas.batches import BatchEvaluation, BatchRequest, ModelPrefix, ModelTag
+from service.schemas.batches import BatchEvaluation, BatchRequest, ModelPrefix, ModelSelector, ModelTag
 from service.schemas.models import ModelRequest
 from service.submit import quantize_job, work_of
 
@@ -39,11 +40,14 @@ def plan_batch(service: Context, caller: Caller, request: BatchRequest) -> Plan:
     Raises:
         ProblemError: a selector finds nothing, there are too many items, or a text is refused.
     """
-    models = list(dict.fromkeys(_models(service, caller, request)))
     recipes = list(dict.fromkeys(request.recipes))
-    if len(models) * len(recipes) > MOST_ITEMS:
-        detail = f"{len(models)} models times {len(recipes)} recipes are more than {MOST_ITEMS} in one batch"
-        raise ProblemError("validation-failed", detail, [FieldProblem(pointer="/models", detail=detail)])
+    models: dict[ModelRef, None] = {}
+    for ref in _models(service, caller, request):
+        models[ref] = None
+        # At once: what is left of the selectors may find any number more.
+        if len(models) * len(recipes) > MOST_ITEMS:
+            detail = f"the models times {len(recipes)} recipes are more than {MOST_ITEMS} in one batch"
+            raise ProblemError("validation-failed", detail, [FieldProblem(pointer="/models", detail=detail)])
     text_identity = check_evaluation(service, caller, request.evaluate)
     items = [_item(service, caller, request, ref, recipe) for ref in models for recipe in recipes]
     return Plan(items, request.evaluate, text_identity, force=request.force)
@@ -69,24 +73,40 @@ def _item(service: Context, caller: Caller, request: BatchRequest, ref: ModelRef
 
 
 def _models(service: Context, caller: Caller, request: BatchRequest) -> Iterator[ModelRef]:
-    for index, selector in enumerate(request.models):
+    shelf: list[ModelRef] | None = None
+    found: Iterable[ModelRef]
+    for index, selector in _once(request.models):
         match selector:
             case ModelPrefix():
-                refs = [model.ref for model in service.shelf.list()]
-                found = [ref for ref in refs if ref.source == selector.source and ref.name.startswith(selector.prefix)]
+                # A walk over the model folders serves all selectors of the request.
+                shelf = [model.ref for model in service.shelf.list()] if shelf is None else shelf
+                found = [ref for ref in shelf if ref.source == selector.source and ref.name.startswith(selector.prefix)]
             case ModelTag():
                 found = _tagged(service, caller, selector.tag)
             case _:
                 found = [ModelRef(selector.source, selector.name, selector.revision)]
-        if not found:
+        refs = iter(found)
+        first = next(refs, None)
+        if first is None:
             detail = "no model is found by this"
             raise ProblemError("model-not-found", detail, [FieldProblem(pointer=f"/models/{index}", detail=detail)])
-        yield from found
+        yield from chain([first], refs)
 
 
-def _tagged(service: Context, caller: Caller, tag: str) -> list[ModelRef]:
-    artifacts = all_artifacts(service, caller, ArtifactFilter(tag=tag))
-    return [ModelRef(**service.jobs.get(each.job_id, caller.tenant_id).spec["model"]) for each in artifacts]
+def _once(selectors: Sequence[ModelSelector]) -> Iterator[tuple[int, ModelSelector]]:
+    """Yield selectors with their places, those that say the same only the first time."""
+    seen = set()
+    for index, selector in enumerate(selectors):
+        if (words := selector.model_dump_json()) not in seen:
+            seen.add(words)
+            yield index, selector
+
+
+def _tagged(service: Context, caller: Caller, tag: str) -> Iterator[ModelRef]:
+    found = all_artifacts(service, caller, ArtifactFilter(tag=tag))
+    while some := list(islice(found, _PAGE)):
+        for job in service.artifacts.makers(some).values():
+            yield ModelRef(**job.spec["model"])
 
 
 def all_artifacts(service: Context, caller: Caller, wanted: ArtifactFilter) -> Iterator[Artifact]:

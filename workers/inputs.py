@@ -9,7 +9,7 @@ from infra.jobs import Job
 from infra.models import ModelCatalog, ModelRef
 from infra.paths import find_under
 from infra.storage import ObjectStore
-from infra.texts import file_identity, object_identity
+from infra.texts import file_identity, object_identity, require_hub_name, require_own_key
 from workers.endings import JobFailed
 from workers.settings import WorkerSettings
 
@@ -76,10 +76,10 @@ def _locate(
         path = find_under(settings.text_roots, source.name)
         return TextInput(file=path), file_identity(path)
     if source.kind == "object":
-        prefix = f"texts/{job.tenant_id}/"
-        if not source.name.startswith(prefix) or ".." in source.name:
-            raise JobFailed("bad_input", f"text objects of this tenant begin with {prefix}")
+        require_own_key(source.name, job.tenant_id)
         return TextInput(key=source.name), object_identity(storage.head(source.name))
-    if source.kind == "hub" and not settings.allow_hub:
-        raise JobFailed("bad_input", "data sets from the hub are switched off")
+    if source.kind == "hub":
+        if not settings.allow_hub:
+            raise JobFailed("bad_input", "data sets from the hub are switched off")
+        require_hub_name(source.name)
     return TextInput(), None

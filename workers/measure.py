@@ -12,7 +12,8 @@ from duquant.errors import DuQuantError
 from duquant.evaluation.perplexity import evaluate
 from duquant.models.devices import resolve_device
 from duquant.models.references import resolve_model
-from infra.errors import ChecksumMismatch, InfraError
+from infra.artifact_keys import require_inside
+from infra.errors import ChecksumMismatch
 from infra.storage import ObjectStore, file_sha256
 from workers.tasks import EvaluationSpec
 
@@ -88,8 +89,7 @@ def fetch_artifact(storage: ObjectStore, manifest_key: str, folder: Path) -> Pat
     (folder / MANIFEST).write_bytes(document)
     for entry in manifest.files:
         path, key = folder / entry.name, keys[entry.name]
-        if not key.startswith(prefix):
-            raise InfraError(f"{entry.name} of {manifest_key} lies outside its artifact", key=key)
+        require_inside(key, prefix)
         if path.exists() and file_sha256(path) == (entry.sha256, entry.size_bytes):
             continue
         if storage.get_file(key, path) != (entry.sha256, entry.size_bytes):

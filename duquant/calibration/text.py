@@ -92,6 +92,9 @@ def _read_hub(source: TextSource) -> str:
         from datasets import load_dataset
     except ImportError as err:
         raise CalibrationError("hub text needs the package datasets: pip install 'duquant[hub]'") from err
+    if Path(source.name).expanduser().exists():
+        # The library would read it in the place of what is on the hub.
+        raise CalibrationError(f"hub data set {source.name} is also a file or folder here; give its path as a file")
     try:
         rows = load_dataset(source.name, source.config, split=source.split)
         return "\n\n".join(rows[source.text_field])

@@ -41,6 +41,8 @@ TEST_EVENT = "webhook.test"
 
 MAX_WEBHOOKS = 20
 """Webhooks of one tenant."""
+MAX_TESTS = 10
+"""Test messages to one webhook that may wait."""
 SECRET_OVERLAP_S = 24 * 3600
 """How long a replaced secret signs beside the new one."""
 
@@ -217,10 +219,16 @@ class WebhookStore:
 
         Raises:
             WebhookNotFound: no such webhook, or it is another tenant's.
+            QuotaExceeded: as many tests wait as may: nobody is to be flooded with them.
         """
+        waiting = select(func.count()).where(
+            deliveries.c.webhook_id == webhook_id, deliveries.c.event == TEST_EVENT, deliveries.c.state == "pending"
+        )
         payload = {"type": TEST_EVENT, "data": {"webhook_id": webhook_id}}
         with write(self._engine) as connection:
             _one(connection, webhook_id, tenant_id)
+            if (used := connection.execute(waiting).scalar_one()) >= MAX_TESTS:
+                raise QuotaExceeded(f"{used} test messages wait to be sent", quota="tests", limit=MAX_TESTS, used=used)
             statement = insert(deliveries).values(
                 id=new_id("msg"),
                 webhook_id=webhook_id,

@@ -4,9 +4,12 @@ from starlette.convertors import Convertor, register_url_convertor
 
 
 class _Segment(Convertor[str]):
-    """A part of a path up to a slash or a colon: behind a colon stands what is to be done, as in `/jobs/ID:cancel`."""
+    """A part of a path up to a slash or a colon: behind a colon stands what is to be done, as in `/jobs/ID:cancel`.
 
-    regex = "[^/:]+"
+    Control characters are in no id; PostgreSQL would take a NUL for a fault of ours.
+    """
+
+    regex = r"[^/:\x00-\x1f\x7f]+"
 
     def convert(self, value: str) -> str:
         return value

@@ -66,19 +66,23 @@ async def get_health() -> Health:
 )
 async def get_readiness(service: Service, response: Response) -> Readiness:
     """Check the database, the object store and the dispatchers, and name what is down."""
-    checks: dict[str, Check] = {}
-
-    async def run(name: str, check: Callable[[Context], Check]) -> None:
-        checks[name] = await anyio.to_thread.run_sync(_run, name, check, service)
-
-    # At the same time: a probe has little patience, and what does not answer takes seconds to say so.
-    async with anyio.create_task_group() as group:
-        for name, check in _CHECKS.items():
-            group.start_soon(run, name, check)
-    checks = {name: checks[name] for name in _CHECKS}
+    checks = await service.readiness.get(lambda: _check_all(service))
     ready = all(each.ok for each in checks.values())
     response.status_code = 200 if ready else 503
     return Readiness(ready=ready, checks=checks)
+
+
+async def _check_all(service: Context) -> dict[str, Check]:
+    """Check all parts at the same time: a probe has little patience, and what is down takes seconds to say so."""
+    found: dict[str, Check] = {}
+
+    async def run(name: str, check: Callable[[Context], Check]) -> None:
+        found[name] = await anyio.to_thread.run_sync(_run, name, check, service)
+
+    async with anyio.create_task_group() as group:
+        for name, check in _CHECKS.items():
+            group.start_soon(run, name, check)
+    return {name: found[name] for name in _CHECKS}
 
 
 def _run(name: str, check: Callable[[Context], Check], service: Context) -> Check:

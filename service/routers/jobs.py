@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Annotated
 
@@ -156,14 +157,16 @@ async def get_job(
     With `Prefer: wait=N` the answer comes when the job has ended, or when it differs from what `If-None-Match` knows,
     or after N seconds.
     """
-    seconds = wait_seconds(prefer)
+    # An answer that is held back costs what an open stream does. A preference that cannot be met is no error.
+    seconds = wait_seconds(prefer) if service.streams.has_room(caller.key_id) else 0
     wait = Wait(service, seconds)
-    while True:
-        job, body, tag = await anyio.to_thread.run_sync(_read_job, service, job_id, caller.tenant_id)
-        is_known = conditions.is_known(if_none_match, tag)
-        is_news = job.state.is_terminal or (if_none_match is not None and not is_known)
-        if is_news or not await wait.pause():
-            break
+    with service.streams.one(caller.key_id) if seconds else nullcontext():
+        while True:
+            job, body, tag = await anyio.to_thread.run_sync(_read_job, service, job_id, caller.tenant_id)
+            is_known = conditions.is_known(if_none_match, tag)
+            is_news = job.state.is_terminal or (if_none_match is not None and not is_known)
+            if is_news or not await wait.pause():
+                break
     headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
     if not job.state.is_terminal:
         headers["Retry-After"] = "2"

@@ -69,7 +69,7 @@ def _made(key: ApiKey, token: str) -> Made:
     dependencies=[JSON_BODY],
     responses={
         201: shows(MADE, "The key was made; its token is shown this once", headers=idempotency.HEADERS),
-        **responses(*COMMON, *BODY_PROBLEMS, *idempotency.PROBLEMS),
+        **responses(*COMMON, *BODY_PROBLEMS, "quota-exceeded", *idempotency.PROBLEMS),
     },
     openapi_extra=takes(ci=KEY_REQUEST),
 )

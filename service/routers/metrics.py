@@ -28,7 +28,8 @@ duquant_queue_depth{queue="default"} 3.0
 
 def _is_from_here(request: Request) -> bool:
     """Whether this machine itself asks, and not a proxy on it for somebody else."""
-    if {"forwarded", "x-forwarded-for", "x-real-ip", "via"} & set(request.headers):
+    names = request.headers.keys()
+    if {"forwarded", "x-real-ip", "via"} & set(names) or any(name.startswith("x-forwarded-") for name in names):
         return False
     try:
         return request.client is not None and ip_address(request.client.host).is_loopback

@@ -101,7 +101,7 @@ def change_tenant(service: Service, caller: TenantAdmin, tenant_id: TenantId, bo
     dependencies=[JSON_BODY],
     responses={
         201: shows(MADE, "The key was made; its token is shown this once", headers=idempotency.HEADERS),
-        **responses(*_ONE, *BODY_PROBLEMS, *idempotency.PROBLEMS),
+        **responses(*_ONE, *BODY_PROBLEMS, "quota-exceeded", *idempotency.PROBLEMS),
     },
     openapi_extra=takes(ci=KEY_REQUEST),
 )

@@ -158,7 +158,10 @@ def rotate_webhook_secret(service: Service, caller: WebhookWriter, webhook_id: W
     operation_id="testWebhook",
     summary="Send a test message",
     status_code=202,
-    responses={202: shows({**_DELIVERY, "event": "webhook.test"}, "It will be sent"), **responses(*_ONE)},
+    responses={
+        202: shows({**_DELIVERY, "event": "webhook.test"}, "It will be sent"),
+        **responses(*_ONE, "quota-exceeded"),
+    },
 )
 def send_test(service: Service, caller: WebhookWriter, webhook_id: WebhookId) -> DeliveryView:
     """Send a message of type `webhook.test`; the log of deliveries tells how it went."""

@@ -21,7 +21,7 @@ from infra.schema import tenants, webhook_deliveries, webhooks
 from infra.webhooks import sender as sending
 from infra.webhooks.addresses import AddressPolicy, GuardedTransport
 from infra.webhooks.sender import RETRY_SECONDS, WebhookSender
-from infra.webhooks.store import MAX_WEBHOOKS, Delivery, Webhook, WebhookStore
+from infra.webhooks.store import MAX_TESTS, MAX_WEBHOOKS, Delivery, Webhook, WebhookStore
 
 PEPPER = SecretStr("pepper")
 DAY = 86_400
@@ -239,11 +239,13 @@ def test_senders_side_by_side_never_claim_the_same_message(hooks: WebhookStore) 
 def test_one_busy_webhook_does_not_push_the_others_aside(hooks: WebhookStore, clock: Any) -> None:
     busy, _ = hooks.create("default", "http://127.0.0.1:9/", [], actor="key:a")
     quiet, _ = hooks.create("default", "http://127.0.0.1:9/", [], actor="key:a")
-    for _ in range(50):
+    for _ in range(MAX_TESTS):
+        hooks.post_test(busy.id, "default")
+    with pytest.raises(QuotaExceeded):
         hooks.post_test(busy.id, "default")
     clock.advance(1)
     hooks.post_test(quiet.id, "default")
-    first = [each.delivery.webhook_id for each in hooks.claim(limit=16, lease_seconds=60)]
+    first = [each.delivery.webhook_id for each in hooks.claim(limit=MAX_TESTS - 2, lease_seconds=60)]
     assert quiet.id in first
     assert first.count(busy.id) == 4
 

@@ -193,7 +193,7 @@ def test_a_body_of_another_type_is_refused(service: Any) -> None:
         ("GET", "/static/../app.py", 404, "not-found"),
         ("DELETE", "/v1/jobs", 405, "method-not-allowed"),
         ("GET", "/v1/jobs/job_none", 404, "job-not-found"),
-        ("GET", "/v1/jobs/%00", 404, "job-not-found"),
+        ("GET", "/v1/jobs/%00", 404, "not-found"),
         ("GET", "/v1/jobs/" + "x" * 65, 422, "validation-failed"),
         ("GET", "/v1/jobs?limit=0", 422, "validation-failed"),
         ("GET", "/v1/jobs?state=lost", 422, "validation-failed"),

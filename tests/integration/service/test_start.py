@@ -197,16 +197,23 @@ def test_readiness_tells_of_a_database_that_can_only_be_read(postgres_service: A
     with write(postgres_service.app.state.context.engine) as connection:
         connection.execute(text(f'ALTER DATABASE "{database}" SET default_transaction_read_only = on'))
     postgres_service.app.state.context.engine.dispose()
-    check = postgres_service.http.get("/readyz").json()["checks"]["database"]
+
+    def database_check() -> dict[str, Any]:
+        return postgres_service.http.get("/readyz").json()["checks"]["database"]
+
+    wait_until(lambda: not database_check()["ok"], 10)
+    check = database_check()
     assert (check["ok"], check["detail"].partition(";")[0]) == (False, "refuses to work")
 
 
 def test_readiness_follows_the_dispatcher(service: Any) -> None:
     assert service.http.get("/readyz").status_code == 503
     service.jobs.worker_beat("dispatcher-1", {})
-    answer = service.http.get("/readyz")
-    assert (answer.status_code, answer.json()["ready"]) == (200, True)
+    # What was found is told for a second.
+    wait_until(lambda: service.http.get("/readyz").status_code == 200, 5)
+    assert service.http.get("/readyz").json()["ready"] is True
     service.jobs.worker_gone("dispatcher-1")
+    wait_until(lambda: service.http.get("/readyz").status_code == 503, 5)
     assert service.http.get("/readyz").json()["checks"]["dispatcher"]["ok"] is False
 
 

@@ -189,14 +189,18 @@ def _attention_case(batch: int, context: int, shared: int) -> tuple[str, Callabl
         from duquant.quantizers.kv import KVQuantizer, PackedKV
 
         heads, head_dim = 32 // shared, 128
-        quantizer = KVQuantizer(KVCacheConfig(bits=4), head_dim)
+        quantizer = KVQuantizer(KVCacheConfig(bits=4, rotate=True), head_dim)
         packed = PackedKV(
             torch.zeros(1, heads, context, head_dim // 2, dtype=torch.uint8).expand(batch, -1, -1, -1),
             torch.zeros(1, heads, context, 1, dtype=torch.float16).expand(batch, -1, -1, -1),
             torch.zeros(1, heads, context, 1, dtype=torch.float16).expand(batch, -1, -1, -1),
         )
         Q = torch.zeros(batch, heads * shared, 1, head_dim, dtype=torch.bfloat16)
-        GpuBackend().int4_kv_attention(Q, packed, packed, quantizer, scaling=0.1, mask=None)
+        backend = GpuBackend()
+        backend.int4_kv_attention(Q, packed, packed, quantizer, scaling=0.1, mask=None)
+        one = quantizer.empty(batch, heads, 1, Q.device)
+        backend.quantize_kv(Q[:, :heads], quantizer, one)
+        backend.dequantize_kv(one, quantizer, torch.bfloat16)
 
     return f"attention, batch {batch}, {context} tokens, {shared} heads a key", run
 

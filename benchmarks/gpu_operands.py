@@ -97,7 +97,7 @@ class Layer:
     def __init__(self, model: Model, kind: str, device: torch.device, *, batch: int, context: int, seed: int) -> None:
         self.model, self.kind, self.batch, self.context = model, kind, batch, context
         self.norm = torch.ones(model.hidden, dtype=torch.bfloat16, device=device)
-        self.quantizer = KVQuantizer(KVCacheConfig(bits=4), model.head_dim)
+        self.quantizer = KVQuantizer(KVCacheConfig(bits=4, rotate=True), model.head_dim)
         self.product: dict[str, Callable[[Tensor], Tensor]] = {
             name: self._linear(width, rows, device, seed + index)
             for index, (name, (width, rows)) in enumerate(model.linears().items())
@@ -117,7 +117,13 @@ class Layer:
         model = self.model
         shape = (self.batch, model.kv_heads, max(1, self.context), model.head_dim)
         states = torch.randn(shape, generator=generator(device, seed), device=device).bfloat16()
-        return states if self.kind == "bf16" else self.quantizer.quantize(states)
+        return states if self.kind == "bf16" else self._packed(states)
+
+    def _packed(self, states: Tensor) -> PackedKV:
+        batch, heads, tokens, _head_dim = states.shape
+        out = self.quantizer.empty(batch, heads, tokens, states.device)
+        BACKEND.quantize_kv(states, self.quantizer, out)
+        return out
 
     def cache_bytes(self) -> int:
         """Return the bytes of keys and values."""
@@ -137,15 +143,14 @@ class Layer:
 
     def _prefill(self, Q: Tensor, K: Tensor, V: Tensor) -> Tensor:
         if self.kind != "bf16":
-            self.keys, self.values = self.quantizer.quantize(K), self.quantizer.quantize(V)
+            self.keys, self.values = self._packed(K), self._packed(V)
         return scaled_dot_product_attention(Q, K, V, is_causal=True, enable_gqa=self.model.heads != self.model.kv_heads)
 
     def _decode(self, Q: Tensor, K: Tensor, V: Tensor) -> Tensor:
         """Put the new token where the last one lies, and attend to all of them."""
         for cache, new in ((self.keys, K), (self.values, V)):
             if isinstance(cache, PackedKV):
-                for part, fresh in zip(cache, self.quantizer.quantize(new), strict=True):
-                    part[:, :, -1:].copy_(fresh)
+                BACKEND.quantize_kv(new, self.quantizer, PackedKV(*(part[:, :, -1:] for part in cache)))
             else:
                 cache[:, :, -1:].copy_(new)
         scaling = self.model.head_dim**-0.5

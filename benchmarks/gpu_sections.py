@@ -100,7 +100,8 @@ def gates(
                     check(f"transform {kind} {model.name}, {count} tokens: codes off by more than 1", far, 0.0)
                     check(f"transform {kind} {model.name}, {count} tokens: codes off by 1", moved, 0.03)
             for batch in (1, 3):
-                error = _attention_error(model, batch, harness)
+                error, moved = _attention_error(model, batch, harness)
+                check(f"cache {model.name}, batch {batch}: share of other codes than the reference's", moved, 1e-3)
                 check(f"attention {model.name}, batch {batch}: relative error", error, 2e-3)
     return rows
 
@@ -117,18 +118,23 @@ def _moved_codes(kind: str, tokens: int, model: Model, device: torch.device) -> 
     return float((steps.abs() >= 1).double().mean()), float((steps.abs() > 1).double().mean())
 
 
-def _attention_error(model: Model, batch: int, harness: Harness) -> float:
+def _attention_error(model: Model, batch: int, harness: Harness) -> tuple[float, float]:
+    """Return the error of attention over a cache, and the share of codes that our cache kernel rounds otherwise."""
     context = 333 if harness.is_gpu else 70
-    quantizer = KVQuantizer(KVCacheConfig(bits=4), model.head_dim)
+    quantizer = KVQuantizer(KVCacheConfig(bits=4, rotate=True), model.head_dim)
     shape = (batch, model.kv_heads, context, model.head_dim)
     g = generator(harness.device, batch)
-    K, V = (quantizer.quantize(torch.randn(shape, generator=g, device=harness.device)) for _ in range(2))
+    states = [torch.randn(shape, generator=g, device=harness.device) for _ in range(2)]
+    K, V = (quantizer.quantize(part) for part in states)
+    ours = quantizer.empty(*shape[:3], harness.device)
+    BACKEND.quantize_kv(states[0], quantizer, ours)
+    moved = float((ours.packed != K.packed).double().mean())
     Q = torch.randn(batch, model.heads, 1, model.head_dim, generator=g, device=harness.device)
     found, expected = (
         backend.int4_kv_attention(Q, K, V, quantizer, scaling=model.head_dim**-0.5, mask=None)
         for backend in (BACKEND, REFERENCE)
     )
-    return relative_error(found, expected)
+    return relative_error(found, expected), moved
 
 
 def linears(

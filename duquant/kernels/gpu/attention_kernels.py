@@ -34,12 +34,26 @@ def load_grid(scale_ptr, low_ptr, token, mask_token, scale_stride, low_stride):
 
 @triton.jit
 @no_type_check
-def load_queries(ptr, rows, is_row, pair, is_pair, HEAD_DIM: tl.constexpr):
-    """Return (even, odd, sum, size): rows divided by their size, the largest magnitude, in float16, and their sums."""
-    offsets = rows[:, None] * HEAD_DIM + 2 * pair[None, :]
+def load_queries(
+    row_ptr, is_row, pair, is_pair, R_ptr, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, HAS_R: tl.constexpr
+):
+    """Return (even, odd, sum, size): rotated rows divided by their size, the largest magnitude, in float16; their sums.
+
+    `row_ptr` (rows, 1) points at rows; R is float32 (2, HEAD_DIM, HEAD_DIM / 2): even and odd columns of the rotation.
+    """
     mask = is_row[:, None] & is_pair[None, :]
-    even = tl.load(ptr + offsets, mask=mask, other=0.0)
-    odd = tl.load(ptr + offsets + 1, mask=mask, other=0.0)
+    if HAS_R:
+        channel = tl.arange(0, 2 * PAIRS)
+        is_channel = channel < HEAD_DIM
+        Q = tl.load(row_ptr + channel[None, :], mask=is_row[:, None] & is_channel[None, :], other=0.0).to(tl.float32)
+        R_offsets = channel[:, None] * (HEAD_DIM // 2) + pair[None, :]
+        R_mask = is_channel[:, None] & is_pair[None, :]
+        R_even = tl.load(R_ptr + R_offsets, mask=R_mask, other=0.0)
+        R_odd = tl.load(R_ptr + HEAD_DIM * (HEAD_DIM // 2) + R_offsets, mask=R_mask, other=0.0)
+        even, odd = tl.dot(Q, R_even), tl.dot(Q, R_odd)
+    else:
+        even = tl.load(row_ptr + 2 * pair[None, :], mask=mask, other=0.0).to(tl.float32)
+        odd = tl.load(row_ptr + 2 * pair[None, :] + 1, mask=mask, other=0.0).to(tl.float32)
     size = tl.maximum(tl.max(tl.maximum(tl.abs(even), tl.abs(odd)), axis=1), 1e-30)
     even, odd = (even / size[:, None]).to(tl.float16), (odd / size[:, None]).to(tl.float16)
     # Of the rounded values, so that the term with `middle` uses the very ones that the products see.
@@ -68,17 +82,17 @@ def score_tile(
 @triton.jit
 @no_type_check
 def decode_kernel(
-    Q_ptr, K_ptr, K_scale_ptr, K_low_ptr, V_ptr, V_scale_ptr, V_low_ptr, mask_ptr, sums_ptr, stats_ptr,
-    kv_heads, queries, tokens, scaling,
+    Q_ptr, R_ptr, K_ptr, K_scale_ptr, K_low_ptr, V_ptr, V_scale_ptr, V_low_ptr, mask_ptr, sums_ptr, stats_ptr,
+    kv_heads, queries, tokens, scaling, Q_batch, Q_head, Q_query,
     K_batch, K_head, K_token, K_scale_batch, K_scale_head, K_scale_token, K_low_batch, K_low_head, K_low_token,
     V_batch, V_head, V_token, V_scale_batch, V_scale_head, V_scale_token, V_low_batch, V_low_head, V_low_token,
     mask_batch, mask_head, mask_query, mask_token,
     SHARED: tl.constexpr, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-    STEPS: tl.constexpr, MASK: tl.constexpr, STAGES: tl.constexpr,
+    STEPS: tl.constexpr, MASK: tl.constexpr, HAS_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attend to STEPS tiles of TOKENS cached tokens; store weighted sums, the largest score and the sum of weights.
 
-    Q: float32 (batch * kv_heads, SHARED * queries, HEAD_DIM), contiguous; row r is query r % queries of head
+    Q: (batch, kv_heads * SHARED, queries, HEAD_DIM), any dtype; its rows here: row r is query r % queries of head
     r // queries among the SHARED ones that read the same keys. One program takes ROWS of these rows. `sums` is
     (batch * kv_heads, splits, rows, 2, PAIRS), `stats` (batch * kv_heads, splits, rows, 2), rows padded to ROWS.
     MASK: 0 none (row sees tokens up to its own), 1 bool, 2 added to the scores.
@@ -90,8 +104,9 @@ def decode_kernel(
     query = rows % queries
     pair = tl.arange(0, PAIRS)
     is_pair = pair < HEAD_DIM // 2
-    Q_start = Q_ptr + group.to(tl.int64) * SHARED * queries * HEAD_DIM
-    Q_even, Q_odd, Q_sum, Q_size = load_queries(Q_start, rows, is_row, pair, is_pair, HEAD_DIM)
+    full_head = head * SHARED + rows // queries
+    row_ptr = Q_ptr + (batch * Q_batch + full_head * Q_head + query * Q_query)[:, None]
+    Q_even, Q_odd, Q_sum, Q_size = load_queries(row_ptr, is_row, pair, is_pair, R_ptr, HEAD_DIM, PAIRS, HAS_R)
     K_ptr += batch * K_batch + head * K_head
     K_scale_ptr += batch * K_scale_batch + head * K_scale_head
     K_low_ptr += batch * K_low_batch + head * K_low_head
@@ -111,7 +126,7 @@ def decode_kernel(
         scores = tl.dot(Q_even, tl.trans(K_even)) + tl.dot(Q_odd, tl.trans(K_odd))
         scores = (scores * K_scale[None, :] + Q_sum[:, None] * K_middle[None, :]) * (Q_size * scaling)[:, None]
         scores = score_tile(
-            scores, is_row[:, None] & is_token[None, :], token, query, head * SHARED + rows // queries, batch,
+            scores, is_row[:, None] & is_token[None, :], token, query, full_head, batch,
             tokens, queries, mask_ptr, mask_batch, mask_head, mask_query, mask_token, MASK,
         )  # fmt: skip
         new_largest = tl.maximum(largest, tl.max(scores, axis=1))
@@ -138,24 +153,50 @@ def decode_kernel(
 @triton.jit
 @no_type_check
 def combine_kernel(
-    sums_ptr, stats_ptr, Y_ptr, rows, padded, splits,
-    HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, SPLITS_PAD: tl.constexpr, OUT: tl.constexpr,
+    sums_ptr, stats_ptr, R_ptr, Y_ptr, rows, padded, splits,
+    HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, HAS_R: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
-    """Y (batch * kv_heads, rows, HEAD_DIM) = the splits' sums, brought to one largest score, over the weights' sum."""
-    group, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    split = tl.arange(0, SPLITS_PAD)
+    """Y (batch * kv_heads, rows, HEAD_DIM): the splits' sums, brought to one largest score, over the weights' sum.
+
+    The sum is then rotated back; R is as in load_queries.
+    """
+    group = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     pair = tl.arange(0, PAIRS)
-    at = (group * splits + split) * padded + row
-    is_split = split < splits
-    largest = tl.load(stats_ptr + at * 2, mask=is_split, other=float("-inf"))
-    weight_sum = tl.load(stats_ptr + at * 2 + 1, mask=is_split, other=0.0)
-    share = tl.exp(largest - tl.max(largest, axis=0))
-    total = tl.sum(share * weight_sum, axis=0)
-    mask = is_split[:, None] & (pair < HEAD_DIM // 2)[None, :]
-    even = tl.load(sums_ptr + at[:, None] * (2 * PAIRS) + pair[None, :], mask=mask, other=0.0)
-    odd = tl.load(sums_ptr + at[:, None] * (2 * PAIRS) + PAIRS + pair[None, :], mask=mask, other=0.0)
-    even = tl.sum(even * share[:, None], axis=0) / total
-    odd = tl.sum(odd * share[:, None], axis=0) / total
-    target = Y_ptr + (group * rows + row) * HEAD_DIM + 2 * pair
-    tl.store(target, even.to(OUT), mask=pair < HEAD_DIM // 2)
-    tl.store(target + 1, odd.to(OUT), mask=pair < HEAD_DIM // 2)
+    is_pair = pair < HEAD_DIM // 2
+    largest = tl.full((ROWS,), float("-inf"), tl.float32)
+    weight_sum = tl.zeros((ROWS,), dtype=tl.float32)
+    even = tl.zeros((ROWS, PAIRS), dtype=tl.float32)
+    odd = tl.zeros((ROWS, PAIRS), dtype=tl.float32)
+    split = 0
+    while split < splits:
+        at = (group * splits + split) * padded + row
+        theirs = tl.load(stats_ptr + at * 2)
+        new_largest = tl.maximum(largest, theirs)
+        reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        mine, share = tl.exp(largest - reference), tl.exp(theirs - reference)
+        weight_sum = weight_sum * mine + tl.load(stats_ptr + at * 2 + 1) * share
+        sums = sums_ptr + at[:, None] * (2 * PAIRS) + pair[None, :]
+        even = even * mine[:, None] + tl.load(sums) * share[:, None]
+        odd = odd * mine[:, None] + tl.load(sums + PAIRS) * share[:, None]
+        largest = new_largest
+        split += 1
+    # Rows of padding have no weights; a real row that sees no token gives NaN, as a softmax over nothing does.
+    weight_sum = tl.where(row < rows, weight_sum, 1.0)[:, None]
+    even, odd = even / weight_sum, odd / weight_sum
+    if HAS_R:
+        channel = tl.arange(0, 2 * PAIRS)
+        is_channel = channel < HEAD_DIM
+        R_offsets = channel[None, :] * (HEAD_DIM // 2) + pair[:, None]
+        R_mask = is_pair[:, None] & is_channel[None, :]
+        even = tl.where(is_pair[None, :], even, 0.0)
+        odd = tl.where(is_pair[None, :], odd, 0.0)
+        Y = tl.dot(even, tl.load(R_ptr + R_offsets, mask=R_mask, other=0.0))
+        Y += tl.dot(odd, tl.load(R_ptr + HEAD_DIM * (HEAD_DIM // 2) + R_offsets, mask=R_mask, other=0.0))
+        target = Y_ptr + (group * rows + row)[:, None] * HEAD_DIM + channel[None, :]
+        tl.store(target, Y.to(OUT), mask=(row < rows)[:, None] & is_channel[None, :])
+    else:
+        target = Y_ptr + (group * rows + row)[:, None] * HEAD_DIM + 2 * pair[None, :]
+        mask = (row < rows)[:, None] & is_pair[None, :]
+        tl.store(target, even.to(OUT), mask=mask)
+        tl.store(target + 1, odd.to(OUT), mask=mask)

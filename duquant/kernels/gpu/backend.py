@@ -102,6 +102,19 @@ class GpuBackend:
         Y: Tensor = _module("attention").int4_kv_attention(Q, keys, values, quantizer, scaling=scaling, mask=mask)
         return Y
 
+    def quantize_kv(
+        self, X: Float[Tensor, "batch heads tokens head_dim"], quantizer: KVQuantizer, out: PackedKV
+    ) -> None:
+        """Rotate, round and pack in one kernel, in place in the cache's buffers."""
+        _module("cache").quantize_kv(X, quantizer, out)
+
+    def dequantize_kv(
+        self, packed: PackedKV, quantizer: KVQuantizer, dtype: torch.dtype
+    ) -> Float[Tensor, "batch heads tokens head_dim"]:
+        """Unpack and rotate back in one kernel."""
+        Y: Tensor = _module("cache").dequantize_kv(packed, quantizer, dtype)
+        return Y
+
 
 @cache
 def _module(name: str) -> ModuleType:

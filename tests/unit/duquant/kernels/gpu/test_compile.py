@@ -21,6 +21,8 @@ KERNELS = {
     "quantize_blocks_kernel",
     "decode_kernel",
     "combine_kernel",
+    "quantize_kv_kernel",
+    "dequantize_kv_kernel",
 }
 
 

@@ -39,7 +39,8 @@ from sqlalchemy.sql.dml import ReturningUpdate
 from infra.database import write
 from infra.job_model import HELD, Claim, EventType, Job, JobKind, JobState, StopReason
 from infra.job_rows import MOVED, SWEEPER, JobRows, state_is
-from infra.prepared import Prepared, Row, Statement
+from infra.outbox import post_job_event
+from infra.prepared import Prepared, Row, Statement, together
 from infra.schema import jobs, queues, tenants
 
 NOMINAL_GPU_SECONDS = 1.0
@@ -90,7 +91,6 @@ class JobClaims(JobRows):
             for choice in sorted(self._choices(connection, wanted)):
                 job = self._take(connection, choice, wanted, owner, lease_seconds)
                 if job is not None:
-                    self._charge(connection, job, choice.start)
                     return Claim(job=job, fence=job.fence, owner=owner)
                 # What waits there is being taken by others, or was cancelled while we looked.
         return None
@@ -186,9 +186,14 @@ class JobClaims(JobRows):
         row = self._prepared(self._start, kinds).row(connection, values)
         if row is None:
             return None
-        data = {"fence": row["fence"], "attempt": row["attempt"]}
-        self._tell(connection, row, JobState.QUEUED, EventType.CLAIMED, owner, data)
-        return Job.from_row(row)
+        job = Job.from_row(row)
+        data = {"from": JobState.QUEUED, "to": job.state, "fence": job.fence, "attempt": job.attempt}
+        with together(connection):
+            self._event(connection, job.id, EventType.CLAIMED, owner, data)
+            self._charge(connection, job, choice.start)
+        if row["is_watched"]:
+            post_job_event(connection, job, self._now())
+        return job
 
     def _start(self, kinds: Sequence[JobKind]) -> ReturningUpdate[Any]:
         free = (

@@ -9,9 +9,10 @@ from sqlalchemy import Connection, bindparam, exists, func, select, update
 from infra.database import write
 from infra.errors import JobConflict
 from infra.job_model import TRANSITIONS, Claim, EventType, FailureReason, Job, JobState
-from infra.job_results import record_result
+from infra.job_results import record_artifact, record_evaluation
 from infra.job_rows import MOVED, JobRows, clean, state_is
-from infra.prepared import Prepared
+from infra.outbox import post_job_event
+from infra.prepared import Prepared, together
 from infra.schema import job_layers, jobs
 
 
@@ -29,12 +30,18 @@ class JobEndings(JobRows):
         """
         values = {"claimed_id": claim.job.id, "held_fence": claim.fence, "made": dict(result)}
         with write(self._engine) as connection:
-            row = self._succeed.row(connection, values)
+            with together(connection):
+                row = self._succeed.row(connection, values)
+                if row is not None:
+                    job = Job.from_row(row)
+                    data = {"from": JobState.RUNNING, "to": job.state}
+                    self._event(connection, job.id, EventType.SUCCEEDED, claim.owner, data)
+                    record_artifact(connection, job)
             if row is None:
                 self._explain(connection, claim)
-            self._tell(connection, row, JobState.RUNNING, EventType.SUCCEEDED, claim.owner)
-            job = Job.from_row(row)
-            record_result(connection, job, self._now())
+            record_evaluation(connection, job, self._now())
+            if row["is_watched"]:
+                post_job_event(connection, job, self._now())
             if row["is_awaited"]:
                 self._move_dependents(connection, job)
             return job

@@ -20,10 +20,9 @@ _NEW_ARTIFACT = Prepared(
 )
 
 
-def record_result(connection: Connection, job: Job, now: ColumnElement[int]) -> None:
-    """Write the row of what a job that has just succeeded made, if it made something."""
-    result = job.result or {}
-    artifact = result.get("artifact")
+def record_artifact(connection: Connection, job: Job) -> None:
+    """Write the row of the artifact that a job that has just succeeded made, if it made one."""
+    artifact = (job.result or {}).get("artifact")
     if job.kind == "quantize" and isinstance(artifact, Mapping):
         values = {
             "id": new_id("art"),
@@ -38,7 +37,12 @@ def record_result(connection: Connection, job: Job, now: ColumnElement[int]) -> 
             "created_at": job.finished_at,
         }
         _NEW_ARTIFACT.run(connection, values)
-    elif job.kind == "evaluate" and "metrics" in result:
+
+
+def record_evaluation(connection: Connection, job: Job, now: ColumnElement[int]) -> None:
+    """Write the row of what a job that has just succeeded measured, if it measured, and the bill for it."""
+    result = job.result or {}
+    if job.kind == "evaluate" and "metrics" in result:
         values = {
             "id": new_id("eval"),
             "tenant_id": job.tenant_id,

@@ -4,7 +4,8 @@ SQLAlchemy looks up the compiled form of a statement, works out its parameters a
 That costs ten times what SQLite takes for a look into an index, and it happens while the write lock is held.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import BindParameter, Connection, Delete, Dialect, Insert, Select, Update
@@ -59,6 +60,42 @@ class Prepared:
         return self._compiled
 
 
+@contextmanager
+def together(connection: Connection) -> Iterator[None]:
+    """Send PostgreSQL statements without waiting for their answers, until somebody asks for rows.
+
+    Only prepared statements belong here. What is wrong with one that is `run` comes up with the next rows, or where the
+    block ends.
+    """
+    if connection.dialect.name != "postgresql":
+        yield
+        return
+    raw = connection.connection.driver_connection
+    assert raw is not None
+    try:
+        with raw.pipeline():
+            yield
+    except connection.dialect.loaded_dbapi.Error as error:
+        raise _wrapped(connection, error, "several statements at once") from error
+
+
+def _wrapped(connection: Connection, error: Exception, statement: str) -> Exception:
+    """Return a driver's error as SQLAlchemy would raise it."""
+    dialect = connection.dialect
+    is_gone = dialect.is_disconnect(error, connection.connection.dbapi_connection, None)  # type: ignore[arg-type]
+    if is_gone:
+        connection.invalidate(error)
+    return DBAPIError.instance(
+        statement,
+        None,
+        error,
+        dialect.loaded_dbapi.Error,
+        hide_parameters=True,
+        connection_invalidated=is_gone,
+        dialect=dialect,
+    )
+
+
 class _Compiled:
     """The text of a statement, and how its values and columns are translated for one driver."""
 
@@ -87,22 +124,8 @@ class _Compiled:
             cursor.execute(self._text, parameters)
         except self.dialect.loaded_dbapi.Error as error:
             cursor.close()
-            raise self._wrapped(connection, error) from error
+            raise _wrapped(connection, error, self._text) from error
         return cursor
-
-    def _wrapped(self, connection: Connection, error: Exception) -> Exception:
-        is_gone = self.dialect.is_disconnect(error, connection.connection.dbapi_connection, None)  # type: ignore[arg-type]
-        if is_gone:
-            connection.invalidate(error)
-        return DBAPIError.instance(
-            self._text,
-            None,
-            error,
-            self.dialect.loaded_dbapi.Error,
-            hide_parameters=True,
-            connection_invalidated=is_gone,
-            dialect=self.dialect,
-        )
 
     def fetch(self, cursor: Any) -> list[Row]:
         raw = cursor.fetchall()

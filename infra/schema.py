@@ -206,6 +206,7 @@ jobs = Table(
     Index("ix_jobs_listing", "tenant_id", "created_at", "id"),
     Index("ix_jobs_listing_by_state", "tenant_id", "state", "created_at", "id"),
     Index("ix_jobs_listing_by_model", "tenant_id", "model_name", "created_at", "id"),
+    Index("ix_jobs_listing_by_recipe", "tenant_id", "recipe_name", "created_at", "id"),
 )
 
 job_deps = Table(

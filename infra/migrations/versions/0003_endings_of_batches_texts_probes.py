@@ -1,4 +1,4 @@
-"""When batches ended; texts that projects have uploaded; rows that are written to see whether that can be done.
+"""When batches ended; jobs listed by recipe; texts of projects; rows written to see whether that can be done.
 
 Revision ID: 0003
 """
@@ -27,6 +27,7 @@ def upgrade() -> None:
         """
     )
     op.create_index("ix_batches_unfinished", "batches", ["id"], sqlite_where=_UNFINISHED, postgresql_where=_UNFINISHED)
+    op.create_index("ix_jobs_listing_by_recipe", "jobs", ["tenant_id", "recipe_name", "created_at", "id"])
     op.create_table(
         "texts",
         sa.Column("id", _ID, nullable=False),
@@ -52,5 +53,6 @@ def downgrade() -> None:
     """Drop what the upgrade made."""
     op.drop_table("probes")
     op.drop_table("texts")
+    op.drop_index("ix_jobs_listing_by_recipe", "jobs")
     op.drop_index("ix_batches_unfinished", "batches")
     op.drop_column("batches", "finished_at")

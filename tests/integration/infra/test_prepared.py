@@ -8,7 +8,7 @@ from sqlalchemy.exc import IntegrityError
 
 from infra.database import read, write
 from infra.errors import DatabaseUnusable
-from infra.prepared import Prepared
+from infra.prepared import Prepared, together
 from infra.schema import tenants, workers
 
 NEW_WORKER = Prepared(insert(workers).returning(workers), columns=("owner", "started_at", "beat_at", "info"))
@@ -55,6 +55,20 @@ def test_a_broken_rule_is_an_integrity_error_and_rolls_back(engine: Engine) -> N
         twice()
     with read(engine) as connection:
         assert connection.execute(select(func.count()).select_from(workers)).scalar_one() == 0
+
+
+def test_what_goes_wrong_together_is_told_where_the_block_ends(engine: Engine) -> None:
+    def twice() -> None:
+        with write(engine) as connection, together(connection):
+            NEW_WORKER.run(connection, ONE)
+            NEW_WORKER.run(connection, ONE)
+
+    with pytest.raises(IntegrityError):
+        twice()
+    with write(engine) as connection:
+        with together(connection):
+            NEW_WORKER.run(connection, ONE)
+        assert connection.execute(select(func.count()).select_from(workers)).scalar_one() == 1
 
 
 def test_a_missing_table_is_ours_to_tell(engine: Engine) -> None:

@@ -12,9 +12,13 @@ from infra.database import now_ms, read, transaction, write
 from infra.errors import BatchNotFound, DependencyFailed, JobConflict
 from infra.ids import new_id
 from infra.job_model import ACTIVE, Job, JobState, NewJob, Record
+from infra.job_quotas import require_room
 from infra.job_rows import state_is
 from infra.jobs import JobStore
 from infra.schema import batch_items, batches, jobs
+
+_AT_ONCE = 50
+"""Jobs that are cancelled or queued again in one transaction."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,44 +169,65 @@ class BatchStore:
     def cancel(self, batch_id: str, *, tenant_id: str, actor: str) -> Batch:
         """Cancel the jobs that the batch made and that have not ended. What it found there goes on.
 
+        Some jobs at a time: other writers get their turns in between. One that is cut off is finished by asking again.
+
         Raises:
             BatchNotFound: no such batch.
         """
-        with transaction(self._engine), write(self._engine) as connection:
+        with write(self._engine) as connection:
             self._find(connection, batch_id, tenant_id)
-            # Evaluations first: they would fail for want of what they wait for.
-            query = (
-                select(jobs.c.id).where(jobs.c.batch_id == batch_id, state_is(*ACTIVE)).order_by(jobs.c.kind, jobs.c.id)
-            )
-            for job_id in connection.execute(query).scalars().all():
-                with contextlib.suppress(JobConflict):  # it has ended meanwhile
-                    self._jobs.cancel(job_id, tenant_id=tenant_id, actor=actor)
-            return self._set(connection, batch_id, cancelled_at=now_ms(self._engine.dialect))
+            batch = self._set(connection, batch_id, cancelled_at=now_ms(self._engine.dialect))
+        open_states = [state for state in ACTIVE if state is not JobState.CANCELLING]
+        # Evaluations first: they would fail for want of what they wait for.
+        query = select(jobs.c.id).where(jobs.c.batch_id == batch_id, state_is(*open_states))
+        query = query.order_by(jobs.c.kind, jobs.c.id).limit(_AT_ONCE)
+        while True:
+            with transaction(self._engine), write(self._engine) as connection:
+                ids = connection.execute(query).scalars().all()
+                for job_id in ids:
+                    with contextlib.suppress(JobConflict):  # it has ended meanwhile
+                        self._jobs.cancel(job_id, tenant_id=tenant_id, actor=actor)
+            if len(ids) < _AT_ONCE:
+                return batch
 
     def retry_failed(self, batch_id: str, *, tenant_id: str, actor: str) -> tuple[Batch, int]:
         """Queue the jobs of a batch again that failed or were cancelled; return the batch and how many.
 
-        Where somebody else has meanwhile submitted the same work, the batch takes over that job.
+        Where somebody else has meanwhile submitted the same work, the batch takes over that job. Some jobs at a time:
+        other writers get their turns in between, and one that is cut off is finished by asking again.
 
         Raises:
             BatchNotFound: no such batch.
-            QuotaExceeded: the tenant has as much as it may have; nothing is queued then.
+            QuotaExceeded: the tenant may not have so many more. Where it gets them meanwhile, some may be queued.
         """
-        count = 0
-        with transaction(self._engine), write(self._engine) as connection:
+        with read(self._engine) as connection:
             self._find(connection, batch_id, tenant_id)
-            # In the order of the items: what an evaluation waits for comes before it.
-            for item, job in self.items(batch_id):
-                if job is None or job.state not in (JobState.FAILED, JobState.CANCELLED):
-                    continue
-                with contextlib.suppress(DependencyFailed):  # what it waits for is not the batch's
-                    try:
-                        self._jobs.retry(job.id, tenant_id=tenant_id, actor=actor)
-                    except JobConflict:
-                        self._take_over(connection, item, job, actor)
-                    count += 1
-            # Also where another job was taken over; one of which nothing waits is noted as finished anew.
-            return self._set(connection, batch_id, cancelled_at=None, finished_at=None), count
+        # In the order of the items: what an evaluation waits for comes before it.
+        ended_badly = [
+            (item, job)
+            for item, job in self.items(batch_id)
+            if job is not None and job.state in (JobState.FAILED, JobState.CANCELLED)
+        ]
+        with write(self._engine) as connection:
+            if ended_badly:
+                require_room(connection, tenant_id, gpus=0, more=len(ended_badly))
+            # Also where another job is taken over; one of which nothing waits is noted as finished anew.
+            batch = self._set(connection, batch_id, cancelled_at=None, finished_at=None)
+        count = 0
+        for start in range(0, len(ended_badly), _AT_ONCE):
+            with transaction(self._engine), write(self._engine) as connection:
+                for item, job in ended_badly[start : start + _AT_ONCE]:
+                    count += self._retry(connection, item, job, tenant_id=tenant_id, actor=actor)
+        return batch, count
+
+    def _retry(self, connection: Connection, item: BatchItem, job: Job, *, tenant_id: str, actor: str) -> bool:
+        with contextlib.suppress(DependencyFailed):  # what it waits for is not the batch's
+            try:
+                self._jobs.retry(job.id, tenant_id=tenant_id, actor=actor)
+            except JobConflict:
+                self._take_over(connection, item, job, actor)
+            return True
+        return False
 
     def _take_over(self, connection: Connection, item: BatchItem, job: Job, actor: str) -> None:
         names = ("tenant_id", "spec", "fingerprint", "priority", "max_attempts", "queue", "model_name", "recipe_name")

@@ -40,6 +40,13 @@ _SAME_WORK = Prepared(
     .limit(1)
 )
 
+_NEEDED = Prepared(
+    select(jobs)
+    .where(jobs.c.tenant_id == bindparam("of_tenant"), jobs.c.id == bindparam("needed"))
+    .with_for_update(key_share=True)
+)
+_NEW_DEPENDENCY = Prepared(insert(job_deps), columns=("job_id", "depends_on"))
+
 
 class JobEnqueue(JobRows):
     """The way in."""
@@ -117,7 +124,7 @@ class JobEnqueue(JobRows):
         }
         job = Job.from_row(_NEW_JOB.rows(connection, values)[0])
         for depends_on in dict.fromkeys(new.depends_on):
-            connection.execute(insert(job_deps).values(job_id=job.id, depends_on=depends_on))
+            _NEW_DEPENDENCY.run(connection, {"job_id": job.id, "depends_on": depends_on})
         data = {"to": job.state, "forced": force}
         if new.depends_on:
             data["depends_on"] = list(new.depends_on)
@@ -136,13 +143,15 @@ class JobEnqueue(JobRows):
         """
         if not depends_on:
             return False
-        query = select(jobs).where(jobs.c.tenant_id == tenant_id, jobs.c.id.in_(depends_on)).order_by(jobs.c.id)
-        found = {row["id"]: Job.from_row(row) for row in self._locked(connection, query)}
-        for job_id in depends_on:
-            if job_id not in found:
+        found = []
+        # One after the other, in the order of their ids, as all locks of jobs are taken.
+        for job_id in sorted(set(depends_on)):
+            row = _NEEDED.row(connection, {"of_tenant": tenant_id, "needed": job_id})
+            if row is None:
                 raise DependencyNotFound(f"no job {job_id} to wait for", job_id=job_id)
-        require_may_succeed(found.values())
-        return any(job.state is not JobState.SUCCEEDED for job in found.values())
+            found.append(Job.from_row(row))
+        require_may_succeed(found)
+        return any(job.state is not JobState.SUCCEEDED for job in found)
 
 
 def require_may_succeed(dependencies: Iterable[Job]) -> None:

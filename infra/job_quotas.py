@@ -49,8 +49,8 @@ def allowance(connection: Connection, tenant_id: str) -> Allowance:
     return Allowance(**row)
 
 
-def require_room(connection: Connection, tenant_id: str, *, gpus: int) -> None:
-    """Raise unless the tenant may queue one more job of this size.
+def require_room(connection: Connection, tenant_id: str, *, gpus: int, more: int = 1) -> None:
+    """Raise unless the tenant may queue so many more jobs of this size.
 
     Raises:
         TenantNotFound: no such tenant.
@@ -61,7 +61,7 @@ def require_room(connection: Connection, tenant_id: str, *, gpus: int) -> None:
         raise _exceeded("max_running", limits.max_running, gpus, "GPU slots at once; this job alone needs")
     if limits.max_queued is not None:
         waiting = connection.execute(select(_count(tenant_id, *WAITING))).scalar_one()
-        if waiting >= limits.max_queued:
+        if waiting + more > limits.max_queued:
             raise _exceeded("max_queued", limits.max_queued, waiting, "waiting jobs and has")
     if limits.max_bytes is not None:
         size = connection.execute(select(_live_bytes(tenant_id))).scalar_one()

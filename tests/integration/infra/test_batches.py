@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from pydantic import SecretStr
-from sqlalchemy import Engine, delete, insert, select, update
+from sqlalchemy import Engine, delete, event, insert, select, update
 
 from infra.batch_endings import note_finished_batches
 from infra.batch_progress import REFUSED
@@ -212,3 +212,31 @@ def test_processes_that_look_at_the_same_moment_tell_of_a_batch_once(desk, zoo, 
     with ThreadPoolExecutor(4) as pool:
         noted = sum(pool.map(lambda _: note_finished_batches(engine), range(4)))
     assert noted == len(told()) == 8
+
+
+def test_a_wide_batch_lets_other_writers_in_while_it_is_cancelled_and_retried(store, desk, zoo, engine):
+    batch_id, _ = batch_of(zoo, *(item(desk, f"wide-{number}") for number in range(120)))
+    turns = []
+
+    def count(connection: Any) -> None:
+        turns.append(1)
+
+    event.listen(engine, "commit", count)
+    zoo.cancel(batch_id, tenant_id="default", actor=ACTOR)
+    assert set(states(zoo, batch_id)) == {"cancelled"}
+    assert len(turns) >= 3
+    turns.clear()
+    assert zoo.retry_failed(batch_id, tenant_id="default", actor=ACTOR)[1] == 120
+    assert set(states(zoo, batch_id)) == {"queued"}
+    assert len(turns) >= 3
+    event.remove(engine, "commit", count)
+
+
+def test_retrying_more_than_the_quota_allows_queues_nothing(desk, zoo, engine):
+    batch_id, _ = batch_of(zoo, item(desk, "a"), item(desk, "b"), item(desk, "c"))
+    zoo.cancel(batch_id, tenant_id="default", actor=ACTOR)
+    with write(engine) as connection:
+        connection.execute(update(tenants).values(max_queued=2))
+    with pytest.raises(QuotaExceeded):
+        zoo.retry_failed(batch_id, tenant_id="default", actor=ACTOR)
+    assert states(zoo, batch_id) == ["cancelled"] * 3

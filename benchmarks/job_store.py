@@ -15,6 +15,7 @@ all artifacts are there.
 import argparse
 import json
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -48,7 +49,12 @@ def main() -> None:
     if arguments.work is not None:
         _work(*arguments.work)
         return
-    found = {"describe": describe(), "load_before": load_average(), "finished_rows": arguments.finished}
+    found = {
+        **describe(),
+        "command": shlex.join(["python", "benchmarks/job_store.py", *sys.argv[1:]]),
+        "load_before": load_average(),
+        "finished_rows": arguments.finished,
+    }
     found["databases"] = {}
     for name, database in (("sqlite", _sqlite), ("postgresql", _postgresql)):
         if name not in arguments.database:

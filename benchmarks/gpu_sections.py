@@ -91,8 +91,9 @@ def gates(
                         continue
                     X = quantized(count, width, model.block, harness.device, seed=count)
                     W = packed_weight(width, out, harness.device, seed=width)
-                    found = BACKEND.int4_linear(X, W, None, torch.float32)
-                    expected = REFERENCE.int4_linear(X, W, None, torch.float32)
+                    bias = torch.randn(out, generator=generator(harness.device, 7), device=harness.device)
+                    found = BACKEND.int4_linear(X, W, bias, torch.float32)
+                    expected = REFERENCE.int4_linear(X, W, bias, torch.float32)
                     wrong = float((found != expected).double().mean())
                     check(f"linear {model.name} {name}, {count} tokens: share of wrong results", wrong, 0.0)
                 for kind in KINDS[1:]:

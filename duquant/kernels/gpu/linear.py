@@ -61,12 +61,14 @@ def int4_linear(
         "W_scale_ptr": W.scale, "W_zero_ptr": W.zero_point, "W_sum_ptr": W.weight_sum,
         "bias_ptr": W.scale if bias is None else bias,
         "M": tokens, "N": out_features, "K": W.in_features,
-        "X_bytes": row_bytes, "X_stride": row_bytes, "W_stride": weight.shape[1], "X_plane": plane,
+        "X_bytes": row_bytes, "X_stride": row_bytes, "W_stride": weight.stride(0), "X_plane": plane,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
         "STEPS": steps, "STAGES": config.stages,
         "HAS_BIAS": bias is not None, "IS_PACKED": plane == 0, "EVEN_K": is_even,
         "USE_ASM": not is_interpreted(), "OUT": _OUT[dtype],
         "num_warps": config.warps, "num_stages": config.stages,
+        # The reference rounds a product before it adds the bias.
+        "enable_fp_fusion": False,
     }  # fmt: skip
     tiles_m, tiles_n = triton.cdiv(tokens, config.block_m), triton.cdiv(out_features, config.block_n)
     if config.split == 0:

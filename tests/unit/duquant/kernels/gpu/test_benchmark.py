@@ -11,6 +11,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[5]
+sys.path.insert(0, str(ROOT / "docs"))
+from gpu_results import section  # noqa: E402  # scripts, not a package
+
 ABSENT = (
     "accelerate alembic beartype boto3 datasets fastapi gguf httpx jinja2 opentelemetry prometheus_client psutil "
     "pydantic pydantic_settings ray rich sqlalchemy starlette structlog typer uvicorn yaml"
@@ -39,8 +42,13 @@ def test_a_dry_run_walks_the_whole_script_without_the_service_s_packages(tmp_pat
     assert report["skipped"] == []
     assert all(row["measured"] <= row["limit"] for row in report["gates"])
     assert {"gates", "ceilings", "linear", "transform", "attention", "layer"} <= report.keys()
-    # Times of an interpreter are no measurements of a goal.
+    # Times of an interpreter are no measurements of a goal, and are not published.
     assert all(goal["measured"] is None for goal in report["goals"])
+    assert section(report) == section(None)
+    assert section(None).count("not measured") == len(report["goals"])
+    published = section({**report, "is_dry_run": False})
+    for kind in ("### A decoder layer", "### Products", "### Transform", "### Attention"):
+        assert kind in published
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

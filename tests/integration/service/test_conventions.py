@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import text
 
 from infra.database import write
-from service.housekeeping import tidy
+from service.housekeeping import forget_answers
 
 pytestmark = pytest.mark.integration
 SUBMIT = {"model": {"source": "demo", "name": "smollm2-135m"}, "recipe": "duquant"}
@@ -100,7 +100,7 @@ def test_old_answers_are_tidied_away(service: Any) -> None:
     with write(context.engine) as connection:
         connection.execute(text("UPDATE idempotency_keys SET created_at = 0"))
     submit(service, "young")
-    tidy(context)
+    forget_answers(context)
     with write(context.engine) as connection:
         assert connection.execute(text("SELECT key FROM idempotency_keys")).scalars().all() == ["young"]
 

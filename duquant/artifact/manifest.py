@@ -28,6 +28,7 @@ class Manifest:
     """The manifest of one artifact."""
 
     fingerprint: str
+    """Of what the bytes came from; see `fingerprint`. A job of the service has another, of what was asked for."""
     source: dict[str, Any]
     """`sha256` over all source tensors, `model_type`, `layers`, and the name it was asked for by."""
     recipe: Recipe

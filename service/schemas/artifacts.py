@@ -41,7 +41,7 @@ class ArtifactSummary(BaseModel):
     model_name: str
     recipe_name: str
     fingerprint: str
-    """The same for equal models and recipes."""
+    """The same for equal models and recipes, as they were asked for; the manifest has one of what was read."""
     size_bytes: int
     summary: dict[str, Any]
     """Parameters, packed and unpacked bytes, bits per weight."""

@@ -118,7 +118,7 @@ class JobSummary(BaseModel):
     """GPU time so far, as it is billed; on a machine without one, the time of the processor."""
     progress: Progress
     fingerprint: str
-    """The same for equal models and recipes."""
+    """The same for equal models and recipes, as they were asked for; the manifest has one of what was read."""
 
 
 class JobDetail(JobSummary):

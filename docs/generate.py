@@ -1,4 +1,4 @@
-"""Writes what is generated in the documentation: pages and openapi.json in docs/reference, the results in README.md.
+"""Writes what is generated in the documentation: docs/reference, openapi.json, docs/results, the results in README.md.
 
     python docs/generate.py            # write
     python docs/generate.py --check    # say what is out of date, exit code 1
@@ -15,7 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from compatibility import breaking_changes
+from kernel_results import PAGE as KERNELS_PAGE
+from kernel_results import page as kernels_page
 from pydantic import SecretStr
+from service_results import PAGE as SERVICE_PAGE
+from service_results import page as service_page
 
 from duquant.config import DEFAULT_PRESET, PRESETS
 from service.app import create_app
@@ -195,6 +199,8 @@ def main() -> int:
         ERRORS_PAGE: errors_page(),
         OPENAPI: openapi_file(),
         README: readme(),
+        KERNELS_PAGE: kernels_page(),
+        SERVICE_PAGE: service_page(),
     }
     broken = _broken_by(parts[OPENAPI])
     for change in broken:
@@ -207,6 +213,7 @@ def main() -> int:
         if "--check" in sys.argv:
             print(f"{name} is out of date: make docs")
         else:
+            path.parent.mkdir(exist_ok=True)
             path.write_text(parts[path], encoding="utf-8")
             print(f"written: {name}")
     return int("--check" in sys.argv and bool(stale))

@@ -96,8 +96,9 @@ class CpuBackend:
             (tokens, (channels + 1) // 2 if is_packed else channels), dtype=torch.uint8 if is_packed else torch.int8
         )
         grids = torch.empty((3, tokens, 1))
-        args.out, args.scale = data.data_ptr(), grids.data_ptr()
-        args.zero_point, args.row_sum = args.scale + 4 * tokens, args.scale + 8 * tokens
+        first = grids.data_ptr()
+        args.out, args.scale = data.data_ptr(), first
+        args.zero_point, args.row_sum = first + 4 * tokens, first + 8 * tokens
         if tokens:
             lib.quantize(byref(args), torch.get_num_threads())
         return QuantizedActivation(data, grids[0], grids[1], grids[2], channels, transform.config.bits)
@@ -180,7 +181,7 @@ class CpuBackend:
                 if rotations.R2 is not None and rotations.perm is not None:
                     args.r2, args.r2_is_shared = rotations.R2.data_ptr(), rotations.R2.shape[0] == 1
                     args.perm = rotations.perm.data_ptr()
-                args.block, args.gain = rotations.block, rotations.gain
+                args.block, args.is_hadamard, args.gain = rotations.block, rotations.is_hadamard, rotations.gain
             else:
                 X = transform.transform.apply(X.float())
         if X.dtype not in _DTYPES:

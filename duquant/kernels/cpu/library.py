@@ -47,6 +47,7 @@ class QuantizeArgs(Structure):
         ("block", c_int64),
         ("r1_is_shared", c_int32),
         ("r2_is_shared", c_int32),
+        ("is_hadamard", c_int32),
         ("gain", c_float),
         ("clip_low", c_float),
         ("clip_high", c_float),

@@ -21,6 +21,8 @@ int isa = kPortable;
 
 // Fewest tokens that are worth a tile: up to there the vector unit is as fast.
 constexpr int64_t kAmxTokens = 5;
+// Codes of tokens that are multiplied together: half of a second-level cache.
+constexpr int64_t kTokenBytes = 1 << 20;
 // Least products a thread must get for waking it to pay.
 constexpr int64_t kProductsPerThread = 1 << 20;
 
@@ -117,6 +119,37 @@ using namespace duquant;
 #define DUQUANT_BEST(name, avx512_name) DUQUANT_JOIN(name, portable)
 #endif
 
+namespace duquant {
+namespace {
+
+void multiply(const Linear& args, int64_t chunks, int threads) {
+    LinearJob job{args, chunks, nullptr, nullptr};
+    int8_t* planes = static_cast<int8_t*>(scratch(0, args.tokens * chunks * kChunk));
+    job.planes = planes;
+    threads = threads_for(args.tokens * args.rows * args.channels, threads);
+    parallel_for(args.tokens, 16, threads,
+                 [&](int64_t begin, int64_t end) { fill_planes(args, chunks, planes, begin, end); });
+    auto* rows = DUQUANT_BEST(linear_rows, linear_rows_vnni);
+#ifdef DUQUANT_AMX
+    if (isa >= kAmx && args.tokens >= kAmxTokens) {
+        const int64_t token_tiles = (args.tokens + 15) / 16;
+        int8_t* tiles = static_cast<int8_t*>(scratch(1, token_tiles * chunks * 2 * 1024));
+        job.tiles = tiles;
+        parallel_for(token_tiles, 1, threads,
+                     [&](int64_t begin, int64_t end) { fill_token_tiles(job, tiles, begin, end); });
+        rows = linear_rows_amx;
+    }
+#endif
+    // Large pieces, so that each thread walks far through memory, but a few for each, so that none waits long.
+    constexpr int64_t kRows = 64;
+    const int64_t share = (args.rows + threads * 4 - 1) / (threads * 4);
+    const int64_t grain = (share + kRows - 1) / kRows * kRows;
+    parallel_for(args.rows, grain, threads, [&](int64_t begin, int64_t end) { rows(job, begin, end); });
+}
+
+}  // namespace
+}  // namespace duquant
+
 #define DUQUANT_EXPORT __attribute__((visibility("default")))
 
 extern "C" {
@@ -129,28 +162,19 @@ DUQUANT_EXPORT int duquant_start(int highest) {
 }
 
 DUQUANT_EXPORT void duquant_linear(const Linear* args, int threads) {
-    LinearJob job{*args, (args->row_bytes + kChunkBytes - 1) / kChunkBytes, nullptr, nullptr};
-    int8_t* planes = static_cast<int8_t*>(scratch(0, args->tokens * job.chunks * kChunk));
-    job.planes = planes;
-    threads = threads_for(args->tokens * args->rows * args->channels, threads);
-    parallel_for(args->tokens, 16, threads,
-                 [&](int64_t begin, int64_t end) { fill_planes(*args, job.chunks, planes, begin, end); });
-    auto* rows = DUQUANT_BEST(linear_rows, linear_rows_vnni);
-    int64_t grain = 64;
-#ifdef DUQUANT_AMX
-    if (isa >= kAmx && args->tokens >= kAmxTokens) {
-        const int64_t token_tiles = (args->tokens + 15) / 16;
-        int8_t* tiles = static_cast<int8_t*>(scratch(1, token_tiles * job.chunks * 2 * 1024));
-        job.tiles = tiles;
-        parallel_for(token_tiles, 1, threads,
-                     [&](int64_t begin, int64_t end) { fill_token_tiles(job, tiles, begin, end); });
-        rows = linear_rows_amx;
+    // So many tokens at a time that their codes stay in the second-level cache while all weights pass by.
+    const int64_t chunks = (args->row_bytes + kChunkBytes - 1) / kChunkBytes;
+    const int64_t most = kTokenBytes / (chunks * kChunk) / 32 * 32 < 32 ? 32 : kTokenBytes / (chunks * kChunk) / 32 * 32;
+    for (int64_t first = 0; first < args->tokens; first += most) {
+        Linear part = *args;
+        part.tokens = args->tokens - first < most ? args->tokens - first : most;
+        part.x += first * (args->x_is_pairs ? (args->channels + 1) / 2 : args->channels);
+        part.x_scale += first;
+        part.x_zero_point += first;
+        part.x_row_sum += first;
+        part.out = static_cast<char*>(args->out) + first * args->rows * (args->out_is_bfloat16 ? 2 : 4);
+        multiply(part, chunks, threads);
     }
-#endif
-    // Large pieces, so that each thread walks far through memory, but a few for each, so that none waits long.
-    const int64_t share = (args->rows + threads * 4 - 1) / (threads * 4);
-    grain = (share + grain - 1) / grain * grain;
-    parallel_for(args->rows, grain, threads, [&](int64_t begin, int64_t end) { rows(job, begin, end); });
 }
 
 // Round rows; with rotations (r1 not null, AMX in use) transform them before.

@@ -42,13 +42,14 @@ struct Quantize {
     const void* x;  // (tokens, channels), float32 or bfloat16
     int64_t tokens;
     int64_t channels;
-    const void* r1;       // rotations in the layout of rotation_tiles, or null; only for bfloat16 x
+    const void* r1;       // rotations (see rotations.py), or null; only for bfloat16 x
     const int32_t* perm;  // or null
     const void* r2;       // or null
     int64_t block;        // side of a rotation block; a multiple of 32
     int32_t r1_is_shared;
     int32_t r2_is_shared;
-    float gain;  // what the scale is multiplied by: makes up for the rounding of the rotations
+    int32_t is_hadamard;  // both rotations are signs times a Hadamard matrix of entries +1 and -1
+    float gain;           // what the scale is multiplied by
     float clip_low;
     float clip_high;
     int32_t bits;

@@ -120,11 +120,9 @@ ROWS = {
 
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rounding_is_the_reference_bit_by_bit(isa: str, name: str, bits: int, dtype: torch.dtype) -> None:
     X = ROWS[name].to(dtype)
-    if not bool(torch.isfinite(X).all()):
-        X = X.clamp(-6e4, 6e4)
     for is_symmetric in (False, True):
         config = ActivationConfig(bits=bits, symmetric=is_symmetric)
         ours = transform_quantize_pack(X, prepare_transform(SiteTransform(), config, CLIP))
@@ -133,6 +131,13 @@ def test_rounding_is_the_reference_bit_by_bit(isa: str, name: str, bits: int, dt
         for field in ("data", "scale", "zero_point", "row_sum"):
             assert torch.equal(getattr(ours, field), getattr(theirs, field)), field
         assert (ours.in_features, ours.bits) == (theirs.in_features, theirs.bits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_float_types_are_rounded_as_float32(dtype: torch.dtype) -> None:
+    T = prepare_transform(SiteTransform(), ActivationConfig(), CLIP)
+    X = random(5, 64).to(dtype)
+    assert torch.equal(transform_quantize_pack(X, T).data, transform_quantize_pack(X.float(), T).data)
 
 
 def found_transform(X: torch.Tensor, **changes: object) -> SiteTransform:
@@ -213,7 +218,7 @@ def test_one_step_has_the_bits_of_two(isa: str, tokens: int, dtype: torch.dtype)
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_threads_change_no_bit(isa: str, tokens: int) -> None:
     """Large enough that the threads are really used."""
-    W, codes = random_weight(1024, 2048)
+    W, _ = random_weight(1024, 2048)
     X = random(tokens, 2048).bfloat16()
     T = prepare_transform(found_transform(X), ActivationConfig(), CLIP)
     weight = prepared(W)
@@ -227,7 +232,6 @@ def test_threads_change_no_bit(isa: str, tokens: int) -> None:
             torch.set_num_threads(1)
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
-    assert torch.equal(results[0][1], by_int64(q, W, codes, None))
 
 
 def test_no_tokens_give_no_rows() -> None:
@@ -293,8 +297,9 @@ def test_codes_of_another_type_are_refused() -> None:
 
 def test_grids_of_other_rows_are_refused() -> None:
     X = random_activation(2, 64, 4, 0)
+    grid = torch.ones(1, 1)
     with pytest.raises(ShapeError, match="2 rows of codes with grids"):
-        int4_linear(replace(X, scale=torch.ones(1, 1)), prepared(random_weight(5, 64)[0]))
+        int4_linear(replace(X, scale=grid, zero_point=grid, row_sum=grid), prepared(random_weight(5, 64)[0]))
 
 
 def test_another_device_is_refused() -> None:
@@ -328,8 +333,12 @@ def test_corrupt_packs_are_refused(words: int) -> None:
     W, _ = random_weight(5, 64)
     with pytest.raises(ShapeError, match="corrupt"):
         prepare_weight([replace(W, packed=torch.zeros(5, words, dtype=torch.int32))])
-    with pytest.raises(ShapeError, match="corrupt"):
-        prepare_weight([replace(W, scale=torch.ones(4, 1))])
+
+
+def test_groups_that_do_not_divide_the_width_are_refused() -> None:
+    W, _ = random_weight(5, 64)
+    with pytest.raises(ShapeError, match="3 groups do not divide 64 channels; the pack is corrupt"):
+        prepare_weight([replace(W, scale=torch.ones(5, 3), zero_point=torch.zeros(5, 3))])
 
 
 def test_weights_that_do_not_fit_together_are_refused() -> None:

@@ -46,6 +46,10 @@ def test_the_results_table_is_current(generate):
     assert generate.README.read_text() == generate.readme(), "run: make docs"
 
 
+def test_the_kernel_results_are_current(generate):
+    assert generate.KERNELS_PAGE.read_text() == generate.kernels_page(), "run: make docs"
+
+
 def _leaves(recipe, prefix=""):
     for item in fields(recipe):
         value = getattr(recipe, item.name)

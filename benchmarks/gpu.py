@@ -98,10 +98,10 @@ def sections(harness: Any) -> list[tuple[str, Callable[[], Any]]]:
             ("ceilings", lambda: do.ceilings(harness)),
             ("linear decode", lambda: do.linears(harness, TINY, 1, is_sweep=True, only=("o",))),
             ("linear prefill", lambda: do.linears(harness, TINY, 257, is_sweep=True, only=("o",))),
-            ("transform", lambda: do.transforms(harness, TINY, 66)),
+            ("transform", lambda: do.transforms(harness, TINY, 66, widths=(TINY.mlp,))),
             ("attention", lambda: do.attention(harness, TINY, 2, 70)),
             ("layer prefill", lambda: do.layers(harness, TINY, 1, 66, 0, kinds=("bf16", "duquant"))),
-            ("layer decode", lambda: do.layers(harness, TINY, 2, 0, 70, kinds=("bf16", "rtn", "duquant"))),
+            ("layer decode", lambda: do.layers(harness, TINY, 2, 0, 40, kinds=("bf16", "duquant"))),
         ]
     small, large = LLAMA2_7B, LLAMA2_70B
     return [

@@ -24,7 +24,7 @@ def int4_kv_attention(
     scaling: float,
     mask: Tensor | None,
 ) -> Float[Tensor, "batch heads queries head_dim"]:
-    """Return attention over a packed cache; scores and sums in float32, products of float16 (rotations: TF32) operands.
+    """Return attention over a packed cache; scores and sums in float32, products of float16 operands.
 
     Queries are rotated instead of keys, and the result is rotated back once instead of every value, in these kernels.
 
@@ -62,6 +62,6 @@ def int4_kv_attention(
     out = torch.empty(batch, heads, queries, head_dim, dtype=Q.dtype, device=Q.device)
     combine_kernel[(batch * kv_heads, tiles)](
         sums, stats, Q if R is None else R, out, shared * queries, padded, splits,
-        HEAD_DIM=head_dim, PAIRS=pairs, ROWS=config.rows, HAS_R=R is not None, OUT=_OUT[out.dtype], num_warps=4,
+        HEAD_DIM=head_dim, PAIRS=pairs, ROWS=config.rows, HAS_R=R is not None, OUT=_OUT[out.dtype], num_warps=8,
     )  # fmt: skip
     return out

@@ -50,6 +50,7 @@ def load_queries(
         R_mask = is_channel[:, None] & is_pair[None, :]
         R_even = tl.load(R_ptr + R_offsets, mask=R_mask, other=0.0)
         R_odd = tl.load(R_ptr + HEAD_DIM * (HEAD_DIM // 2) + R_offsets, mask=R_mask, other=0.0)
+        # TF32: bfloat16 queries are exact in it, and more precision would take the registers of another program.
         even, odd = tl.dot(Q, R_even), tl.dot(Q, R_odd)
     else:
         even = tl.load(row_ptr + 2 * pair[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -191,8 +192,9 @@ def combine_kernel(
         R_mask = is_pair[:, None] & is_channel[None, :]
         even = tl.where(is_pair[None, :], even, 0.0)
         odd = tl.where(is_pair[None, :], odd, 0.0)
-        Y = tl.dot(even, tl.load(R_ptr + R_offsets, mask=R_mask, other=0.0))
-        Y += tl.dot(odd, tl.load(R_ptr + HEAD_DIM * (HEAD_DIM // 2) + R_offsets, mask=R_mask, other=0.0))
+        R_even = tl.load(R_ptr + R_offsets, mask=R_mask, other=0.0)
+        R_odd = tl.load(R_ptr + HEAD_DIM * (HEAD_DIM // 2) + R_offsets, mask=R_mask, other=0.0)
+        Y = tl.dot(even, R_even, input_precision="tf32x3") + tl.dot(odd, R_odd, input_precision="tf32x3")
         target = Y_ptr + (group * rows + row)[:, None] * HEAD_DIM + channel[None, :]
         tl.store(target, Y.to(OUT), mask=(row < rows)[:, None] & is_channel[None, :])
     else:

@@ -107,7 +107,7 @@ def finish(
     tl.store(targets, Y.to(OUT), mask=mask_m[None, :] & mask_n[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 @no_type_check
 def linear_kernel(
     X_ptr, W_ptr, Y_ptr, X_scale_ptr, X_zero_ptr, X_sum_ptr, W_scale_ptr, W_zero_ptr, W_sum_ptr, bias_ptr,
@@ -150,7 +150,7 @@ def linear_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 @no_type_check
 def split_linear_kernel(
     X_ptr, W_ptr, Y_ptr, X_scale_ptr, X_zero_ptr, X_sum_ptr, W_scale_ptr, W_zero_ptr, W_sum_ptr, bias_ptr,

@@ -82,7 +82,7 @@ def store_codes(
         tl.store(planes_ptr + plane + token * half + pair, tl.where(mask_odd, odd, 0).to(tl.int8), mask=mask_even)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 @no_type_check
 def rotate_permute_kernel(
     X_ptr, R_ptr, target_ptr, Y_ptr, M, H, X_stride, R_stride,
@@ -116,7 +116,7 @@ def rotate_permute_kernel(
         tl.store(Y_ptr + token[:, None].to(tl.int64) * H + target[None, :], X, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 @no_type_check
 def quantize_rows_kernel(
     X_ptr, R_ptr, clip_ptr, data_ptr, planes_ptr, scale_ptr, zero_ptr, sum_ptr, M, H, half, X_stride, plane,
@@ -201,7 +201,7 @@ def rotate_tile(
     return even, odd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 @no_type_check
 def block_range_kernel(
     Y_ptr, R_ptr, low_ptr, high_ptr, sum_ptr, M, H, R_stride,
@@ -221,7 +221,7 @@ def block_range_kernel(
         tl.store(sum_ptr + token, tl.zeros((TOKENS,), dtype=tl.float32), mask=token < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 @no_type_check
 def quantize_blocks_kernel(
     Y_ptr, R_ptr, low_ptr, high_ptr, clip_ptr, data_ptr, planes_ptr, scale_ptr, zero_ptr, sum_ptr, M, H, half, blocks,

@@ -31,13 +31,13 @@ def main() -> None:
     if arguments.plain_forward:
         _plain_forward(arguments.calibration, arguments.samples, arguments.seq_len)
         return
-    calibration, evaluation = _texts()
+    calibration, evaluation = find_texts()
     result: dict[str, Any] = {
         **describe(),
         "command": shlex.join(["python", "benchmarks/quantize.py", *sys.argv[1:]]),
         "model": MODEL,
-        "calibration": {"text": _name(calibration), "samples": arguments.samples, "seq_len": arguments.seq_len},
-        "evaluation": {"text": _name(evaluation), "seq_len": arguments.seq_len, "windows": arguments.windows},
+        "calibration": {"text": text_name(calibration), "samples": arguments.samples, "seq_len": arguments.seq_len},
+        "evaluation": {"text": text_name(evaluation), "seq_len": arguments.seq_len, "windows": arguments.windows},
         "load_at_start": load_average(),
     }
     result["plain_forward"] = plain = _measure_plain_forward(calibration, arguments)
@@ -72,7 +72,8 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _texts() -> tuple[str, str]:
+def find_texts() -> tuple[str, str]:
+    """Return the calibration and the evaluation text."""
     folder = data_folder()
     calibration, evaluation = folder / "wikitext2-valid.tokens.txt", folder / "wikitext2-test.txt"
     if calibration.is_file() and evaluation.is_file():
@@ -81,11 +82,13 @@ def _texts() -> tuple[str, str]:
     return f"{_BUILTIN}:calibration", f"{_BUILTIN}:evaluation"
 
 
-def _name(text: str) -> str:
+def text_name(text: str) -> str:
+    """Return how a text is called in a result."""
     return text if text.startswith("builtin:") else Path(text).name
 
 
-def _duquant(*arguments: str) -> dict[str, Any]:
+def run_duquant(*arguments: str) -> dict[str, Any]:
+    """Run a command of `duquant` in a process of its own; return the JSON that it prints."""
     command = [sys.executable, "-m", "client.main", *arguments, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -96,14 +99,14 @@ def _duquant(*arguments: str) -> dict[str, Any]:
 
 def _evaluate(model: str, text: str, arguments: argparse.Namespace) -> dict[str, Any]:
     sizes = ("--seq-len", str(arguments.seq_len), "--windows", str(arguments.windows))
-    return _duquant("eval", model, "--text", text, *sizes)
+    return run_duquant("eval", model, "--text", text, *sizes)
 
 
 def _measure(
     recipe: str, out: Path, calibration: str, evaluation: str, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     sizes = ("--samples", str(arguments.samples), "--seq-len", str(arguments.seq_len))
-    made = _duquant(
+    made = run_duquant(
         "quantize", MODEL, "--recipe", recipe, "--calibration", calibration, *sizes, "--out", str(out), "--force"
     )
     manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))

@@ -4,6 +4,7 @@ The same classes are the REST schema, the manifest entry and the command line's 
 every unknown field is an error, and equal recipes have equal digests on every machine.
 """
 
+import functools
 import hashlib
 import json
 import types
@@ -67,9 +68,12 @@ class TransformConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = _PYDANTIC
 
     smooth_alpha: float | None = None
-    """Migration strength of the smoothing scale, max|X|^alpha / max|W|^(1 - alpha); null leaves smoothing out."""
-    rotation: Literal["none", "greedy", "hadamard"] = "none"
-    """greedy: the paper's search on the outlier channel; hadamard: random-sign Hadamard blocks, no search."""
+    """Migration strength of the smoothing scale, |X|^alpha / |W|^(1 - alpha) per channel; null leaves smoothing out."""
+    smooth_statistic: Literal["absmax", "rms"] = "absmax"
+    """What the smoothing scale compares: largest magnitudes, or root mean squares, the better before a rotation."""
+    rotation: Literal["none", "greedy", "hadamard", "balanced"] = "none"
+    """greedy: the paper's search on the outlier channel; hadamard: random-sign Hadamard blocks, no search; balanced:
+    invertible blocks of least expected output error, computed from the second moments of inputs and weights."""
     permutation: Literal["none", "zigzag"] = "none"
     """zigzag: deal channels, largest first, back and forth over the blocks between R1 and R2."""
     block_size: int = 128
@@ -78,19 +82,36 @@ class TransformConfig:
     """One rotation for all blocks of a site (the authors' code), or one for each block (the paper)."""
     greedy_steps: int = 256
     """Most steps of the greedy search; the best prefix is kept."""
+    balance_alpha: float = 0.5
+    """As smooth_alpha, for balanced blocks: more makes activations easier to round, less weights."""
+    balance_damp: float = 0.01
+    """Share of the mean diagonal that is added to the moments of balanced blocks."""
 
     def __post_init__(self) -> None:
         if self.smooth_alpha is not None:
             _check_range("transform", "smooth_alpha", self.smooth_alpha, 0.0, 1.0)
-        _check_choice("transform", "rotation", self.rotation, ("none", "greedy", "hadamard"))
+        _check_choice("transform", "smooth_statistic", self.smooth_statistic, ("absmax", "rms"))
+        _check_choice("transform", "rotation", self.rotation, ("none", "greedy", "hadamard", "balanced"))
         _check_choice("transform", "permutation", self.permutation, ("none", "zigzag"))
         _check_range("transform", "block_size", self.block_size, 2, 32768)
         _check_range("transform", "greedy_steps", self.greedy_steps, 1, 4096)
+        _check_range("transform", "balance_alpha", self.balance_alpha, 0.0, 1.0)
+        _check_range("transform", "balance_damp", self.balance_damp, 1e-6, 1.0)
+        if self.rotation == "balanced" and self.shared_rotation:
+            raise ConfigError(
+                "transform.shared_rotation is true, but transform.rotation 'balanced' gives each block its own",
+                field="transform.shared_rotation",
+            )
         if self.permutation != "none" and self.rotation == "none":
             raise ConfigError(
                 "transform.permutation is 'zigzag' without a rotation; a permutation alone changes nothing",
                 field="transform.permutation",
             )
+
+    @property
+    def is_balanced(self) -> bool:
+        """Whether the blocks are computed from second moments."""
+        return self.rotation == "balanced"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,8 +126,9 @@ class WeightConfig:
     """Symmetric grids have no zero point."""
     group_size: int | None = None
     """Input channels that share one scale; null is one scale per output channel."""
-    clip: Literal["none", "fixed", "search"] = "none"
-    """none: the full range; fixed: clip_ratio times it; search: the ratios of least output error, row by row."""
+    clip: Literal["none", "fixed", "search", "output"] = "none"
+    """none: the full range; fixed: clip_ratio times it; search: the ratios of least squared error, row by row, channels
+    weighed by their inputs; output: the ratios of least output error, row by row, by the inputs' second moment."""
     clip_ratio: float = 1.0
     """The ratio of clip=fixed."""
     solver: Literal["rtn", "gptq"] = "rtn"
@@ -116,7 +138,7 @@ class WeightConfig:
 
     def __post_init__(self) -> None:
         _check_choice("weight", "bits", self.bits, (4, 8))
-        _check_choice("weight", "clip", self.clip, ("none", "fixed", "search"))
+        _check_choice("weight", "clip", self.clip, ("none", "fixed", "search", "output"))
         _check_choice("weight", "solver", self.solver, ("rtn", "gptq"))
         _check_range("weight", "clip_ratio", self.clip_ratio, 0.1, 1.0)
         _check_range("weight", "damp", self.damp, 1e-6, 1.0)
@@ -124,6 +146,9 @@ class WeightConfig:
             _check_range("weight", "group_size", self.group_size, 8, 32768)
         if self.clip != "fixed" and self.clip_ratio != 1.0:
             raise ConfigError("weight.clip_ratio is only used with weight.clip='fixed'", field="weight.clip_ratio")
+        if self.clip == "output" and (self.solver != "rtn" or self.group_size is not None):
+            # gptq makes up for errors after the clip is chosen, and the errors of a row's groups are not independent.
+            raise ConfigError("weight.clip='output' takes solver='rtn' and no group_size", field="weight.clip")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,9 +188,12 @@ class KVCacheConfig:
     """Rotate keys and values over the head dimension with a fixed Hadamard before rounding."""
     clip_ratio: float = 1.0
     """The range is multiplied by this before rounding."""
+    sink_tokens: int = 0
+    """The first tokens of a sequence, which all others attend to, stay in 16 bits: so many of them."""
 
     def __post_init__(self) -> None:
         _check_choice("kv_cache", "bits", self.bits, (2, 4, 8, 16))
+        _check_range("kv_cache", "sink_tokens", self.sink_tokens, 0, 1024)
         _check_range("kv_cache", "clip_ratio", self.clip_ratio, 0.1, 1.0)
 
 
@@ -192,7 +220,7 @@ class CalibrationConfig:
     search_tokens: int = 1024
     """Tokens per site, evenly spread, that rotation and permutation are searched on."""
     moment_tokens: int = 16384
-    """Tokens per site, evenly spread, that gptq's second moments are summed over."""
+    """Tokens per site, evenly spread, that second moments are summed over, where the recipe needs them."""
 
     def __post_init__(self) -> None:
         _check_range("calibration", "samples", self.samples, 1, 65536)
@@ -236,6 +264,11 @@ class Recipe:
         # Callers may give a list; a tuple keeps the recipe hashable.
         object.__setattr__(self, "skip_linears", tuple(self.skip_linears))
 
+    @property
+    def needs_second_moments(self) -> bool:
+        """Whether calibration has to keep the second moments of the sites' inputs."""
+        return self.weight.solver == "gptq" or self.weight.clip == "output" or self.transform.is_balanced
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types; `from_dict` takes them back."""
         plain = asdict(self)
@@ -266,14 +299,20 @@ def _build(cls: type, values: object, path: str) -> object:
     if not isinstance(values, Mapping):
         name = path.removesuffix(".") or "recipe"
         raise ConfigError(f"{name} must be an object, not {type(values).__name__}", field=name)
-    hints = get_type_hints(cls)
-    known = {f.name: hints[f.name] for f in fields(cls)}
+    known = _types_of(cls)
     for name in values:
         if name not in known:
             raise ConfigError(
                 f"unknown recipe field {path}{name}; fields here: {', '.join(sorted(known))}", field=f"{path}{name}"
             )
     return cls(**{name: _coerce(known[name], value, f"{path}{name}") for name, value in values.items()})
+
+
+@functools.cache
+def _types_of(cls: type) -> dict[str, Any]:
+    # Asking for them costs more than all of the rest, and a service asks on every request.
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls)}
 
 
 def _coerce(hint: Any, value: Any, path: str) -> Any:
@@ -312,6 +351,15 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
         "SmoothQuant (arXiv 2211.10438v7): outliers move from activations to weights, then round to nearest.",
         Recipe(name="smoothquant", transform=TransformConfig(smooth_alpha=0.5)),
     ),
+    "gptq": (
+        "GPTQ (arXiv 2210.17323v2): weights alone, 4 bits per output channel; activations and KV cache keep 16 bits.",
+        Recipe(
+            name="gptq",
+            weight=WeightConfig(clip="search", solver="gptq"),
+            activation=ActivationConfig(bits=16),
+            kv_cache=KVCacheConfig(bits=16),
+        ),
+    ),
     "duquant": (
         "DuQuant (arXiv 2406.01721v3): smoothing, greedy R1, zigzag permutation, greedy R2, fixed clipping.",
         Recipe(
@@ -322,14 +370,43 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
             kv_cache=_ROTATED_KV,
         ),
     ),
+    "duquant-lwc": (
+        "DuQuant with learnable weight clipping, solved instead of trained: each row's two ratios by its output error.",
+        Recipe(
+            name="duquant-lwc",
+            transform=TransformConfig(smooth_alpha=0.5, rotation="greedy", permutation="zigzag"),
+            weight=WeightConfig(clip="output"),
+            activation=ActivationConfig(clip_ratio=0.9),
+            kv_cache=_ROTATED_KV,
+        ),
+    ),
     "duquant-fast": (
         "Our default: smoothing, random-sign Hadamard, zigzag, Hadamard, weight clipping searched per row. Seconds.",
         Recipe(
             name="duquant-fast",
-            transform=TransformConfig(smooth_alpha=0.55, rotation="hadamard", permutation="zigzag"),
+            transform=TransformConfig(
+                smooth_alpha=0.5, smooth_statistic="rms", rotation="hadamard", permutation="zigzag"
+            ),
             weight=WeightConfig(clip="search"),
             activation=ActivationConfig(clip_ratio=0.87),
             kv_cache=_ROTATED_KV,
+        ),
+    ),
+    "duquant-best": (
+        "Our most accurate: balanced blocks around the zigzag, GPTQ, activation clipping searched by site. Minutes.",
+        Recipe(
+            name="duquant-best",
+            transform=TransformConfig(
+                smooth_alpha=0.5,
+                smooth_statistic="rms",
+                rotation="balanced",
+                permutation="zigzag",
+                block_size=512,
+                shared_rotation=False,
+            ),
+            weight=WeightConfig(clip="search", solver="gptq"),
+            activation=ActivationConfig(clip="search"),
+            kv_cache=replace(_ROTATED_KV, sink_tokens=4),
         ),
     ),
 }

@@ -23,6 +23,8 @@ class SiteStatistics:
     """max|X| over all tokens, float32."""
     rows: Float[Tensor, "sample channels"]
     """Evenly spaced tokens with the first of every window (where massive activations sit), in the compute dtype."""
+    mean_square: Float[Tensor, " channels"] | None = None
+    """Mean of X^2 over all tokens, float32; only kept for recipes that use it."""
     second_moment: Float[Tensor, "channels channels"] | None = None
     """X^T X over evenly spaced tokens, float32; only kept for recipes that use it."""
 
@@ -34,13 +36,24 @@ class StatisticsRecorder:
         sites: what to record.
         row_stride: every so many tokens of a window one row is kept.
         moment_stride: every so many tokens of a window one counts towards the second moment; None keeps none.
+        mean_squares: keep them.
     """
 
-    def __init__(self, sites: Sequence[Site], *, row_stride: int, moment_stride: int | None = None) -> None:
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        *,
+        row_stride: int,
+        moment_stride: int | None = None,
+        mean_squares: bool = False,
+    ) -> None:
         self._sites = sites
         self._stride = row_stride
         self._moment_stride = moment_stride
+        self._mean_squares = mean_squares
         self._moments: dict[str, Tensor] = {}
+        self._square_sums: dict[str, Tensor] = {}
+        self._tokens: dict[str, int] = dict.fromkeys((site.name for site in sites), 0)
         self._absmax: dict[str, Tensor] = {}
         self._rows: dict[str, list[Tensor]] = {site.name: [] for site in sites}
 
@@ -69,6 +82,13 @@ class StatisticsRecorder:
         absmax = X.reshape(-1, X.shape[-1]).abs().amax(0).float()
         known = self._absmax.get(site)
         self._absmax[site] = absmax if known is None else torch.maximum(known, absmax)
+        if self._mean_squares:
+            # A norm and not a square: no float32 copy of the batch is made.
+            rows = X.reshape(-1, X.shape[-1])
+            squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square_()
+            known = self._square_sums.get(site)
+            self._square_sums[site] = squares if known is None else known.add_(squares)
+            self._tokens[site] += rows.shape[0]
         for window in X:
             picked = torch.arange(0, window.shape[0], self._stride, device=X.device)
             self._rows[site].append(window[picked].clone())
@@ -90,8 +110,12 @@ class StatisticsRecorder:
             absmax = self._absmax[site.name]
             if not bool(torch.isfinite(absmax).all()):
                 raise CalibrationError(f"activations at site {site.name} are NaN or Inf", site=site.name)
+            squares = self._square_sums.get(site.name)
             result[site.name] = SiteStatistics(
-                absmax=absmax, rows=torch.cat(self._rows[site.name]), second_moment=self._moments.get(site.name)
+                absmax=absmax,
+                rows=torch.cat(self._rows[site.name]),
+                mean_square=None if squares is None else squares / self._tokens[site.name],
+                second_moment=self._moments.get(site.name),
             )
         return result
 
@@ -111,8 +135,16 @@ def gram(X: Float[Tensor, "tokens channels"]) -> Float[Tensor, "channels channel
         matmul.fp32_precision = before
 
 
-def merge(parts: Sequence[Mapping[str, SiteStatistics]]) -> dict[str, SiteStatistics]:
-    """Join the statistics of all shards of one layer, in shard order."""
+def merge(
+    parts: Sequence[Mapping[str, SiteStatistics]], weights: Sequence[int] | None = None
+) -> dict[str, SiteStatistics]:
+    """Join the statistics of all shards of one layer, in shard order.
+
+    Args:
+        parts: of each shard.
+        weights: windows of each shard, for the means; None takes them as equal.
+    """
+    weights = weights or [1] * len(parts)
     merged: dict[str, SiteStatistics] = {}
     for name in parts[0]:
         entries = [part[name] for part in parts]
@@ -120,9 +152,15 @@ def merge(parts: Sequence[Mapping[str, SiteStatistics]]) -> dict[str, SiteStatis
         total = None
         for moment in moments:  # one after the other: a stack would hold them all twice
             total = moment if total is None else total + moment
+        means = [
+            entry.mean_square * (weight / sum(weights))
+            for entry, weight in zip(entries, weights, strict=True)
+            if entry.mean_square is not None
+        ]
         merged[name] = SiteStatistics(
             absmax=torch.stack([entry.absmax for entry in entries]).amax(0),
             rows=torch.cat([entry.rows for entry in entries]),
+            mean_square=torch.stack(means).sum(0) if means else None,
             second_moment=total,
         )
     return merged
@@ -134,6 +172,8 @@ def save_statistics(path: Path, statistics: Mapping[str, SiteStatistics]) -> Non
     for name, entry in statistics.items():
         tensors[f"{name}.absmax"] = entry.absmax
         tensors[f"{name}.rows"] = entry.rows
+        if entry.mean_square is not None:
+            tensors[f"{name}.mean_square"] = entry.mean_square
         if entry.second_moment is not None:
             tensors[f"{name}.second_moment"] = entry.second_moment
     save_tensors(path, tensors)
@@ -148,11 +188,16 @@ def load_statistics(path: Path, device: torch.device) -> dict[str, SiteStatistic
     try:
         with safe_open(path, framework="pt", device=str(device)) as reader:
             keys = frozenset(reader.keys())
+
+            def optional(key: str) -> Tensor | None:
+                return reader.get_tensor(key) if key in keys else None
+
             return {
                 name: SiteStatistics(
                     absmax=reader.get_tensor(f"{name}.absmax"),
                     rows=reader.get_tensor(f"{name}.rows"),
-                    second_moment=reader.get_tensor(key) if (key := f"{name}.second_moment") in keys else None,
+                    mean_square=optional(f"{name}.mean_square"),
+                    second_moment=optional(f"{name}.second_moment"),
                 )
                 for name in sorted({key.rsplit(".", 1)[0] for key in keys})
             }

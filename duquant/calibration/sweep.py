@@ -119,7 +119,8 @@ def sweep_layer(
     recorder = StatisticsRecorder(
         sites,
         row_stride=max(1, tokens // calibration.search_tokens),
-        moment_stride=max(1, tokens // calibration.moment_tokens) if recipe.weight.solver == "gptq" else None,
+        moment_stride=max(1, tokens // calibration.moment_tokens) if recipe.needs_second_moments else None,
+        mean_squares=recipe.transform.smooth_statistic == "rms",
     )
     with (
         _Writer(target) as out,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from duquant.calibration.statistics import SiteStatistics
+from duquant.config import TransformConfig
 from duquant.errors import CalibrationError
 from duquant.models.architecture import Site
 from duquant.transforms.smoothing import exact_fold, share_over_heads, smoothing_scale
@@ -56,7 +57,7 @@ def smooth(
     statistics: Mapping[str, SiteStatistics],
     sites: tuple[Site, ...],
     shape: LayerShape,
-    alpha: float | None,
+    config: TransformConfig,
 ) -> Folds:
     """Fold the norms' scales into `state`; return what has to happen to the linears.
 
@@ -67,22 +68,28 @@ def smooth(
         statistics: by site name.
         sites: those that are quantized.
         shape: head counts, for smoothing under grouped-query attention.
-        alpha: migration strength; None folds nothing.
+        config: migration strength and what sizes it compares; no strength folds nothing.
 
     Raises:
-        CalibrationError: a scale is not finite.
+        CalibrationError: a scale is not finite, or the calibration kept no mean squares.
     """
     folds = Folds(columns={site.name: torch.ones_like(statistics[site.name].absmax) for site in sites})
-    if alpha is None:
+    if config.smooth_alpha is None:
         return folds
     for site in sorted(sites, key=lambda site: site.fold_kind == "norm"):
-        weight_absmax = torch.zeros_like(statistics[site.name].absmax)
+        act_size = _act_size(statistics[site.name], config, site)
+        weight_size = torch.zeros_like(act_size)
         for linear in site.linears:
             stored = state[f"{linear}.weight"]
             for block in row_blocks(stored, _BLOCK_ELEMENTS):
                 folded = folds.weight(linear, stored[block], block)
-                weight_absmax = torch.maximum(weight_absmax, folded.abs_().amax(0))
-        scale = smoothing_scale(statistics[site.name].absmax, weight_absmax, alpha)
+                if config.smooth_statistic == "absmax":
+                    weight_size = torch.maximum(weight_size, folded.abs_().amax(0))
+                else:
+                    weight_size += folded.square_().sum(0)
+        if config.smooth_statistic == "rms":
+            weight_size = (weight_size / sum(state[f"{linear}.weight"].shape[0] for linear in site.linears)).sqrt_()
+        scale = smoothing_scale(act_size, weight_size, config.smooth_alpha)
         if site.fold_kind == "norm":
             gain = state[f"{site.fold_into}.weight"].to(scale.device, torch.bfloat16)
             state[f"{site.fold_into}.weight"], scale = exact_fold(gain, scale)
@@ -95,3 +102,14 @@ def smooth(
             raise CalibrationError(f"the smoothing scale of site {site.name} is NaN or Inf", site=site.name)
         folds.columns[site.name] = scale
     return folds
+
+
+def _act_size(statistics: SiteStatistics, config: TransformConfig, site: Site) -> Tensor:
+    """Return the size of each input channel, as the config measures it."""
+    if config.smooth_statistic == "absmax":
+        return statistics.absmax
+    if statistics.mean_square is None:
+        raise CalibrationError(
+            f"smoothing of site {site.name} needs mean squares, and the calibration kept none", site=site.name
+        )
+    return statistics.mean_square.sqrt()

@@ -13,7 +13,7 @@ from duquant.config import Recipe
 from duquant.errors import CalibrationError
 from duquant.models.architecture import Architecture, Site
 from duquant.pipeline.folds import LayerShape, smooth
-from duquant.pipeline.site import SiteError, SiteWeights, activation_clip, make_rounder
+from duquant.pipeline.site import SiteError, SiteWeights, activation_clip, make_rounder, site_moments
 from duquant.quantizers.packing import pack
 from duquant.quantizers.weight import QuantizedWeight
 from duquant.transforms.site import SiteTransform, search_transform
@@ -76,7 +76,7 @@ def quantize_layer(
     """
     sites = architecture.kept_sites(recipe.skip_linears)
     state = dict(tensors)
-    folds = smooth(state, statistics, sites, shape, recipe.transform.smooth_alpha)
+    folds = smooth(state, statistics, sites, shape, recipe.transform)
     output: dict[str, Tensor] = {}
     report: dict[str, SiteReport] = {}
     count = 0
@@ -85,10 +85,16 @@ def quantize_layer(
         rows = statistics[site.name].rows.float().div_(columns)
         peak_before = _peak(rows)
         generator = torch.Generator().manual_seed(site_seed(recipe.seed, layer, site.name))
-        transform = search_transform(rows, recipe.transform, generator)
+        weights = SiteWeights(site, state, folds, SiteTransform())
+        try:
+            moments = site_moments(statistics[site.name], columns, weights) if recipe.transform.is_balanced else None
+            transform = search_transform(rows, recipe.transform, generator, moments)
+        except CalibrationError as err:
+            raise CalibrationError(f"layer {layer} site {site.name}: {err}", layer=layer, site=site.name) from err
+        del moments
         transformed = transform.apply(rows)
         del rows
-        weights = SiteWeights(site, state, folds, transform)
+        weights = SiteWeights(site, state, folds, transform.for_weights())
         clip_ratio = activation_clip(transformed, weights, recipe.activation)
         try:
             rounder = make_rounder(statistics[site.name], transformed, columns, transform, recipe.weight)

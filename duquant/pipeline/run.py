@@ -147,7 +147,8 @@ class ModelRun:
         """Quantize one layer into its shard in directory `out`."""
         started = time.perf_counter()
         files = [self.work.statistics(layer, shard) for shard in range(self.shards)]
-        statistics = merge([load_statistics(file, self.device) for file in files])
+        windows = [len(shard) for shard in shard_windows(self.recipe.calibration)]
+        statistics = merge([load_statistics(file, self.device) for file in files], windows)
         stored = self._skeleton.load(self.source, layer)
         shape = LayerShape(kv_heads=self._skeleton.kv_heads, head_dim=self._skeleton.head_dim)
         tensors = {name: tensor.to(self.device) for name, tensor in stored.items()}

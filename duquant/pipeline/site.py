@@ -15,7 +15,7 @@ from duquant.pipeline.folds import Folds, row_blocks
 from duquant.quantizers.activation import round_activations, search_clip
 from duquant.quantizers.gptq import GPTQSolver
 from duquant.quantizers.weight import QuantizedWeight, quantize_weight
-from duquant.transforms.site import SiteTransform
+from duquant.transforms.site import Moments, SiteTransform
 
 _ROW_STRIDE = 4
 
@@ -29,6 +29,7 @@ class SiteWeights:
     """The layer's stored tensors, by their names inside it."""
     folds: Folds
     transform: SiteTransform
+    """What the weights take, not the activations."""
 
     def blocks(self, linear: str, elements: int) -> Iterator[Float[Tensor, "rows in_features"]]:
         """Yield float32 blocks of rows of about so many elements."""
@@ -47,6 +48,30 @@ class SiteWeights:
         return total
 
 
+def smoothed_moment(
+    second_moment: Float[Tensor, "channels channels"], columns: Float[Tensor, " channels"]
+) -> Float[Tensor, "channels channels"]:
+    """Return the second moment of inputs that are divided by `columns`."""
+    return second_moment / (columns[:, None] * columns)
+
+
+def site_moments(statistics: SiteStatistics, columns: Float[Tensor, " channels"], weights: SiteWeights) -> Moments:
+    """Return what a balanced transform is computed from; `weights` are not transformed yet.
+
+    Raises:
+        CalibrationError: there are no second moments, or they are not finite.
+    """
+    return Moments(smoothed_moment(_finite_moment(statistics), columns), weights.moment(NearestRounder.block_elements))
+
+
+def _finite_moment(statistics: SiteStatistics) -> Float[Tensor, "channels channels"]:
+    if statistics.second_moment is None:
+        raise CalibrationError("the recipe needs second moments, and the calibration kept none")
+    if not bool(torch.isfinite(statistics.second_moment).all()):
+        raise CalibrationError("the second moment of the activations is NaN or Inf")
+    return statistics.second_moment
+
+
 class NearestRounder:
     """To the nearest code, row by row: small blocks do."""
 
@@ -54,13 +79,16 @@ class NearestRounder:
     damp = 0.0
     """It looks at no second moment."""
 
-    def __init__(self, transformed: Float[Tensor, "sample channels"], config: WeightConfig) -> None:
+    def __init__(
+        self, transformed: Float[Tensor, "sample channels"], config: WeightConfig, second_moment: Tensor | None = None
+    ) -> None:
         self._importance = torch.linalg.vector_norm(transformed, dim=0).square_()  # up to a factor, without a copy
         self._config = config
+        self._second_moment = second_moment
 
     def quantize(self, W: Float[Tensor, "rows in_features"]) -> QuantizedWeight:
         """Round each row by itself."""
-        return quantize_weight(W, self._config, self._importance)
+        return quantize_weight(W, self._config, self._importance, self._second_moment)
 
 
 class GPTQRounder:
@@ -68,9 +96,8 @@ class GPTQRounder:
 
     block_elements = 1 << 22
 
-    def __init__(self, second_moment: Tensor, columns: Tensor, transform: SiteTransform, config: WeightConfig) -> None:
-        H = transform.apply(second_moment / (columns[:, None] * columns))
-        self._solver = GPTQSolver.from_second_moment(transform.apply(H.T.contiguous()), config.damp)
+    def __init__(self, second_moment: Tensor, config: WeightConfig) -> None:
+        self._solver = GPTQSolver.from_second_moment(second_moment, config.damp)
         self._config = config
         self.damp = self._solver.damp
 
@@ -96,13 +123,12 @@ def make_rounder(
         config: which solver.
 
     Raises:
-        CalibrationError: gptq has no usable second moment.
+        CalibrationError: there is no usable second moment, and one is needed.
     """
-    if config.solver == "rtn":
+    if config.solver == "rtn" and config.clip != "output":
         return NearestRounder(transformed, config)
-    if statistics.second_moment is None:
-        raise CalibrationError("gptq needs second moments, and the calibration kept none")
-    return GPTQRounder(statistics.second_moment, columns, transform, config)
+    H = transform.apply_both(smoothed_moment(_finite_moment(statistics), columns))
+    return GPTQRounder(H, config) if config.solver == "gptq" else NearestRounder(transformed, config, H)
 
 
 def activation_clip(

@@ -1,6 +1,6 @@
 """Rounding of weights to per-channel or per-group grids, with fixed or searched clipping."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from duquant.quantizers.affine import Grid, dequantize, fake_quantize, make_grid
 
 CLIP_CANDIDATES = tuple(1.0 - 0.05 * step for step in range(11))
 """Clip ratios tried for each row, 1.0 down to 0.5."""
+_REFINEMENTS = (0.06, 0.03, 0.015)
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def quantize_weight(
     W: Float[Tensor, "out_features in_features"],
     config: WeightConfig,
     importance: Float[Tensor, " in_features"] | None = None,
+    second_moment: Float[Tensor, "in_features in_features"] | None = None,
 ) -> QuantizedWeight:
     """Round `W` to the nearest point of its grids.
 
@@ -56,11 +58,12 @@ def quantize_weight(
         W: the weight, after the site's transform.
         config: bits, granularity and clipping.
         importance: mean square of each (transformed) input channel, up to a factor; weighs a searched clip's error.
+        second_moment: of the (transformed) inputs, up to a factor, for config.clip="output".
 
     Raises:
         ConfigError: group_size does not divide in_features.
     """
-    grid = weight_grid(W, config, importance)
+    grid = weight_grid(W, config, importance, second_moment)
     rows, channels = W.shape
     codes = quantize(W.float().view(rows, grid.scale.shape[1], -1), grid).view(rows, channels)
     return QuantizedWeight(codes, grid.scale.squeeze(-1), grid.zero_point.squeeze(-1), config.bits)
@@ -70,6 +73,7 @@ def weight_grid(
     W: Float[Tensor, "out_features in_features"],
     config: WeightConfig,
     importance: Float[Tensor, " in_features"] | None = None,
+    second_moment: Float[Tensor, "in_features in_features"] | None = None,
 ) -> Grid:
     """Return the grid of each row or group of `W`, clipped as the config says: tensors of (out_features, groups, 1).
 
@@ -88,33 +92,74 @@ def weight_grid(
         low, high = low * config.clip_ratio, high * config.clip_ratio
     elif config.clip == "search":
         weights = None if importance is None else importance.float().view(1, -1, group_size)
-        low, high = _search_clip(grouped, low, high, weights, config)
+        low, high = _search_clip(grouped, low, high, config, lambda error: _squares(error, weights))
+    elif config.clip == "output":
+        assert second_moment is not None
+        assert config.group_size is None
+        H = second_moment
+
+        def output_error(error: Tensor) -> Tensor:
+            rows = error[:, 0]
+            return (rows @ H).mul_(rows).sum(-1).view(-1, 1, 1)
+
+        low, high = _search_clip(grouped, low, high, config, output_error)
+        low, high = _refine_clip(grouped, low, high, config, output_error)
     return make_grid(low, high, bits=config.bits, symmetric=config.symmetric)
 
 
+def _squares(error: Tensor, weights: Tensor | None) -> Tensor:
+    error.square_()
+    if weights is not None:
+        error.mul_(weights)
+    return error.sum(-1, keepdim=True)
+
+
+class _Best:
+    """The (low, high) of least error of each row or group so far."""
+
+    def __init__(
+        self, grouped: Tensor, low: Tensor, high: Tensor, config: WeightConfig, cost: Callable[[Tensor], Tensor]
+    ) -> None:
+        self._grouped, self._config, self._cost = grouped, config, cost
+        self.low, self.high = low.clone(), high.clone()
+        self._error = torch.full_like(low, torch.inf)
+
+    def consider(self, low: Tensor, high: Tensor) -> None:
+        """Take this range where it errs less."""
+        grid = make_grid(low, high, bits=self._config.bits, symmetric=self._config.symmetric)
+        total = self._cost(fake_quantize(self._grouped, grid).sub_(self._grouped))
+        better = total < self._error
+        self._error.copy_(torch.where(better, total, self._error))
+        self.low.copy_(torch.where(better, low, self.low))
+        self.high.copy_(torch.where(better, high, self.high))
+
+
 def _search_clip(
-    grouped: Tensor, low: Tensor, high: Tensor, importance: Tensor | None, config: WeightConfig
+    grouped: Tensor, low: Tensor, high: Tensor, config: WeightConfig, cost: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return the (low, high) of least weighted squared error: first both ends together, then each end by itself."""
-    best_low, best_high = low.clone(), high.clone()
-    best_error = torch.full_like(low, torch.inf)
-
-    def consider(candidate_low: Tensor, candidate_high: Tensor) -> None:
-        grid = make_grid(candidate_low, candidate_high, bits=config.bits, symmetric=config.symmetric)
-        error = fake_quantize(grouped, grid).sub_(grouped).square_()
-        if importance is not None:
-            error.mul_(importance)
-        total = error.sum(-1, keepdim=True)
-        better = total < best_error
-        best_error.copy_(torch.where(better, total, best_error))
-        best_low.copy_(torch.where(better, candidate_low, best_low))
-        best_high.copy_(torch.where(better, candidate_high, best_high))
-
+    """Return the (low, high) of least cost: first both ends together, then each end by itself."""
+    best = _Best(grouped, low, high, config, cost)
     for ratio in CLIP_CANDIDATES:
-        consider(low * ratio, high * ratio)
+        best.consider(low * ratio, high * ratio)
     if not config.symmetric:
-        together_low, together_high = best_low.clone(), best_high.clone()
+        together_low, together_high = best.low.clone(), best.high.clone()
         for factor in (0.9, 1.1):
-            consider(torch.maximum(together_low * factor, low), together_high)
-            consider(together_low, torch.minimum(together_high * factor, high))
-    return best_low, best_high
+            best.consider(torch.maximum(together_low * factor, low), together_high)
+            best.consider(together_low, torch.minimum(together_high * factor, high))
+    return best.low, best.high
+
+
+def _refine_clip(
+    grouped: Tensor, low: Tensor, high: Tensor, config: WeightConfig, cost: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return a (low, high) near the given one, of less cost: smaller and smaller steps, each end by itself."""
+    best = _Best(grouped, low, high, config, cost)
+    best.consider(low, high)
+    for step in _REFINEMENTS:
+        for factor in (1.0 - step, 1.0 + step):
+            if config.symmetric:
+                best.consider(best.low * factor, best.high * factor)
+            else:
+                best.consider(best.low * factor, best.high.clone())
+                best.consider(best.low.clone(), best.high * factor)
+    return best.low, best.high

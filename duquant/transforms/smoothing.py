@@ -9,25 +9,25 @@ _FLOOR = 1e-5
 
 
 def smoothing_scale(
-    act_absmax: Float[Tensor, " channels"],
-    weight_absmax: Float[Tensor, " channels"],
+    act_size: Float[Tensor, " channels"],
+    weight_size: Float[Tensor, " channels"],
     alpha: float,
 ) -> Float[Tensor, " channels"]:
-    """Return smooth_scale = max|X|^alpha / max|W|^(1 - alpha) per channel, float32, at least 0.01.
+    """Return smooth_scale = |X|^alpha / |W|^(1 - alpha) per channel, float32, at least 0.01.
 
     X is divided by it and every weight that reads X is multiplied by it. A dead channel (zero on either side) keeps 1.
 
     Args:
-        act_absmax: max|X| of each channel over the calibration tokens.
-        weight_absmax: max|W| of each channel over *all* linears that read X (the authors' code looks at q_proj and
-            up_proj only).
+        act_size: of each channel over the calibration tokens: max|X| as in the papers, or its root mean square, which
+            with alpha = 1/2 is the best scale for inputs that are rotated afterwards (see duquant.transforms.balance).
+        weight_size: likewise over *all* linears that read X (the authors' code looks at q_proj and up_proj only).
         alpha: migration strength; 0 leaves the activations alone, 1 makes them all alike.
 
     Reference: SmoothQuant, arXiv 2211.10438v7, equation 4; DuQuant, arXiv 2406.01721v3, equation 2.
     """
-    act_absmax, weight_absmax = act_absmax.float(), weight_absmax.float()
-    scale = act_absmax.clamp_min(_FLOOR) ** alpha / weight_absmax.clamp_min(_FLOOR) ** (1 - alpha)
-    dead = (act_absmax == 0) | (weight_absmax == 0)
+    act_size, weight_size = act_size.float(), weight_size.float()
+    scale = act_size.clamp_min(_FLOOR) ** alpha / weight_size.clamp_min(_FLOOR) ** (1 - alpha)
+    dead = (act_size == 0) | (weight_size == 0)
     return torch.where(dead, 1.0, scale.clamp_min(MIN_SCALE))
 
 

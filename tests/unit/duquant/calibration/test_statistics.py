@@ -82,6 +82,25 @@ def test_second_moments_of_shards_add_up_and_survive_a_file(tmp_path: Path) -> N
     torch.testing.assert_close(merged.double(), X.T @ X, rtol=1e-6, atol=1e-6)
 
 
+def test_mean_squares_are_over_all_tokens_and_weigh_shards_by_their_windows(tmp_path: Path) -> None:
+    parts = []
+    for index, inputs in enumerate((batches()[:2], batches()[2:])):
+        recorder = StatisticsRecorder([SITE], row_stride=4, mean_squares=True)
+        for X in inputs:
+            recorder.add(SITE.name, X)
+        save_statistics(tmp_path / str(index), recorder.finish())
+        parts.append(load_statistics(tmp_path / str(index), CPU))
+    found = merge(parts, [4, 2])[SITE.name].mean_square
+    assert found is not None
+    assert found.dtype == torch.float32
+    expected = torch.cat(batches()).reshape(-1, 6).double().square().mean(0)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_mean_squares_are_kept_only_when_asked_for() -> None:
+    assert recorded(batches()).mean_square is None
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("position", [(0, 0, 0), (1, 9, 5), (1, 3, 2)])
 def test_non_finite_activations_are_an_error_that_names_the_site(bad: float, position: tuple[int, int, int]) -> None:

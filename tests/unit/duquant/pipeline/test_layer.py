@@ -19,7 +19,7 @@ from duquant.models.source import SourceCheckpoint
 from duquant.pipeline.folds import LayerShape, smooth
 from duquant.pipeline.layer import QuantizedLayer, quantize_layer, site_seed
 from duquant.quantizers.packing import unpack
-from duquant.transforms.site import SiteTransform, search_transform
+from duquant.transforms.site import Moments, SiteTransform, search_transform
 
 CPU = torch.device("cpu")
 MODELS: list[tuple[str, dict[str, Any]]] = [
@@ -39,6 +39,10 @@ TRANSFORMS = {
         rotation="greedy", permutation="zigzag", block_size=16, shared_rotation=False, greedy_steps=4
     ),
     "hadamard": TransformConfig(smooth_alpha=0.9, rotation="hadamard", permutation="zigzag", block_size=24),
+    "rms": TransformConfig(smooth_alpha=0.5, smooth_statistic="rms", rotation="hadamard", block_size=16),
+    "balanced": TransformConfig(
+        smooth_alpha=0.5, rotation="balanced", permutation="zigzag", block_size=16, shared_rotation=False
+    ),
 }
 
 
@@ -65,7 +69,7 @@ def make_layer(tiny_model: Callable[..., Path]) -> Callable[..., Layer]:
         source = SourceCheckpoint(path)
         skeleton = Skeleton(source, CPU)
         tensors = skeleton.load(source, 0)
-        recorder = StatisticsRecorder(LLAMA.sites, row_stride=2, moment_stride=1)
+        recorder = StatisticsRecorder(LLAMA.sites, row_stride=2, moment_stride=1, mean_squares=True)
         hidden = source.config["hidden_size"]
         with torch.no_grad(), skeleton.layer(0, tensors) as module, recorder.attached(module):
             skeleton.forward(module, torch.randn(2, 20, hidden, generator=torch.Generator().manual_seed(1)).bfloat16())
@@ -101,7 +105,7 @@ def run_in_float32(
 def smoothed(layer: Layer, recipe: Recipe) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return the layer's tensors with all smoothing scales folded in, in float32, and the scales by site."""
     state = dict(layer.tensors)
-    folds = smooth(state, layer.statistics, LLAMA.sites, layer.shape, recipe.transform.smooth_alpha)
+    folds = smooth(state, layer.statistics, LLAMA.sites, layer.shape, recipe.transform)
     state = {name: folds.tensor(name, tensor) for name, tensor in state.items()}
     for site in LLAMA.sites:
         for linear in site.linears:
@@ -126,9 +130,11 @@ def test_nothing_changes_before_rounding(
     transforms = {}
     for site in LLAMA.sites:
         rows = layer.statistics[site.name].rows.float() / scales[site.name]
-        transforms[site.name] = search_transform(rows, transform, torch.Generator().manual_seed(0))
+        weights = torch.cat([state[f"{linear}.weight"].float() for linear in site.linears])
+        moments = Moments(rows.T @ rows, weights.T @ weights)
+        transforms[site.name] = search_transform(rows, transform, torch.Generator().manual_seed(0), moments)
         for linear in site.linears:
-            state[f"{linear}.weight"] = transforms[site.name].apply(state[f"{linear}.weight"].float())
+            state[f"{linear}.weight"] = transforms[site.name].for_weights().apply(state[f"{linear}.weight"].float())
     X = torch.randn(2, 9, layer.tensors["input_layernorm.weight"].shape[0], generator=torch.Generator().manual_seed(2))
     expected, exact = run_in_float32(layer, layer.tensors, {}, X)
     result, outputs = run_in_float32(layer, state, transforms, X)
@@ -297,6 +303,44 @@ def test_gptq_errs_less_at_every_site(make_layer: Callable[..., Layer], recipe: 
     for site in LLAMA.sites:
         assert solved.report[site.name].output_nmse < 0.9 * nearest.report[site.name].output_nmse
         assert solved.report[site.name].damp == 0.01
+
+
+@pytest.mark.parametrize("transform", ["rms", "balanced"])
+def test_missing_statistics_are_named(make_layer: Callable[..., Layer], recipe: Recipe, transform: str) -> None:
+    layer = make_layer()
+    layer.statistics = {
+        name: SiteStatistics(absmax=entry.absmax, rows=entry.rows) for name, entry in layer.statistics.items()
+    }
+    with pytest.raises(CalibrationError, match="the calibration kept none"):
+        layer.quantize(replace(recipe, transform=TRANSFORMS[transform]))
+
+
+def test_non_finite_moments_are_named(make_layer: Callable[..., Layer], recipe: Recipe) -> None:
+    layer = make_layer()
+    moment = layer.statistics["mlp_in"].second_moment
+    assert moment is not None
+    moment[0, 0] = torch.inf
+    with pytest.raises(CalibrationError, match="layer 0 site mlp_in: the second moment"):
+        layer.quantize(replace(recipe, transform=TRANSFORMS["balanced"]))
+
+
+def test_balanced_blocks_err_less_than_hadamard_blocks(make_layer: Callable[..., Layer], recipe: Recipe) -> None:
+    layer = make_layer()
+    balanced = TRANSFORMS["balanced"]
+    hadamard = replace(balanced, rotation="hadamard")
+    found, expected = (layer.quantize(replace(recipe, transform=T)).report for T in (balanced, hadamard))
+    assert sum(site.output_nmse for site in found.values()) < sum(site.output_nmse for site in expected.values())
+
+
+def test_clip_by_output_error_errs_less_at_every_site(make_layer: Callable[..., Layer], recipe: Recipe) -> None:
+    layer = make_layer()
+    recipe = replace(recipe, activation=ActivationConfig(bits=16))
+    searched, solved = (
+        layer.quantize(replace(recipe, weight=WeightConfig(clip=clip))).report  # type: ignore[arg-type]
+        for clip in ("search", "output")
+    )
+    for name, report in solved.items():
+        assert report.output_nmse < searched[name].output_nmse, name
 
 
 def test_gptq_without_second_moments_names_the_place(make_layer: Callable[..., Layer], recipe: Recipe) -> None:

@@ -1,5 +1,7 @@
 """Weight rounding: its bounds, its groups, its clips."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -126,3 +128,41 @@ def test_transposed_and_bfloat16_weights_are_accepted() -> None:
     assert torch.equal(
         quantize_weight(W.T, WeightConfig()).codes, quantize_weight(W.T.contiguous().float(), WeightConfig()).codes
     )
+
+
+OUTPUT = WeightConfig(clip="output")
+
+
+def correlated(channels: int, tokens: int = 200) -> torch.Tensor:
+    X = normal(tokens, channels, seed=5) @ normal(channels, channels, seed=6)
+    return X.T @ X
+
+
+def output_error(W: torch.Tensor, q: QuantizedWeight, H: torch.Tensor) -> torch.Tensor:
+    error = (q.dequantize() - W).double()
+    return ((error @ H.double()) * error).sum(1)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("other", ["none", "search"])
+def test_clip_by_output_error_is_never_worse_in_any_row(other: str, symmetric: bool) -> None:
+    W, H = normal(20, 32), correlated(32)
+    found = quantize_weight(W, replace(OUTPUT, symmetric=symmetric), second_moment=H)
+    config = WeightConfig(clip=other, symmetric=symmetric)  # type: ignore[arg-type]
+    known = quantize_weight(W, config, H.diagonal())
+    # The cost is summed in float32; the candidates of the other search are among this one's.
+    assert bool((output_error(W, found, H) <= output_error(W, known, H) * (1 + 1e-4)).sum() >= len(W) - 1)
+    assert float(output_error(W, found, H).sum()) < float(output_error(W, known, H).sum())
+
+
+@pytest.mark.parametrize("W", [torch.zeros(3, 8), torch.full((3, 8), 2.5), torch.full((3, 8), -1e-20)])
+def test_zero_and_constant_rows_survive_the_clip_by_output_error(W: torch.Tensor) -> None:
+    q = quantize_weight(W, OUTPUT, second_moment=correlated(8))
+    assert bool(torch.isfinite(q.scale).all())
+    torch.testing.assert_close(q.dequantize(), W, rtol=0.1, atol=1e-9)
+
+
+def test_a_single_token_s_moment_is_enough_for_the_clip_by_output_error() -> None:
+    W, H = normal(4, 16), correlated(16, tokens=1)
+    q = quantize_weight(W, OUTPUT, second_moment=H)
+    assert bool((output_error(W, q, H) <= output_error(W, quantize_weight(W, WeightConfig()), H) + 1e-3).all())

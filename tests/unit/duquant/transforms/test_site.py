@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from duquant.config import TransformConfig
-from duquant.transforms.site import SiteTransform, search_transform
+from duquant.transforms.site import Moments, SiteTransform, search_transform
 
 FULL = TransformConfig(smooth_alpha=0.5, rotation="greedy", permutation="zigzag", block_size=16, greedy_steps=12)
 CONFIGS = [
@@ -107,3 +107,52 @@ def test_rotations_are_kept_in_float32() -> None:
     T = found(sample(4, 64).bfloat16(), FULL)
     assert T.R1 is not None and T.R1.dtype == torch.float32  # noqa: PT018
     assert T.R2 is not None and T.R2.dtype == torch.float32  # noqa: PT018
+
+
+BALANCED = replace(FULL, rotation="balanced", shared_rotation=False)
+
+
+def moments(X: torch.Tensor, W: torch.Tensor) -> Moments:
+    return Moments(X.T @ X, W.T @ W)
+
+
+@pytest.mark.parametrize("permutation", ["none", "zigzag"])
+@pytest.mark.parametrize("width", [64, 48, 72, 17, 34])
+@pytest.mark.parametrize("tokens", [1, 9, 200])
+def test_balanced_blocks_leave_the_product_unchanged(tokens: int, width: int, permutation: str) -> None:
+    X, W = sample(tokens, width), torch.randn(7, width, generator=torch.Generator().manual_seed(1))
+    config = replace(BALANCED, permutation=permutation)
+    T = search_transform(X, config, torch.Generator().manual_seed(0), moments(X, W))
+    exact = X.double() @ W.double().T
+    TX, TW = T.apply(X), T.for_weights().apply(W)
+    # float32, relative to what is summed after the transform.
+    assert bool(((TX @ TW.T - exact).abs() <= 1e-5 * (TX.norm(dim=1)[:, None] * TW.norm(dim=1)).double()).all())
+
+
+def test_moments_under_a_transform_are_those_of_the_transformed() -> None:
+    X, W = sample(50, 48), torch.randn(7, 48, generator=torch.Generator().manual_seed(1))
+    T = search_transform(X, BALANCED, torch.Generator().manual_seed(0), moments(X, W))
+    found, expected = moments(X, W).under(T), moments(T.apply(X), T.for_weights().apply(W))
+    torch.testing.assert_close(found.inputs, expected.inputs, rtol=1e-3, atol=1e-3 * float(expected.inputs.abs().max()))
+    torch.testing.assert_close(
+        found.weights, expected.weights, rtol=1e-3, atol=1e-3 * float(expected.weights.abs().max())
+    )
+
+
+def test_an_orthogonal_transform_is_its_own_for_weights() -> None:
+    T = found(sample(9, 64), FULL)
+    assert T.for_weights() is T
+
+
+def test_balanced_blocks_lower_the_expected_error_below_any_smoothing() -> None:
+    mixing = torch.randn(64, 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    X = (torch.randn(400, 64, generator=torch.Generator().manual_seed(4)).double() @ mixing).float()
+    W = torch.randn(32, 64, generator=torch.Generator().manual_seed(5))
+
+    def expected_error(A: torch.Tensor, B: torch.Tensor) -> float:
+        return float(A.square().sum() * B.square().sum())
+
+    T = search_transform(X, BALANCED, torch.Generator().manual_seed(0), moments(X, W))
+    # No scale for each channel does better than this one.
+    scale = (X.norm(dim=0) / W.norm(dim=0)).sqrt()
+    assert expected_error(T.apply(X), T.for_weights().apply(W)) < expected_error(X / scale, W * scale)

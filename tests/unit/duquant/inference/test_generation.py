@@ -17,7 +17,10 @@ import torch
 
 from duquant.config import KVCacheConfig, Recipe, TransformConfig
 from duquant.inference import load
+from duquant.inference.attention import IMPLEMENTATION
 from duquant.inference.cache import DuQuantCache
+from duquant.kernels import dispatch
+from duquant.kernels.settings import BACKENDS
 
 PROMPTS = ["The quick brown fox", "counts", "to 9 and jumps,"]
 STRICT = 1e-5
@@ -178,3 +181,39 @@ def test_beam_search_finds_nothing_less_likely_than_greedy(strict: Callable[...,
         scores = [score(beams[2 * row + beam], row) for beam in range(2)]
         assert scores[0] >= scores[1] - 1e-4
         assert scores[0] >= score(greedy[row], row) - 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3"])
+def test_attention_from_codes_is_attention_to_dequantized_states(
+    tiny_model: Callable[..., Path], strict: Callable[..., Any], model_type: str
+) -> None:
+    """One new token for each row of a padded batch, by both attention implementations."""
+    model, tokenizer = strict(tiny_model(model_type))
+    inputs = batch_of(tokenizer, PROMPTS, "left")
+    results = []
+    for implementation in (IMPLEMENTATION, "sdpa"):
+        model.config._attn_implementation = implementation
+        cache = model.duquant_new_cache()
+        model(**inputs, past_key_values=cache)
+        mask = torch.cat((inputs["attention_mask"], torch.ones(len(PROMPTS), 1, dtype=torch.int64)), dim=1)
+        position = mask.sum(1, keepdim=True) - 1
+        token = torch.full((len(PROMPTS), 1), 7)
+        results.append(model(token, attention_mask=mask, position_ids=position, past_key_values=cache).logits)
+    torch.testing.assert_close(results[0], results[1], rtol=STRICT, atol=STRICT * float(results[1].abs().max()))
+
+
+@torch.no_grad()
+def test_backends_give_the_same_logits(
+    tiny_artifact: Callable[..., Any], plain: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without rotations every bit; a rotation is a float32 sum, in another order."""
+    ids = torch.arange(24)[None]
+    results = []
+    for chosen in ("cpu", "reference"):
+        monkeypatch.setenv(BACKENDS, chosen)
+        dispatch.forget()
+        model, _ = load(tiny_artifact(None, plain).artifact)
+        results.append(model(ids).logits)
+    dispatch.forget()
+    assert torch.equal(results[0], results[1])

@@ -1,5 +1,6 @@
 """Packed linears and their shared sites."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -145,3 +146,55 @@ def test_bias_is_added(tiny_artifact: Callable[..., Any], tiny_model: Callable[.
     assert q.bias is not None
     assert bool(q.bias.abs().max() > 0.1)
     torch.testing.assert_close(q(torch.zeros(1, 64)), q.bias.float()[None], rtol=0, atol=1e-6)
+
+
+def test_words_of_a_site_are_in_memory_once(model: Any) -> None:
+    model(torch.ones(1, 5, dtype=torch.int64))
+    layer = model.model.layers[0]
+    for site in LLAMA.sites:
+        linears = [layer.get_submodule(name) for name in site.linears]
+        joined = layer.get_submodule(site.module)._prepared.weight.data
+        storages = {each.weight_packed.untyped_storage().data_ptr() for each in linears}
+        assert storages == {joined.untyped_storage().data_ptr()}
+        assert joined.untyped_storage().nbytes() == sum(each.weight_packed.nbytes for each in linears)
+
+
+def test_running_changes_no_stored_tensor(model: Any) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model(torch.ones(1, 5, dtype=torch.int64))
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_copy_of_a_model_that_has_run_reads_its_own_weights(model: Any) -> None:
+    ids = torch.ones(1, 5, dtype=torch.int64)
+    expected = model(ids).logits
+    other = copy.deepcopy(model)
+    assert torch.equal(other(ids).logits, expected)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight_packed.zero_()
+    assert torch.equal(other(ids).logits, expected)
+
+
+def test_loaded_weights_are_noticed(model: Any) -> None:
+    ids = torch.ones(1, 5, dtype=torch.int64)
+    before = model(ids).logits
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    name = "model.layers.0.mlp.down_proj.weight_scale"
+    model.load_state_dict({**state, name: state[name] * 3})
+    assert not torch.equal(model(ids).logits, before)
+    model.load_state_dict(state)
+    assert torch.equal(model(ids).logits, before)
+
+
+@torch.no_grad()
+def test_moved_parameters_are_noticed(model: Any) -> None:
+    """Moving a model puts new data into the same parameters; what they were before may be anything by then."""
+    ids = torch.ones(1, 5, dtype=torch.int64)
+    before = model(ids).logits
+    left = [parameter.data for parameter in model.parameters()]
+    model._apply(torch.clone)
+    for tensor in left:
+        tensor.zero_()
+    assert torch.equal(model(ids).logits, before)

@@ -14,9 +14,8 @@ import httpx
 from client.errors import BadInputError, ClientError, DownloadError, UnavailableError
 from client.models import Artifact, ArtifactFile
 from client.partial import PIECE_BYTES, PartialFile, Piece, sha256_of
+from client.target import MANIFEST, PARTIAL, TargetFolder
 
-MANIFEST = "manifest.json"
-PARTIAL = ".duquant-partial"
 _CHUNK = 1 << 20
 _TRIES = 4
 
@@ -44,24 +43,28 @@ def pull(
 ) -> PullSummary:
     """Fetch what `read_artifact` lists; it is called again when the links have expired.
 
-    The manifest comes last, so a folder that has one is whole.
+    The manifest comes last, and goes first when files must change, so a folder that has one is whole.
+
+    Raises:
+        BadInputError: the folder cannot be written, or holds something that is not this artifact.
+        DownloadError: a file does not arrive as the service describes it.
+        UnavailableError: the object store does not answer.
     """
     artifact = read_artifact()
     targets = {file.name: safe_target(out, file.name) for file in artifact.files}
-    try:
-        (out / PARTIAL).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInputError(f"cannot write to {out}: {error.strerror}") from error
+    folder = TargetFolder(out, artifact)
+    folder.begin()
     try:
         with httpx.Client(timeout=httpx.Timeout(60.0, connect=10.0), follow_redirects=False) as http:
             transfer = _Transfer(http, read_artifact, artifact, on_bytes)
             files = [
-                _File(file, targets[file.name], PartialFile(out / PARTIAL, file, piece_bytes), transfer)
+                _File(file, targets[file.name], PartialFile(folder.partial, file, piece_bytes), transfer)
                 for file in artifact.files
             ]
-            _fetch_all([file for file in files if file.facts.name != MANIFEST], transfer, parallel)
+            others = [file for file in files if file.facts.name != MANIFEST]
+            _fetch_all(others, transfer, parallel, before=folder.set_manifest_aside)
             _fetch_all([file for file in files if file.facts.name == MANIFEST], transfer, 1)
-        (out / PARTIAL).rmdir()
+        folder.end()
     except OSError as error:
         full = " (the disk is full)" if error.errno == errno.ENOSPC else ""
         raise ClientError(f"cannot write to {out}: {error.strerror}{full}; pull again to go on") from error
@@ -91,10 +94,14 @@ def safe_target(out: Path, name: str) -> Path:
     return target
 
 
-def _fetch_all(files: Iterable["_File"], transfer: "_Transfer", parallel: int) -> None:
-    """Look which pieces are missing, then fetch them, with `parallel` connections."""
+def _fetch_all(
+    files: Iterable["_File"], transfer: "_Transfer", parallel: int, before: Callable[[], None] | None = None
+) -> None:
+    """Look which pieces are missing, then fetch them, with `parallel` connections; call `before` if any are."""
     with ThreadPoolExecutor(max_workers=parallel) as pool:
         found = _all(transfer, [pool.submit(file.look) for file in files])
+        if before is not None and any(found):
+            before()
         _all(transfer, [pool.submit(work) for missing in found for work in missing])
 
 

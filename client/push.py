@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from client.download import MANIFEST, safe_target
+from client.download import safe_target
 from client.errors import BadInputError, ClientError, DownloadError, UnavailableError
 from client.partial import sha256_of
+from client.target import MANIFEST
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

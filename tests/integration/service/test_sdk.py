@@ -86,6 +86,47 @@ def test_a_pull_that_was_cut_off_goes_on_where_it_was(service: Any, tmp_path: Pa
     assert not (out / ".duquant-partial").exists()
 
 
+def test_a_folder_with_something_else_in_it_is_refused_untouched(service: Any, cli: Any, tmp_path: Path) -> None:
+    one, other = service.finished_job(layers=1), service.finished_job(layers=2)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("years of work")
+    status, _, err = cli("artifact", "pull", one.id, "--out", str(out))
+    assert (status, "not this artifact" in err) == (2, True)
+    assert {path.name: path.read_text() for path in out.iterdir()} == {"config.json": "years of work"}
+    (out / "config.json").unlink()
+    with service.client() as client:
+        client.pull(one.id, out)
+        with pytest.raises(BadInputError, match="not this artifact"):
+            client.pull(other.id, out)
+        assert client.pull(one.id, out).fetched_bytes == 0
+        (out / "manifest.json").write_text("{}")
+        with pytest.raises(BadInputError, match="not this artifact"):
+            client.pull(one.id, out)
+
+
+def test_no_manifest_stands_while_files_are_replaced(service: Any, tmp_path: Path) -> None:
+    one, other = service.finished_job(layers=1), service.finished_job(layers=2)
+    out = tmp_path / "out"
+    with service.client() as client:
+        client.pull(one.id, out)
+        shard = out / "model-layer-0000.safetensors"
+        shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+
+        def break_off(present: int, total: int) -> None:
+            if present > total - shard.stat().st_size:  # some of the shard has come
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            client.pull(one.id, out, on_bytes=break_off)
+        assert not (out / "manifest.json").exists()
+        with pytest.raises(BadInputError, match="half fetched"):
+            client.pull(other.id, out)
+        assert client.pull(one.id, out).fetched_bytes <= shard.stat().st_size
+        assert (out / "manifest.json").exists()
+        assert not (out / ".duquant-partial").exists()
+
+
 def test_a_large_file_comes_in_pieces_and_what_has_arrived_is_kept(service: Any, tmp_path: Path) -> None:
     job = service.finished_job(layers=1)
     out = tmp_path / "out"

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, Engine, func, insert, select, tuple_, update
 
 from infra.batch_progress import KNOWN, Tally, tallies
 from infra.database import now_ms, read, transaction, write
-from infra.errors import BatchNotFound, DependencyFailed, JobConflict
+from infra.errors import BatchNotFound, DependencyFailed, JobConflict, QuotaExceeded
 from infra.ids import new_id
 from infra.job_model import ACTIVE, Job, JobState, NewJob, Record
 from infra.job_quotas import require_room
@@ -94,7 +94,12 @@ class BatchStore:
                 job, is_new = None, True
                 if item.job is not None:
                     new = replace(item.job, batch_id=batch.id)
-                    job, is_new = self._jobs.enqueue(new, force=force, actor=actor)
+                    try:
+                        job, is_new = self._jobs.enqueue(new, force=force, actor=actor)
+                    except QuotaExceeded as error:
+                        # What it counts includes the jobs before, which are not made either.
+                        words = f"{error}, after the {len(made)} before it in this batch; nothing was added"
+                        raise QuotaExceeded(words, **error.facts) from error
                 rows.append(
                     {
                         "batch_id": batch.id,

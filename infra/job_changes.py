@@ -1,8 +1,6 @@
 """What people ask of a job that exists: cancel it, run it again, change when it runs."""
 
-from typing import TypedDict
-
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, select
 from sqlalchemy.exc import IntegrityError
 
 from infra.batch_endings import reopen_batches_of
@@ -11,16 +9,8 @@ from infra.errors import JobChanged, JobConflict
 from infra.job_enqueue import require_may_succeed
 from infra.job_model import ACTIVE, WAITING, EventType, Job, JobState, turn_at
 from infra.job_quotas import require_room
-from infra.job_rows import JobRows
+from infra.job_rows import JobChanges, JobRows
 from infra.schema import job_deps, jobs
-
-
-class JobChanges(TypedDict, total=False):
-    """What may be changed; what is left out stays."""
-
-    priority: int
-    run_at: int
-    deadline_at: int | None
 
 
 class JobRequests(JobRows):
@@ -80,6 +70,7 @@ class JobRequests(JobRows):
             run_at=now,
             turn_at=turn_at(now, job.priority),
             deadline_at=job.deadline_at if job.deadline_at is not None and job.deadline_at > now else None,
+            started_at=None,
             attempt=0,
             lease_losses=0,
             reason=None,
@@ -104,19 +95,3 @@ class JobRequests(JobRows):
             if job.state not in allowed:
                 raise JobConflict(f"{job.id} is {job.state}; this cannot be changed any more", job_id=job.id)
             return self._change(connection, job, changes, actor) if changes else job
-
-    def _change(self, connection: Connection, job: Job, changes: JobChanges, actor: str) -> Job:
-        now = connection.execute(select(self._now())).scalar_one()
-        run_at = max(changes["run_at"], now) if "run_at" in changes else job.run_at
-        values = {**changes, "run_at": run_at, "turn_at": turn_at(run_at, changes.get("priority", job.priority))}
-        to = job.state
-        if "run_at" in changes and to is not JobState.BLOCKED:
-            to = JobState.SCHEDULED if run_at > now else JobState.QUEUED
-        if to is not job.state:
-            return self._transition(
-                connection, job, to, EventType.CHANGED, actor=actor, data={"changes": changes}, **values
-            )
-        statement = update(jobs).where(jobs.c.id == job.id).values(version=jobs.c.version + 1, **values).returning(jobs)
-        changed = Job.from_row(connection.execute(statement).mappings().one())
-        self._event(connection, job.id, EventType.CHANGED, actor, {"changes": changes})
-        return changed

@@ -4,16 +4,16 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import structlog
-from sqlalchemy import Connection, bindparam, case, exists, insert, select
+from sqlalchemy import Connection, bindparam, case, delete, exists, insert, select
 from sqlalchemy.exc import IntegrityError
 
 from infra import tracing
 from infra.database import write
 from infra.errors import DependencyFailed, DependencyNotFound, JobConflict, QueueNotFound
 from infra.ids import new_id
-from infra.job_model import ACTIVE, TERMINAL, EventType, Job, JobState, NewJob, turn_at
+from infra.job_model import ACTIVE, TERMINAL, WAITING, EventType, Job, JobState, NewJob, turn_at
 from infra.job_quotas import require_room
-from infra.job_rows import JobRows, state_is
+from infra.job_rows import JobChanges, JobRows, state_is
 from infra.prepared import Prepared
 from infra.schema import artifacts, job_deps, jobs, queues
 
@@ -35,8 +35,12 @@ _SAME_WORK = Prepared(
     .where(jobs.c.tenant_id == bindparam("of_tenant"), jobs.c.fingerprint == bindparam("wanted"))
     .where(state_is(*ACTIVE, JobState.SUCCEEDED))
     .where(~exists().where(artifacts.c.job_id == jobs.c.id, artifacts.c.deleted_at.is_not(None)))
-    # A finished artifact is worth more than a second run of the same work.
-    .order_by(case((state_is(JobState.SUCCEEDED), 0), else_=1), jobs.c.created_at.desc(), jobs.c.id.desc())
+    # A finished artifact is worth more than a second run of the same work, and that more than one that is stopped.
+    .order_by(
+        case((state_is(JobState.SUCCEEDED), 0), (state_is(JobState.CANCELLING), 2), else_=1),
+        jobs.c.created_at.desc(),
+        jobs.c.id.desc(),
+    )
     .limit(1)
 )
 
@@ -54,6 +58,9 @@ class JobEnqueue(JobRows):
     def enqueue(self, new: NewJob, *, force: bool = False, actor: str) -> tuple[Job, bool]:
         """Add a job, or return the one that already does or did the same work for this tenant.
 
+        One that has not ended serves both from then on: it starts as early, and as urgently, as the more impatient of
+        the two wants, fails at the later deadline, and waits for other jobs only if both do.
+
         Returns:
             The job, and whether it is new. With `force` it always is.
 
@@ -63,12 +70,17 @@ class JobEnqueue(JobRows):
             DependencyNotFound: a job in `depends_on` is not there, or is another tenant's.
             DependencyFailed: a job in `depends_on` has failed or was cancelled.
             QuotaExceeded: the tenant has as much as it may have.
+            JobConflict: the job that does the same work is being cancelled.
         """
         for _ in range(3):
             try:
                 with write(self._engine) as connection:
+                    self._require_what_it_names(connection, new)
                     if not force and (existing := self._same_work(connection, new)) is not None:
-                        return existing, False
+                        joined = self._join(connection, existing, new, actor)
+                        if joined is None:  # it has just ended
+                            continue
+                        return joined, False
                     return self._insert(connection, new, force=force, actor=actor), True
             except IntegrityError:
                 # Another request inserted the same work between our look and our insert: look again.
@@ -81,14 +93,49 @@ class JobEnqueue(JobRows):
         row = _SAME_WORK.row(connection, values)
         return None if row is None else Job.from_row(row)
 
+    def _require_what_it_names(self, connection: Connection, new: NewJob) -> None:
+        """Refuse what is not there, also where the work is done already: a slip of the pen is to be seen at once."""
+        if self._queue.row(connection, {"line": new.queue}) is None:
+            raise QueueNotFound(f"no queue {new.queue}", queue=new.queue)
+        wanted = dict.fromkeys(new.depends_on)
+        if wanted:
+            query = select(jobs.c.id).where(jobs.c.tenant_id == new.tenant_id, jobs.c.id.in_(wanted))
+            found = set(connection.execute(query).scalars())
+            if missing := next((job_id for job_id in wanted if job_id not in found), None):
+                raise DependencyNotFound(f"no job {missing} to wait for", job_id=missing)
+
+    def _join(self, connection: Connection, existing: Job, new: NewJob, actor: str) -> Job | None:
+        """Let a job that does the wanted work serve the new request, too. None when it has ended badly meanwhile."""
+        if existing.state is JobState.SUCCEEDED:
+            return existing
+        job = self._lock_job(connection, existing.id)
+        if job.state is JobState.CANCELLING:
+            raise JobConflict(f"{job.id} does this work and is being cancelled; submit it again in a moment")
+        if job.state in TERMINAL:
+            return job if job.state is JobState.SUCCEEDED else None
+        changes: JobChanges = {}
+        if job.deadline_at is not None and (new.deadline_at is None or new.deadline_at > job.deadline_at):
+            changes["deadline_at"] = new.deadline_at
+        labels = {**(new.labels or {}), **(job.labels or {})}
+        if labels != (job.labels or {}):
+            changes["labels"] = labels
+        if job.state not in WAITING:
+            return self._change(connection, job, changes, actor) if changes else job
+        if new.priority < job.priority:
+            changes["priority"] = new.priority
+        now = connection.execute(select(self._now())).scalar_one()
+        if (run_at := max(now, new.run_at or now)) < job.run_at:
+            changes["run_at"] = run_at
+        unblock = job.state is JobState.BLOCKED and not new.depends_on
+        if unblock:
+            connection.execute(delete(job_deps).where(job_deps.c.job_id == job.id))
+        return self._change(connection, job, changes, actor, unblock=unblock) if changes or unblock else job
+
     def _insert(self, connection: Connection, new: NewJob, *, force: bool, actor: str) -> Job:
         # Jobs are locked before the tenant, as everywhere: two orders would be a deadlock.
         is_blocked = self._is_blocked(connection, new.tenant_id, new.depends_on)
         require_room(connection, new.tenant_id, gpus=new.gpus)
-        row = self._queue.row(connection, {"line": new.queue})
-        if row is None:
-            raise QueueNotFound(f"no queue {new.queue}", queue=new.queue)
-        now = row["now"]
+        now = self._queue.rows(connection, {"line": new.queue})[0]["now"]
         # A time in the past would be a way to the front of the queue.
         run_at = max(now, new.run_at or now)
         state = JobState.BLOCKED if is_blocked else JobState.SCHEDULED if run_at > now else JobState.QUEUED

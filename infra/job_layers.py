@@ -100,7 +100,9 @@ class JobLayers(JobRows):
             )
             fence, seconds, now = claim.fence, row.seconds or 0.0, self._now()
             charge_usage(connection, job, layer=row.layer, fence=fence, seconds=seconds, device=device, now=now)
-            data = {"layer": row.layer, "attempt": row.attempt, "seconds": row.seconds, "metrics": row.metrics}
+            # Numbers only: what a shard is made of is a long list, and in the layer's row.
+            numbers = {name: value for name, value in row.metrics.items() if isinstance(value, int | float)}
+            data = {"layer": row.layer, "attempt": row.attempt, "seconds": row.seconds, "metrics": numbers}
             self._event(connection, claim.job.id, EventType.LAYER_DONE, claim.owner, data)
             return done
 

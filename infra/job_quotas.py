@@ -58,15 +58,17 @@ def require_room(connection: Connection, tenant_id: str, *, gpus: int, more: int
     """
     limits = allowance(connection, tenant_id)
     if limits.max_running is not None and gpus > limits.max_running:
-        raise _exceeded("max_running", limits.max_running, gpus, "GPU slots at once; this job alone needs")
+        words = f"GPU slots at once; this job alone needs {gpus}"
+        raise _exceeded("max_running", limits.max_running, gpus, words, is_final=True)
     if limits.max_queued is not None:
         waiting = connection.execute(select(_count(tenant_id, *WAITING))).scalar_one()
         if waiting + more > limits.max_queued:
-            raise _exceeded("max_queued", limits.max_queued, waiting, "waiting jobs and has")
+            words = f"waiting jobs, has {waiting}, and this would add {more}"
+            raise _exceeded("max_queued", limits.max_queued, waiting, words, is_final=more > limits.max_queued)
     if limits.max_bytes is not None:
         size = connection.execute(select(_live_bytes(tenant_id))).scalar_one()
         if size >= limits.max_bytes:
-            raise _exceeded("max_bytes", limits.max_bytes, size, "bytes of artifacts and has")
+            raise _exceeded("max_bytes", limits.max_bytes, size, f"bytes of artifacts and has {size}")
 
 
 def holding(connection: Connection, tenant_id: str) -> Holding:
@@ -75,8 +77,9 @@ def holding(connection: Connection, tenant_id: str) -> Holding:
     return Holding(*connection.execute(query).one())
 
 
-def _exceeded(quota: str, limit: int, used: int, words: str) -> QuotaExceeded:
-    return QuotaExceeded(f"this tenant may have {limit} {words} {used}", quota=quota, limit=limit, used=used)
+def _exceeded(quota: str, limit: int, used: int, words: str, *, is_final: bool = False) -> QuotaExceeded:
+    message = f"this tenant may have {limit} {words}"
+    return QuotaExceeded(message, quota=quota, limit=limit, used=used, is_final=is_final)
 
 
 def _count(tenant_id: str, *states: JobState) -> ColumnElement[int]:

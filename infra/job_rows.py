@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypedDict
 
 from sqlalchemy import (
     BigInteger,
@@ -24,7 +24,7 @@ from sqlalchemy.engine import RowMapping
 
 from infra import database
 from infra.errors import JobConflict, JobNotFound, LeaseLost
-from infra.job_model import HELD, TERMINAL, TRANSITIONS, Claim, EventType, Job, JobState
+from infra.job_model import HELD, TERMINAL, TRANSITIONS, Claim, EventType, Job, JobState, turn_at
 from infra.outbox import post_job_event
 from infra.prepared import Prepared
 from infra.schema import job_deps, job_events, jobs, webhooks
@@ -50,6 +50,15 @@ _is_watched = exists().where(webhooks.c.tenant_id == jobs.c.tenant_id, webhooks.
 _is_awaited = exists().where(job_deps.c.depends_on == jobs.c.id).correlate(jobs)
 MOVED = (jobs, _is_watched.label("is_watched"), _is_awaited.label("is_awaited"))
 """What an UPDATE that moves a job returns: its row, and whether anybody has to be told of it or waits for it."""
+
+
+class JobChanges(TypedDict, total=False):
+    """What may be changed of a job; what is left out stays."""
+
+    priority: int
+    run_at: int
+    deadline_at: int | None
+    labels: dict[str, str]
 
 
 class JobRows:
@@ -201,6 +210,26 @@ class JobRows:
         detail = f"{cause.id}, which it depends on, is {cause.state}"
         why: dict[str, Any] = {"reason": "dependency_failed", "detail": detail}
         return self._move(connection, job, JobState.FAILED, EventType.FAILED, actor=SWEEPER, data=why, **why)
+
+    def _change(
+        self, connection: Connection, job: Job, changes: JobChanges, actor: str, *, unblock: bool = False
+    ) -> Job:
+        """Change when a locked job runs; `unblock` lets it no longer wait for other jobs."""
+        now = connection.execute(select(self._now())).scalar_one()
+        run_at = max(changes["run_at"], now) if "run_at" in changes else job.run_at
+        values = {**changes, "run_at": run_at, "turn_at": turn_at(run_at, changes.get("priority", job.priority))}
+        to = job.state
+        if unblock or ("run_at" in changes and to is not JobState.BLOCKED):
+            to = JobState.SCHEDULED if run_at > now else JobState.QUEUED
+        data: dict[str, Any] = {"changes": changes}
+        if unblock:
+            data["depends_on"] = []
+        if to is not job.state:
+            return self._transition(connection, job, to, EventType.CHANGED, actor=actor, data=data, **values)
+        statement = update(jobs).where(jobs.c.id == job.id).values(version=jobs.c.version + 1, **values).returning(jobs)
+        changed = Job.from_row(connection.execute(statement).mappings().one())
+        self._event(connection, job.id, EventType.CHANGED, actor, data)
+        return changed
 
     def _has_unfinished_dependency(self, connection: Connection, job_id: str) -> bool:
         query = (

@@ -5,7 +5,7 @@ and one event in that transaction, and every write of a worker carries the fence
 lease, however long it slept, can change nothing.
 """
 
-from infra.job_changes import JobChanges, JobRequests
+from infra.job_changes import JobRequests
 from infra.job_enqueue import JobEnqueue
 from infra.job_layers import JobLayers
 from infra.job_model import (
@@ -27,6 +27,7 @@ from infra.job_model import (
     Worker,
 )
 from infra.job_reads import FailureGroup, JobReads
+from infra.job_rows import JobChanges
 from infra.job_sweep import JobSweep
 
 __all__ = [

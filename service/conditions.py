@@ -6,6 +6,7 @@ version: somebody else's job that starts is no reason to refuse a change to this
 """
 
 import hashlib
+import re
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from fastapi import Header
 from service.errors import FieldProblem, ProblemError
 from service.openapi import header
 
+_ETAG = re.compile(r'"[\x21\x23-\x7e\x80-\xff]*"')
 IfNoneMatch = Annotated[str | None, Header(max_length=1000, description="The ETag of the answer before")]
 IfMatch = Annotated[
     str | None, Header(max_length=1000, description="The ETag that the change is based on; another version is a 412")
@@ -45,22 +47,26 @@ def versions(if_match: str | None) -> frozenset[int] | None:
     """Return the versions that a change may be made to; None when any.
 
     Raises:
-        ProblemError: the header holds something that is no ETag of ours.
+        ProblemError: the header holds something that is no ETag.
 
     >>> versions('"3-aa"'), versions("*"), versions(None)
     (frozenset({3}), None, None)
+    >>> versions('"another"')
+    frozenset()
     """
     if if_match is None or if_match.strip() == "*":
         return None
     found = set()
     for tag in _tags(if_match):
-        version = tag.strip('"').partition("-")[0]
-        if not (version.isdecimal() and version.isascii() and len(version) <= 18):
+        if not _ETAG.fullmatch(tag):
             detail = "If-Match must be the ETag of the answer before"
             raise ProblemError(
                 "validation-failed", detail, [FieldProblem(location="header", pointer="/If-Match", detail=detail)]
             )
-        found.add(int(version))
+        version = tag.strip('"').partition("-")[0]
+        # An ETag that is not ours is no version of anything, so nothing matches it.
+        if version.isdecimal() and version.isascii() and len(version) <= 18:
+            found.add(int(version))
     return frozenset(found)
 
 

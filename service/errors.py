@@ -222,7 +222,9 @@ def _domain_problem(error: Exception) -> ProblemError:
         case IdempotencyInProgress():
             return ProblemError("idempotency-in-progress", str(error), headers={"Retry-After": "1"})
         case QuotaExceeded():
-            return ProblemError("quota-exceeded", str(error), headers={"Retry-After": "60"})
+            # What can never fit is not worth another try.
+            headers = {} if error.facts.get("is_final") else {"Retry-After": "60"}
+            return ProblemError("quota-exceeded", str(error), headers=headers)
         case TransientError():
             # The message names hosts and drivers, which is for the operator's log and not for a client.
             log.warning("dependency_unavailable", error=str(error))

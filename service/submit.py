@@ -81,6 +81,9 @@ def new_job(service: Context, caller: Caller, request: JobRequest) -> NewJob:
         ModelNotFound: there is no such model.
     """
     _require_future(request.deadline_at)
+    if request.deadline_at is not None and request.run_at is not None and request.deadline_at <= request.run_at:
+        detail = "deadline_at must come after run_at"
+        raise ProblemError("validation-failed", detail, [FieldProblem(pointer="/deadline_at", detail=detail)])
     work = work_of(service, caller, request.model, request.recipe, request.calibration)
     return replace(
         quantize_job(caller.tenant_id, work),

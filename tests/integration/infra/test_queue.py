@@ -7,7 +7,7 @@ from sqlalchemy import Engine, insert
 from sqlalchemy.exc import StatementError
 
 from infra.database import write
-from infra.errors import InfraError, JobNotFound
+from infra.errors import DependencyNotFound, InfraError, JobConflict, JobNotFound, QueueNotFound
 from infra.jobs import JobState, JobStore
 from infra.schema import tenants
 
@@ -27,6 +27,54 @@ def test_the_same_work_is_one_job_while_it_is_active(desk, store: JobStore) -> N
     again, created = store.enqueue(desk.new_job(), actor="other")
     assert not created
     assert again.id == first.id
+
+
+def test_a_waiting_job_serves_the_more_impatient_of_two_requests(desk, store: JobStore, clock) -> None:
+    hour = 3_600_000
+    other = desk.add("other")
+    calm = desk.add(
+        run_at=clock.now + 72 * hour,
+        deadline_at=clock.now + 80 * hour,
+        priority=900,
+        labels={"team": "a"},
+        depends_on=[other.id],
+    )
+    assert calm.state is JobState.BLOCKED
+    hasty, created = store.enqueue(desk.new_job(priority=1, labels={"team": "b", "run": "2"}), actor="hasty")
+    assert (hasty.id, created, hasty.state) == (calm.id, False, JobState.QUEUED)
+    assert (hasty.priority, hasty.run_at, hasty.deadline_at) == (1, clock.now, None)
+    assert hasty.labels == {"team": "a", "run": "2"}
+    event = store.events(calm.id)[-1]
+    assert (event.type, event.actor, event.data["depends_on"]) == ("changed", "hasty", [])
+    # The other way round nothing changes.
+    again, _ = store.enqueue(desk.new_job(priority=900, run_at=clock.now + hour), actor="calm")
+    assert again == hasty
+
+
+def test_a_running_job_outlives_its_deadline_for_somebody_else(desk, store: JobStore, clock) -> None:
+    desk.add(deadline_at=clock.now + 1000)
+    running = desk.claim().job
+    later, _ = store.enqueue(desk.new_job(deadline_at=clock.now + 5000, priority=1), actor="other")
+    assert (later.deadline_at, later.priority) == (clock.now + 5000, running.priority)
+
+
+def test_work_that_is_being_cancelled_is_not_promised(desk, store: JobStore) -> None:
+    job = desk.add()
+    taken = desk.claim()
+    store.cancel(job.id, tenant_id="default", actor="tester")
+    with pytest.raises(JobConflict, match="being cancelled"):
+        store.enqueue(desk.new_job(), actor="other")
+    store.finish_cancel(taken)
+    assert desk.add().id != job.id
+
+
+def test_a_request_that_names_what_is_not_there_is_refused_also_for_finished_work(desk, store: JobStore) -> None:
+    desk.add()
+    store.complete(desk.claim(), {})
+    with pytest.raises(QueueNotFound):
+        store.enqueue(desk.new_job(queue="nope"), actor="other")
+    with pytest.raises(DependencyNotFound):
+        store.enqueue(desk.new_job(depends_on=["job_nope"]), actor="other")
 
 
 def test_a_finished_job_is_returned_for_the_same_work(desk, store: JobStore) -> None:

@@ -192,11 +192,13 @@ class JobStoreMachine(RuleBasedStateMachine):
             for job_id, model in self.jobs.items()
             if (model.tenant, model.fingerprint) == (tenant, fingerprint) and model.state not in ENDED_BADLY
         }
-        expected = None if same and not force else self.refusal(tenant, depends_on, gpus)
+        expected = self.refusal(tenant, depends_on, gpus)
+        if same and not force and expected is not DependencyNotFound:
+            expected = JobConflict if all(self.jobs[job_id].state is S.CANCELLING for job_id in same) else None
         refused: type[InfraError] | None = None
         try:
             job, created = self.store.enqueue(new, force=force, actor="client")
-        except (DependencyFailed, DependencyNotFound, QuotaExceeded) as error:
+        except (DependencyFailed, DependencyNotFound, QuotaExceeded, JobConflict) as error:
             refused = type(error)
         assert refused is expected
         if refused is not None:
@@ -219,7 +221,28 @@ class JobStoreMachine(RuleBasedStateMachine):
             )
         else:
             assert job.id in same
+            self.join(self.jobs[job.id], new)
         return job.id
+
+    def join(self, model: Model, new: NewJob) -> None:
+        """What a second request for the same work changes of the job that does it."""
+        assert model.state is not S.CANCELLING
+        if model.state is S.SUCCEEDED:
+            return
+        if model.deadline_at is not None and (new.deadline_at is None or new.deadline_at > model.deadline_at):
+            model.deadline_at = new.deadline_at
+        if model.state not in WAITING:
+            return
+        model.priority = min(model.priority, new.priority)
+        is_earlier = (run_at := max(self.now, new.run_at or self.now)) < model.run_at
+        if is_earlier:
+            model.run_at = run_at
+        model.turn_at = turn_at(model.run_at, model.priority)
+        if model.state is S.BLOCKED and not new.depends_on:
+            model.depends_on = []
+            model.go(self.waiting_state(model.run_at))
+        elif is_earlier and model.state not in (S.BLOCKED, to := self.waiting_state(model.run_at)):
+            model.go(to)
 
     def refusal(self, tenant: str, depends_on: list[str], gpus: int) -> type[InfraError] | None:
         """What keeps a job from being queued, the first reason first."""

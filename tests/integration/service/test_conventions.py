@@ -115,6 +115,7 @@ def test_a_change_that_was_based_on_an_old_state_is_refused(any_service: Any) ->
     fresh = any_service.http.patch(path, json={"priority": 6}, headers={"If-Match": changed.headers["ETag"]})
     assert fresh.json()["priority"] == 6
     assert any_service.http.patch(path, json={"priority": 7}, headers={"If-Match": "*"}).json()["priority"] == 7
+    assert any_service.http.patch(path, json={"priority": 8}, headers={"If-Match": '"another"'}).status_code == 412
     assert any_service.http.patch(path, json={"priority": 8}, headers={"If-Match": "x"}).status_code == 422
 
 

@@ -94,7 +94,7 @@ def sections(harness: Any) -> list[tuple[str, Callable[[], Any]]]:
 
     if not harness.is_gpu:
         return [
-            ("gates", lambda: do.gates(harness, [TINY], (1, 66), only=("down",))),
+            ("gates", lambda: do.gates(harness, [TINY], (66,), only=("down",))),
             ("ceilings", lambda: do.ceilings(harness)),
             ("linear decode", lambda: do.linears(harness, TINY, 1, is_sweep=True, only=("o",))),
             ("linear prefill", lambda: do.linears(harness, TINY, 257, is_sweep=True, only=("o",))),

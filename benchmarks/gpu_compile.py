@@ -130,7 +130,7 @@ def _cases(is_quick: bool) -> list[tuple[str, Callable[[], object]]]:
             *[_linear_case(tokens, 4096, 4096) for tokens in (1, 2048)],
             _transform_case(1, 4096, is_shared=True),
             _transform_case(2048, 4096, is_shared=False),
-            _attention_case(1, 4096, 1),
+            _attention_case(1, 4096, 8),
         ]
     shapes = ((4096, 12288), (4096, 4096), (11008, 4096), (28672, 8192))
     return [

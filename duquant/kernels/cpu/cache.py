@@ -29,7 +29,8 @@ def quantize_kv(X: Float[Tensor, "batch heads tokens head_dim"], quantizer: KVQu
         raise KernelUnavailableError("the cache's tokens do not lie next to each other")
     if X.dtype not in _DTYPES or X.stride(3) != 1:
         X = X.to(X.dtype if X.dtype in _DTYPES else torch.float32).contiguous()
-    args, _rotation = _rows(X, out, quantizer)
+    rotation = quantizer.rotation_on(X.device)
+    args = _rows(X, out, quantizer, rotation)
     library().quantize_kv(byref(args), torch.get_num_threads())
 
 
@@ -44,7 +45,10 @@ def dequantize_kv(
     _require(quantizer)
     made = dtype if dtype in _DTYPES else torch.float32
     out = torch.empty((*packed.packed.shape[:3], quantizer.head_dim), dtype=made)
-    args, _rotation = _rows(out, _dense(packed), quantizer)
+    rotation = quantizer.rotation_on(out.device)
+    back = None if rotation is None else rotation.T.contiguous()
+    packed = _dense(packed)
+    args = _rows(out, packed, quantizer, back)
     library().dequantize_kv(byref(args), torch.get_num_threads())
     return out if made == dtype else out.to(dtype)
 
@@ -98,11 +102,10 @@ def _require(quantizer: KVQuantizer) -> None:
         raise KernelUnavailableError(f"{quantizer.config.bits}-bit caches have no kernel yet")
 
 
-def _rows(X: Tensor, packed: PackedKV, quantizer: KVQuantizer) -> tuple[KvRowsArgs, Tensor | None]:
-    """Return the arguments, and the rotation that they point to."""
+def _rows(X: Tensor, packed: PackedKV, quantizer: KVQuantizer, rotation: Tensor | None) -> KvRowsArgs:
+    """Return the arguments. They point into the tensors: the caller keeps these."""
     batch, heads, tokens, head_dim = X.shape
-    rotation = quantizer.rotation_on(X.device)
-    args = KvRowsArgs(
+    return KvRowsArgs(
         X.data_ptr(),
         None if rotation is None else rotation.data_ptr(),
         _cache(packed),
@@ -114,7 +117,6 @@ def _rows(X: Tensor, packed: PackedKV, quantizer: KVQuantizer) -> tuple[KvRowsAr
         quantizer.config.clip_ratio,
         X.dtype == torch.bfloat16,
     )
-    return args, rotation
 
 
 def _cache(packed: PackedKV) -> CacheArgs:

@@ -74,7 +74,8 @@ struct Cache {
 
 struct KvRows {
     void* x;                // (batch, heads, tokens, head_dim), float32 or bfloat16: read, or written
-    const float* rotation;  // (head_dim, head_dim), what rows are multiplied by from the right before rounding, or null
+    const float* rotation;  // (head_dim, head_dim), or null: what rows are multiplied by, from the right, before rounding
+                            // or after restoring (then it is the inverse)
     Cache cache;
     int64_t x_strides[3];  // elements from one batch row, one head, one token to the next
     int64_t batch, heads, tokens, head_dim;
@@ -85,7 +86,7 @@ struct KvRows {
 struct Attention {
     const void* q;          // (batch, kv_heads * group, head_dim), float32 or bfloat16
     void* out;              // as q
-    const float* rotation;  // as in KvRows
+    const float* rotation;  // what keys and values were multiplied by before rounding, or null
     const float* mask;      // (batch, tokens), added to scores, or null
     Cache keys, values;
     int64_t batch, kv_heads, group, tokens, head_dim;

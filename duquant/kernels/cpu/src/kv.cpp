@@ -168,7 +168,7 @@ void DUQUANT_NAMED(dequantize_kv)(const KvRows& args, int64_t begin, int64_t end
             values[2 * i] = static_cast<float>(codes[i] & 15) * step + base;
             values[2 * i + 1] = static_cast<float>(codes[i] >> 4) * step + base;
         }
-        rotate_back(values, args.rotation, dim, restored);
+        rotate(values, args.rotation, dim, restored);
         const int64_t at = place.batch * args.x_strides[0] + place.head * args.x_strides[1] + place.token * args.x_strides[2];
         write(args.x, at, dim, args.x_is_bfloat16, restored);
     }

@@ -101,6 +101,11 @@ void rows_by_one_tile(const LinearJob& job, int64_t row, uint8_t* unpacked, int3
         // Two buffers in turn: stores of the next chunk need not wait for loads of this one.
         uint8_t* at = unpacked + (c & 1) * 8 * kTileBytes;
         for (int64_t t = 0; t < 4; ++t) unpack(args, row + t * kTile, c, mask, at + t * 2 * kTileBytes, kTileBytes);
+        // The same chunk of the next rows: 64 streams are more than the hardware foresees.
+        for (int64_t r = 0; r < 4 * kTile; ++r) {
+            const uint8_t* next = row_at(args, row + 4 * kTile + r) + c * kChunkBytes;
+            _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
+        }
         for (int64_t plane = 0; plane < 2; ++plane) {
             _tile_loadd(4, job.tiles + (2 * c + plane) * kTileBytes, 64);
             _tile_loadd(5, at + plane * kTileBytes, 64);
@@ -120,11 +125,11 @@ void rows_by_one_tile(const LinearJob& job, int64_t row, uint8_t* unpacked, int3
     for (int64_t t = 0; t < 4; ++t) finish_tile(args, sums + t * 256, row + t * kTile, 0);
 }
 
-// Fetch a slice's weights from memory while another is multiplied: the lines of two rows for each step.
-inline void fetch_ahead(const Linear& args, int64_t row, int64_t c, int64_t step) {
-    for (int64_t r = 2 * step; r < 2 * step + 2; ++r) {
-        const char* from = reinterpret_cast<const char*>(row_at(args, row + r) + c * kChunkBytes);
-        for (int64_t line = 0; line < kSlice; ++line) _mm_prefetch(from + line * 64, _MM_HINT_T1);
+// Fetch a slice's weights from memory while another is multiplied: `lines` of its cache lines from `first` on.
+inline void fetch_ahead(const Linear& args, int64_t row, int64_t c, int64_t first, int64_t lines) {
+    for (int64_t i = first; i < first + lines && i < 2 * kTile * kSlice; ++i) {
+        const uint8_t* line = row_at(args, row + i / kSlice) + (c + i % kSlice) * kChunkBytes;
+        _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1);
     }
 }
 
@@ -143,6 +148,9 @@ void rows_by_all_tiles(const LinearJob& job, int64_t row, uint8_t* unpacked, int
                 unpack(args, row + t * kTile, slice + c, mask, unpacked + (4 * c + t) * kTileBytes, 2 * kTileBytes);
             }
         }
+        // Spread over all steps, so that they do not wait for one another.
+        const int64_t steps = 2 * chunks * ((token_tiles + 1) / 2), lines = (2 * kTile * kSlice + steps - 1) / steps;
+        int64_t ahead = 0;
         for (int64_t first = 0; first < token_tiles; first += 2) {
             const int8_t* left = job.tiles + (first * all_steps + 2 * slice) * kTileBytes;
             // A lone last tile is computed twice, and used once.
@@ -160,7 +168,8 @@ void rows_by_all_tiles(const LinearJob& job, int64_t row, uint8_t* unpacked, int
                 _tile_loadd(3, here + 768, 64);
             }
             for (int64_t s = 0; s < 2 * chunks; ++s) {
-                if (first == 0) fetch_ahead(args, is_last ? row + 2 * kTile : row, is_last ? 0 : slice + kSlice, s);
+                fetch_ahead(args, is_last ? row + 2 * kTile : row, is_last ? 0 : slice + kSlice, ahead, lines);
+                ahead += lines;
                 _tile_loadd(4, unpacked + 2 * s * kTileBytes, 64);
                 _tile_loadd(6, left + s * kTileBytes, 64);
                 _tile_loadd(7, right + s * kTileBytes, 64);

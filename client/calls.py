@@ -327,6 +327,26 @@ def revoke_key(key_id: str) -> Call[Any]:
     return _post(f"/v1/keys/{_key(key_id)}:revoke", _same)
 
 
+def list_projects(*, limit: int | None = None, cursor: str | None = None) -> Call[Any]:
+    """Read a page of projects, newest first."""
+    return _get("/v1/tenants", _same, limit=limit, cursor=cursor)
+
+
+def get_project(project_id: str) -> Call[Any]:
+    """Read a project."""
+    return _get(f"/v1/tenants/{_project(project_id)}", _same)
+
+
+def create_project(project_id: str, name: str, **limits: Any) -> Call[Any]:
+    """Make a project; limits: weight, max_queued, max_running, max_bytes, paused."""
+    return _post("/v1/tenants", _same, {"id": project_id, "name": name, **limits})
+
+
+def change_project(project_id: str, **changes: Any) -> Call[Any]:
+    """Change a project's name, weight, max_queued, max_running, max_bytes or paused; null is no limit."""
+    return Call(method="PATCH", path=f"/v1/tenants/{_project(project_id)}", read=_same, body=changes)
+
+
 def create_webhook(url: str, events: Sequence[str] = ()) -> Call[Any]:
     """Have a URL told about jobs; the answer's `secret` is shown this once."""
     return _post("/v1/webhooks", _same, {"url": url, "events": list(events)})
@@ -365,6 +385,10 @@ def redeliver(webhook_id: str, delivery_id: str) -> Call[Any]:
 
 def _webhook(webhook_id: str) -> str:
     return segment(webhook_id, "webhook id", "wh_0199a1b2...")
+
+
+def _project(project_id: str) -> str:
+    return segment(project_id.replace("-", "_"), "project", "zoo") and project_id
 
 
 def _key(key_id: str) -> str:

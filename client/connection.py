@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from client.errors import BadInputError
-from client.home import ADDRESS_FILE, SECRETS_FILE
+from client.home import SECRETS_FILE, read_address
 from client.output import Format, JsonFlag, OutputOption, add_options, chosen, show
 from client.profiles import Profile, load_profiles
 from client.sdk import Client
@@ -98,7 +98,7 @@ def locate(url: str | None = None, key: str | None = None, profile: str | None =
         BadInputError: there is no such profile, or the profiles cannot be read.
     """
     embedded = Profile(
-        _read(default_home() / ADDRESS_FILE).get("url") or DEFAULT_URL,
+        read_address(default_home()).get("url") or DEFAULT_URL,
         _read(default_home() / SECRETS_FILE).get("api_key"),
     )
     named = load_profiles().get(profile) if profile else None

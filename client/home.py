@@ -6,10 +6,11 @@ import os
 import secrets
 import string
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from client.errors import BadInputError
 
@@ -47,6 +48,33 @@ def load_secrets(home: Path) -> Secrets:
         raise BadInputError(f"{path} is damaged; move it away and start again, which makes new keys") from error
 
 
+def storage_environment(home: Path, secrets: Secrets, s3_endpoint: str) -> dict[str, str]:
+    """Return the settings of a process that works on the home's database and objects."""
+    return {
+        "DUQUANT_HOME": str(home),
+        "DUQUANT_S3_ENDPOINT": s3_endpoint,
+        "DUQUANT_S3_ACCESS_KEY": secrets.s3_access_key,
+        "DUQUANT_S3_SECRET_KEY": secrets.s3_secret_key,
+    }
+
+
+@contextmanager
+def private_files(home: Path) -> Iterator[None]:
+    """Let files that this process and its children make be for their owner only, in a home that others may read, too.
+
+    What an earlier version has left open there is closed.
+    """
+    for name in ("duquant.db", "duquant.db-wal", "duquant.db-shm", "logs"):
+        path = home / name
+        if path.exists():
+            path.chmod(path.stat().st_mode & 0o700)
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 def _new_secrets() -> Secrets:
     return Secrets(
         s3_access_key=secrets.token_hex(10),
@@ -79,9 +107,18 @@ def write_private(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def write_address(home: Path, url: str) -> None:
-    """Let other commands on this machine find the service."""
-    write_private(home / ADDRESS_FILE, json.dumps({"url": url, "pid": os.getpid()}))
+def write_address(home: Path, url: str, s3_endpoint: str) -> None:
+    """Let other commands on this machine find the service and its object store."""
+    write_private(home / ADDRESS_FILE, json.dumps({"url": url, "s3_endpoint": s3_endpoint, "pid": os.getpid()}))
+
+
+def read_address(home: Path) -> Mapping[str, Any]:
+    """Return what `write_address` has written; nothing when no `duquant up` has."""
+    try:
+        values = json.loads((home / ADDRESS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def remove_address(home: Path) -> None:
@@ -102,3 +139,14 @@ def locked(home: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise BadInputError(f"another `duquant up` runs in {home}; stop it, or choose another --home") from error
         yield
+
+
+def is_up(home: Path) -> bool:
+    """Tell whether a `duquant up` holds the folder."""
+    try:
+        with locked(home):
+            return False
+    except BadInputError:
+        return True
+    except OSError:  # there is no such folder
+        return False

@@ -10,6 +10,7 @@ import typer
 from client import (
     artifacts,
     batches,
+    collect,
     demo,
     doctor,
     evaluations,
@@ -18,6 +19,7 @@ from client import (
     local,
     operations,
     profiles,
+    projects,
     recipes,
     texts,
     up,
@@ -58,10 +60,12 @@ app.add_typer(recipes.app, name="recipe")
 app.add_typer(operations.models, name="model")
 app.add_typer(operations.queues, name="queue")
 app.add_typer(operations.workers, name="worker")
+app.add_typer(projects.app, name="project")
 app.add_typer(keys.app, name="key")
 app.add_typer(webhooks.app, name="webhook")
 app.add_typer(profiles.app, name="profile")
 app.command()(up.up)
+app.command()(collect.gc)
 app.command()(local.quantize)
 app.command()(local.verify)
 app.command("eval")(local.evaluate)

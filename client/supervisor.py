@@ -1,7 +1,9 @@
 """Starts processes, watches them, starts them again when they die, and stops them all."""
 
 import contextlib
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +18,9 @@ _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 30.0
 _STEADY_S = 60.0
 """A process that ran for this long and then died starts with the shortest pause again."""
+_TAIL_BYTES = 16_384
+_SERIOUS = frozenset({"warning", "error", "critical"})
+_SERIOUS_WORDS = re.compile(r"error|warning|critical|exception|fatal", re.I)
 
 
 @dataclass
@@ -33,11 +38,14 @@ class Child:
     restart_at: float | None = None
     pause_s: float = _FIRST_PAUSE_S
     restarts: int = field(default=0)
+    _log_start: int = field(default=0, init=False)
+    """Where the log of this start begins."""
 
     def start(self) -> None:
         """Start the process, its output appended to the log."""
         command = [sys.executable, "-m", "client.child", str(os.getpid()), sys.executable, "-m", self.module]
         with self.log.open("ab") as stream:
+            self._log_start = stream.tell()
             # Its own session: a Ctrl-C in the terminal reaches us only, and we stop the parts in the right order.
             self.process = subprocess.Popen(
                 command,
@@ -55,15 +63,52 @@ class Child:
         """Its exit status; None while it runs."""
         return None if self.process is None else self.process.poll()
 
+    @property
+    def ending(self) -> str:
+        """How it ended, in words.
+
+        A negative status is the signal that killed it, as subprocess has it.
+        """
+        if self.status is None or self.status >= 0:
+            return f"ended with status {self.status}"
+        with contextlib.suppress(ValueError):
+            return f"was killed by signal {-self.status} ({signal.Signals(-self.status).name})"
+        return f"was killed by signal {-self.status}"
+
     def last_words(self) -> str:
-        """Return the last line of its log."""
-        with contextlib.suppress(OSError):
-            size = self.log.stat().st_size
-            with self.log.open("rb") as stream:
-                stream.seek(max(0, size - 4096))
-                lines = stream.read().decode("utf-8", "replace").strip().splitlines()
-            return lines[-1][:400] if lines else ""
+        """Return the last warning or error that it has logged since it was started; empty without any.
+
+        What ends by itself, and was not killed, may say why before it has a log: then any plain line will do.
+        """
+        with contextlib.suppress(OSError), self.log.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(self._log_start, size - _TAIL_BYTES))
+            lines = stream.read().decode("utf-8", "replace").splitlines()
+            plain = [line.strip() for line in lines if self.status and self.status > 0 and not line.startswith("{")]
+            words = [words for line in lines if (words := _serious(line))] or plain
+            return words[-1][:400] if words else ""
         return ""
+
+
+def _serious(line: str) -> str:
+    """Return what a line of a log says if it is a warning or an error, else nothing.
+
+    >>> _serious('{"level": "error", "event": "not_started", "error": "no GPU"}')
+    'not_started: no GPU'
+    >>> _serious('{"level": "info", "event": "http_request"}')
+    ''
+    """
+    try:
+        event = json.loads(line)
+    except ValueError:
+        event = None
+    if not isinstance(event, dict):
+        return line.strip() if _SERIOUS_WORDS.search(line) else ""
+    if event.get("level") not in _SERIOUS:
+        return ""
+    # Of a traceback the last line says what happened.
+    cause = str(event.get("exception") or event.get("error") or event.get("detail") or "").strip()
+    return ": ".join(part for part in (str(event.get("event", "")), cause.rpartition("\n")[2]) if part)
 
 
 class Supervisor:
@@ -87,8 +132,8 @@ class Supervisor:
         """Raise ClientError if any process has ended; before everything is up that is an error and no accident."""
         for child in self._children:
             if child.status is not None:
-                words = child.last_words()
-                raise ClientError(f"{child.name} ended with status {child.status}: {words} (log: {child.log})")
+                words = child.last_words() or "no last words"
+                raise ClientError(f"{child.name} {child.ending}: {words} (log: {child.log})")
 
     def tend(self) -> None:
         """Start again what has died, each after a pause that grows while it keeps dying."""
@@ -99,8 +144,9 @@ class Supervisor:
             if child.restart_at is None:
                 child.pause_s = _FIRST_PAUSE_S if now - child.started_at > _STEADY_S else child.pause_s
                 child.restart_at = now + child.pause_s
+                words = child.last_words()
                 self._say(
-                    f"{child.name} ended with status {child.status} ({child.last_words() or 'no last words'}); "
+                    f"{child.name} {child.ending}{f' ({words})' if words else ''}; "
                     f"starting it again in {child.pause_s:g} s"
                 )
                 child.pause_s = min(child.pause_s * 2, _LONGEST_PAUSE_S)

@@ -25,7 +25,7 @@ import typer
 
 from client.connection import default_home
 from client.errors import EXIT_OK, BadInputError, UnavailableError
-from client.home import Secrets, load_secrets, locked, remove_address, write_address
+from client.home import Secrets, load_secrets, locked, private_files, remove_address, storage_environment, write_address
 from client.output import Format, note, print_text, show, with_output
 from client.supervisor import Child, Supervisor, run_once
 
@@ -34,6 +34,7 @@ _START_SECONDS = 120.0
 _POLL_SECONDS = 0.2
 _PASSED_ON = frozenset(
     {
+        "DUQUANT_ALLOW_HUB",
         "DUQUANT_LOG_FORMAT",
         "DUQUANT_LOG_LEVEL",
         "DUQUANT_MAX_EVENT_STREAMS",
@@ -100,7 +101,7 @@ def up(
         text_roots=_folders(text_root or [], "--text-root"),
     )
     secrets = load_secrets(setup.home)
-    with locked(setup.home):
+    with private_files(setup.home), locked(setup.home):
         _check_port(setup.port)
         with _stop_on_signals() as stop:
             _run(setup, secrets, stop, output)
@@ -156,10 +157,7 @@ def environment(setup: Setup, secrets: Secrets, s3_port: int) -> dict[str, str]:
     threads = setup.threads or max(1, (os.cpu_count() or 1) // setup.workers)
     return {
         **inherited,
-        "DUQUANT_HOME": str(setup.home),
-        "DUQUANT_S3_ENDPOINT": f"http://{HOST}:{s3_port}",
-        "DUQUANT_S3_ACCESS_KEY": secrets.s3_access_key,
-        "DUQUANT_S3_SECRET_KEY": secrets.s3_secret_key,
+        **storage_environment(setup.home, secrets, f"http://{HOST}:{s3_port}"),
         "DUQUANT_KEY_PEPPER": secrets.key_pepper,
         "DUQUANT_BOOTSTRAP_KEY": secrets.api_key,
         "DUQUANT_HOST": HOST,
@@ -170,6 +168,8 @@ def environment(setup: Setup, secrets: Secrets, s3_port: int) -> dict[str, str]:
         "DUQUANT_MODEL_ROOTS": json.dumps([str(path) for path in setup.model_roots]),
         "DUQUANT_TEXT_ROOTS": json.dumps([str(path) for path in setup.text_roots]),
         "PYTHONUNBUFFERED": "1",
+        # Logs have one event a line: no bars of the libraries that load models.
+        "TQDM_DISABLE": "1",
     }
 
 
@@ -193,7 +193,7 @@ def _run(setup: Setup, secrets: Secrets, stop: threading.Event, output: Format) 
         _wait_until_ready(setup.url, supervisor, stop)
         if stop.is_set():
             return
-        write_address(setup.home, setup.url)
+        write_address(setup.home, setup.url, env["DUQUANT_S3_ENDPOINT"])
         _announce(setup, secrets, supervisor.pids, output)
         while not stop.wait(_POLL_SECONDS):
             supervisor.tend()

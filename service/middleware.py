@@ -18,7 +18,7 @@ from service.metrics import REQUEST_SECONDS, REQUESTS
 log = structlog.get_logger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-QUIET_PATHS = ("/healthz", "/metrics", "/static/")
+QUIET_PATHS = ("/healthz", "/readyz", "/metrics", "/static/")
 """What is asked for all the time and tells nothing."""
 _DRAIN_SECONDS = 1.0
 _DRAIN_BYTES = 16_000_000

@@ -7,6 +7,7 @@ from typing import Any
 
 import structlog
 import torch
+from transformers.utils import logging as transformers_logging
 
 from duquant.config import Recipe
 from duquant.errors import DuQuantError, KernelUnavailableError, ScratchError
@@ -26,6 +27,8 @@ class LayerWorker:
 
     def __init__(self, storage: ObjectStore, *, threads: int) -> None:
         torch.set_num_threads(threads)
+        # A worker's standard error is its log, one event a line; bars are for terminals.
+        transformers_logging.disable_progress_bar()
         self._storage = storage
         self._spec: RunSpec | None = None
         self._run: ModelRun | None = None

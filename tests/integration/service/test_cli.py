@@ -164,6 +164,20 @@ def test_operators_see_and_steer_what_runs(service: Any, cli: Any) -> None:
     assert "no dispatcher" in checks["service"]["detail"]
 
 
+def test_projects_are_made_changed_and_paused(service: Any, cli: Any) -> None:
+    made = data(cli("project", "create", "zoo", "--weight", "2", "--max-queued", "5", "--json"))
+    assert (made["id"], made["name"], made["weight"], made["max_queued"]) == ("zoo", "zoo", 2.0, 5)
+    assert data(cli("project", "set", "zoo", "--max-queued", "-1", "--json"))["max_queued"] is None
+    assert data(cli("project", "pause", "default", "--json"))["paused"] is True
+    service.submit()
+    assert service.jobs.claim("x", lease_seconds=5) is None
+    assert "paused" in cli("project", "get", "default")[1]
+    assert data(cli("project", "resume", "default", "--json"))["paused"] is False
+    assert {each["id"] for each in data(cli("project", "list", "--json"))["items"]} == {"zoo", "default"}
+    assert cli("project", "get", "absent")[0] == 4
+    assert cli("project", "get", "../x")[0] == 2
+
+
 def test_ctrl_c_detaches_from_a_batch(service: Any, zoo: Path, tmp_path: Path) -> None:
     with service.client() as client:
         batch = client.submit_batch(["demo:smollm2-135m"], ["rtn"])

@@ -80,8 +80,20 @@ def test_it_starts_mends_itself_and_stops_without_a_trace(up: Any) -> None:
         assert client.list().items == ()
         os.kill(facts["pids"]["service"], signal.SIGKILL)
         assert until(lambda: "service is started again" in stderr.read_text(), 20), stderr.read_text()
+        assert "service was killed by signal 9 (SIGKILL); starting" in stderr.read_text()
         assert until(lambda: is_healthy(facts["url"]), 30)
         assert client.list().items == ()
+    collected = subprocess.run(
+        [sys.executable, "-m", "client.main", "gc", "--dry-run", "--home", str(home), "--json"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert collected.returncode == 0, collected.stderr
+    assert json.loads(collected.stdout)["dry_run"] is True
+    open_to_others = [path for path in (*home.iterdir(), *(home / "logs").iterdir()) if path.stat().st_mode & 0o077]
+    assert open_to_others == []
+    assert "/readyz" not in (home / "logs" / "service.log").read_text()
     busy = subprocess.run(command(home, free_port()), capture_output=True, text=True, timeout=60)
     assert (busy.returncode, "another `duquant up`" in busy.stderr) == (2, True)
     assert len(processes_of(home)) >= 4  # storage and its server, service, workers

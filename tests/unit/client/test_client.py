@@ -109,7 +109,7 @@ def test_the_embedded_key_goes_to_the_embedded_service_only(tmp_path: Path, monk
     monkeypatch.setenv("DUQUANT_HOME", str(tmp_path))
     monkeypatch.delenv("DUQUANT_API_KEY", raising=False)
     load_secrets(tmp_path)
-    write_address(tmp_path, "http://127.0.0.1:8123")
+    write_address(tmp_path, "http://127.0.0.1:8123", "http://127.0.0.1:8124")
     with connect(None, None) as client:
         assert client.url == "http://127.0.0.1:8123"
     with connect("http://127.0.0.1:8123/", None):

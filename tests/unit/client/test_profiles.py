@@ -51,7 +51,7 @@ def test_the_order_is_option_profile_environment_default_embedded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     secrets = load_secrets(tmp_path / "home")
-    write_address(tmp_path / "home", "http://127.0.0.1:8123")
+    write_address(tmp_path / "home", "http://127.0.0.1:8123", "http://127.0.0.1:8124")
     assert locate() == ("http://127.0.0.1:8123", secrets.api_key)
     profile("set", "lab", "--url", "https://lab.example", "--key", "lab-key")
     profile("set", "far", "--url", "https://far.example", "--key", "far-key")

@@ -5,7 +5,7 @@
 
 Needs torch with CUDA, Triton, transformers, safetensors, numpy and jaxtyping, and no other package. Nothing is timed
 before all kernels have equalled the reference. Exit status: 0 done; 1 a kernel is wrong, or a section failed (the file
-says which); 3 there is no CUDA device, nothing was done.
+says which); 3 there is no CUDA device, torch or Triton: nothing was done.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-NO_GPU = 3
+NOTHING_DONE = 3
 BUDGET_S = 420.0
 """No section is begun after this; what was measured is written. A section takes up to half a minute."""
 
@@ -36,13 +36,20 @@ def main() -> int:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     for folder in (HERE, HERE.parent):
         sys.path.insert(0, str(folder))
-    import torch
-
+    try:
+        import torch
+        import triton  # noqa: F401
+    except ModuleNotFoundError as err:
+        print(
+            f"this Python has no {err.name}: nothing measured (name another: make bench-gpu PYTHON=...)",
+            file=sys.stderr,
+        )
+        return NOTHING_DONE
     if not arguments.dry_run and not torch.cuda.is_available():
         print(
             "no CUDA device here: nothing measured (a walk through the script on the CPU: --dry-run)", file=sys.stderr
         )
-        return NO_GPU
+        return NOTHING_DONE
     device = torch.device("cpu" if arguments.dry_run else "cuda")
     report = run(device, arguments.only)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -90,11 +97,12 @@ def run(device: Any, only: list[str] | None) -> dict[str, Any]:
 def sections(harness: Any) -> list[tuple[str, Callable[[], Any]]]:
     """Return (name, function) in order of worth: what comes last may fall to the time limit."""
     import gpu_sections as do
+    from gpu_gates import gates
     from gpu_operands import LLAMA2_7B, LLAMA2_70B, TINY
 
     if not harness.is_gpu:
         return [
-            ("gates", lambda: do.gates(harness, [TINY], (66,), only=("down",))),
+            ("gates", lambda: gates(harness, [TINY], (66,), only=("down",))),
             ("ceilings", lambda: do.ceilings(harness)),
             ("linear decode", lambda: do.linears(harness, TINY, 1, is_sweep=True, only=("o",))),
             ("linear prefill", lambda: do.linears(harness, TINY, 257, is_sweep=True, only=("o",))),
@@ -105,7 +113,7 @@ def sections(harness: Any) -> list[tuple[str, Callable[[], Any]]]:
         ]
     small, large = LLAMA2_7B, LLAMA2_70B
     return [
-        ("gates", lambda: do.gates(harness, [small, large], (1, 16, 65, 300))),
+        ("gates", lambda: gates(harness, [small, large], (1, 16, 65, 300))),
         ("ceilings", lambda: do.ceilings(harness)),
         ("layer prefill 7b", lambda: do.layers(harness, small, 1, 2048, 0)),
         ("layer decode 7b", lambda: do.layers(harness, small, 1, 0, 2048)),

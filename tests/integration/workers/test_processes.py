@@ -69,7 +69,7 @@ def shards_of(directory: Path) -> dict[str, bytes]:
 def test_kill_9_in_the_middle_of_a_job_costs_no_finished_layer_and_no_bit(side, s3, pull, tmp_path, model_root):
     if not (model_root / "deeper").exists():
         make_tiny_model(model_root / "deeper", num_hidden_layers=LAYERS)
-    recipe = replace(side.recipe, transform=replace(side.recipe.transform, greedy_steps=512))
+    recipe = replace(side.recipe, transform=replace(side.recipe.transform, greedy_steps=128))
     side.submit(recipe, model="deeper")
     undisturbed = side.run_one()
     assert undisturbed.state is JobState.SUCCEEDED, undisturbed.detail
@@ -113,7 +113,7 @@ def test_sigterm_gives_the_job_back_and_ends_with_status_0(side, s3, tmp_path, m
 def test_a_full_disk_is_the_jobs_reason_and_costs_no_finished_layer(side, s3, tmp_path, model_root, is_freed):
     if not (model_root / "deeper").exists():
         make_tiny_model(model_root / "deeper", num_hidden_layers=LAYERS)
-    job = side.submit(replace(side.recipe, transform=replace(side.recipe.transform, greedy_steps=256)), model="deeper")
+    job = side.submit(replace(side.recipe, transform=replace(side.recipe.transform, greedy_steps=128)), model="deeper")
 
     def done() -> dict[int, tuple[int, str]]:
         return {row.layer: (row.fence, row.key) for row in side.store.layers(job.id) if row.state == "done"}

@@ -57,6 +57,13 @@ inline void store(const Linear& args, int64_t at, __mmask16 mask, __m512 values)
     _mm256_mask_storeu_epi16(static_cast<uint16_t*>(args.out) + at, mask, _mm512_cvtepi32_epi16(rounded));
 }
 
+// Whether all whole numbers on the way to an output are below 2^24, and so exact in float: sums of 4-bit codes (120 a
+// channel, twice) and of weights times the token's zero point (15 a channel).
+inline bool fits_float(const Linear& args, float zero_point) {
+    const float size = zero_point < 0 ? -zero_point : zero_point;
+    return args.x_is_pairs && static_cast<float>(args.channels) * (240.0f + 15.0f * size) < 16777216.0f;
+}
+
 // One tile of sums, (rows, tokens), to outputs: what `finish` in epilogue.h does, sixteen rows at once.
 void finish_tile(const Linear& args, const int32_t* tile, int64_t row, int64_t token) {
     const int64_t rows = args.rows - row < kTile ? args.rows - row : kTile;
@@ -75,14 +82,20 @@ void finish_tile(const Linear& args, const int32_t* tile, int64_t row, int64_t t
     const __m512d sum_low = _mm512_cvtps_pd(_mm512_castps512_ps256(weight_sum));
     const __m512d sum_high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(weight_sum, 1));
     for (int64_t t = 0; t < tokens; ++t) {
-        const __m512d row_sum = _mm512_set1_pd(args.x_row_sum[token + t]);
-        const __m512d zero_point = _mm512_set1_pd(args.x_zero_point[token + t]);
-        __m512d low = _mm512_cvtepi32_pd(_mm512_castsi512_si256(sums[t]));
-        __m512d high = _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(sums[t], 1));
-        low = _mm512_fnmadd_pd(sum_low, zero_point, _mm512_fnmadd_pd(z_low, row_sum, low));
-        high = _mm512_fnmadd_pd(sum_high, zero_point, _mm512_fnmadd_pd(z_high, row_sum, high));
-        __m512 whole = _mm512_castps256_ps512(_mm512_cvtpd_ps(low));
-        whole = _mm512_insertf32x8(whole, _mm512_cvtpd_ps(high), 1);
+        const float row_sum = args.x_row_sum[token + t], zero_point = args.x_zero_point[token + t];
+        __m512 whole;
+        if (fits_float(args, zero_point)) {
+            whole = _mm512_fnmadd_ps(z, _mm512_set1_ps(row_sum), _mm512_cvtepi32_ps(sums[t]));
+            whole = _mm512_fnmadd_ps(weight_sum, _mm512_set1_ps(zero_point), whole);
+        } else {
+            const __m512d by_z = _mm512_set1_pd(row_sum), by_sum = _mm512_set1_pd(zero_point);
+            __m512d low = _mm512_cvtepi32_pd(_mm512_castsi512_si256(sums[t]));
+            __m512d high = _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(sums[t], 1));
+            low = _mm512_fnmadd_pd(sum_low, by_sum, _mm512_fnmadd_pd(z_low, by_z, low));
+            high = _mm512_fnmadd_pd(sum_high, by_sum, _mm512_fnmadd_pd(z_high, by_z, high));
+            whole = _mm512_castps256_ps512(_mm512_cvtpd_ps(low));
+            whole = _mm512_insertf32x8(whole, _mm512_cvtpd_ps(high), 1);
+        }
         whole = _mm512_mul_ps(_mm512_mul_ps(whole, s_w), _mm512_set1_ps(args.x_scale[token + t]));
         if (args.bias != nullptr) whole = _mm512_add_ps(whole, bias);
         store(args, (token + t) * args.rows + row, mask, whole);

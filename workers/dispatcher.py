@@ -179,7 +179,8 @@ class Dispatcher:
         has_progressed = run is not None and run.has_progressed
         tries = 1 if has_progressed else claim.job.attempt
         delay = None if retry_as is None else pause_s(retry_as, tries, first_s=self._settings.retry_seconds)
-        job = self._store.fail(claim, reason, detail, retry_in_seconds=delay, has_progressed=has_progressed)
+        told = self._settings.told(detail)
+        job = self._store.fail(claim, reason, told, retry_in_seconds=delay, has_progressed=has_progressed)
         # A job that was to be cancelled anyway is, whatever went wrong meanwhile.
         ENDINGS.labels(_ENDINGS.get(job.state, "retried")).inc()
         log.warning("job_failed", state=job.state, reason=reason, detail=detail)

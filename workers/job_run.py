@@ -120,7 +120,8 @@ class JobRun(ClaimedRun):
         where = f"layer {step.layer}: " if step.layer >= 0 else ""
         detail = where + (completion.error or "").removeprefix(where)
         if step.kind in ("quantize", "extra"):
-            self._rows[step.layer] = self._store.fail_layer(self._claim, step.layer, completion.error or "")
+            told = self._settings.told(completion.error or "")
+            self._rows[step.layer] = self._store.fail_layer(self._claim, step.layer, told)
         self._check_another_try(completion, detail, self._attempts[step])
 
     def _commit(self, completion: Completion[Task], run: ModelRun, layers: int) -> None:

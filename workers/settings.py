@@ -34,6 +34,13 @@ class WorkerSettings(InfraSettings):
     model_cache: Path | None = None
     """Converted and downloaded models; none means `models` in the home."""
 
+    def told(self, text: str) -> str:
+        """Return a message for users, without the folders that it lies in here: they are nobody else's business."""
+        folders = {*self.model_roots, *self.text_roots, self.models, self.scratch, self.home}
+        for folder in sorted({str(place) for each in folders for place in (each, each.resolve())}, key=len)[::-1]:
+            text = text.replace(f"{folder.rstrip('/')}/", "")
+        return text
+
     @property
     def scratch(self) -> Path:
         """Return the directory of scratch files."""

@@ -127,7 +127,7 @@ def _measure(
 def _base_rss_bytes() -> int:
     """Return the memory of a process that has imported what `duquant quantize` imports, and done nothing."""
     code = (
-        "import resource, duquant.pipeline, client.main; "
+        "import resource, duquant.pipeline, client.app; "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
     )
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)

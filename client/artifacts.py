@@ -1,8 +1,9 @@
 """`duquant artifact`: finished checkpoints."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.progress import DownloadColumn, TransferSpeedColumn
@@ -11,9 +12,10 @@ from client import calls
 from client.connection import Session, on_service
 from client.lists import CursorOption, LimitOption, OfModel, OfRecipe, WithTag, tell_of_more
 from client.models import ArtifactInfo
-from client.output import Format, note, print_pairs, print_table, print_text, show, size, with_output
+from client.output import Format, note, number, print_pairs, print_table, print_text, show, size, with_output
 from client.progress import bar_of
 from client.push import push as send
+from client.times import at
 
 app = typer.Typer(help="Finished checkpoints.", no_args_is_help=True)
 
@@ -85,12 +87,29 @@ def compare(
 ) -> None:
     """Show how two artifacts differ: recipes, measures and files."""
     answer = session.client.run(calls.compare_artifacts(a, b))
-    rows = [(each["field"], each["a"], each["b"]) for each in (*answer["recipe"], *answer["measures"])]
+    sides = (answer["a"], answer["b"])
+    rows: list[tuple[object, ...]] = [
+        (label, *(each[name] for each in sides))
+        for label, name in (("model", "model_name"), ("recipe", "recipe_name"))
+        if sides[0][name] != sides[1][name]
+    ]
+    rows += [(each["field"], *_cells(each)) for each in (*answer["recipe"], *answer["measures"])]
     files = answer["files"]
     rows += [("files that are equal", files["same"], files["same"])]
     rows += [("files that differ", len(files["changed"]), len(files["changed"]))]
     rows += [("files of one only", len(files["only_a"]), len(files["only_b"]))]
-    session.show(answer, lambda: print_table(("", answer["a"]["id"], answer["b"]["id"]), rows))
+
+    def people() -> None:
+        print_table(("", sides[0]["id"], sides[1]["id"]), rows)
+        for label, names in (
+            ("differ", files["changed"]),
+            (f"only {sides[0]['id']}", files["only_a"]),
+            (f"only {sides[1]['id']}", files["only_b"]),
+        ):
+            for name in names:
+                print_text(f"{label}: {name}")
+
+    session.show(answer, people)
 
 
 @app.command()
@@ -132,6 +151,15 @@ def delete(
     session.show({"deleted": artifact_id}, lambda: print_text(f"{artifact_id} is deleted"))
 
 
+def _cells(difference: Mapping[str, Any]) -> tuple[object, object]:
+    """Return both values of a difference, for people."""
+
+    def cell(value: Any) -> object:
+        return size(value) if difference["field"] == "size_bytes" and value is not None else number(value)
+
+    return cell(difference["a"]), cell(difference["b"])
+
+
 def _measured(artifact: ArtifactInfo) -> str | None:
     perplexity = artifact.evaluations[0].perplexity if artifact.evaluations else None
     return None if perplexity is None else f"{perplexity:.2f}"
@@ -147,8 +175,8 @@ def _report(session: Session, artifact: ArtifactInfo) -> None:
         "perplexity": _measured(artifact),
         "tags": ", ".join(artifact.tags) or None,
         "outdated by": artifact.outdated,
-        "kept until": artifact.expires_at,
-        "made": artifact.raw["created_at"],
+        "kept until": at(artifact.expires_at),
+        "made": at(artifact.raw["created_at"]),
     }
     session.show(artifact.raw, lambda: print_pairs(pairs))
 

@@ -63,7 +63,15 @@ def segment(name: str, what: str = "job id", example: str = "job_0199a1b2...") -
 
 
 def _artifact(name: str) -> str:
-    return segment(name, "artifact id", "art_0199a1b2...")
+    return _of_kinds(name, "artifact", "art_")
+
+
+def _of_kinds(name: str, what: str, prefix: str) -> str:
+    """Return the id of such a thing, or of the job that has made it."""
+    segment(name, f"{what} id", f"{prefix}0199a1b2...")
+    if not name.startswith((prefix, "job_")):
+        raise BadInputError(f"{name!r} is no {what}; give its id ({prefix}...) or that of its job (job_...)")
+    return name
 
 
 def _tag(name: str) -> str:
@@ -130,7 +138,7 @@ def artifact_files(name: str) -> Call[Artifact]:
     """Read an artifact's files, by its id or its job's, with fresh links."""
     if name.startswith("art_"):
         return _get(f"/v1/artifacts/{_artifact(name)}/files", Artifact.from_json)
-    return _get(f"/v1/jobs/{segment(name)}/artifact", Artifact.from_json)
+    return _get(f"/v1/jobs/{_artifact(name)}/artifact", Artifact.from_json)
 
 
 def get_artifact(name: str) -> Call[ArtifactInfo]:
@@ -184,8 +192,7 @@ def submit_evaluation(
 
 def get_evaluation(name: str) -> Call[Evaluation]:
     """Read what was measured, by the evaluation's id or its job's."""
-    path = f"/v1/evaluations/{segment(name, 'evaluation id', 'eval_0199a1b2...')}"
-    return _get(path, Evaluation.from_json)
+    return _get(f"/v1/evaluations/{_of_kinds(name, 'evaluation', 'eval_')}", Evaluation.from_json)
 
 
 def list_evaluations(**filters: Any) -> Call[Page[Evaluation]]:

@@ -9,8 +9,9 @@ from client.connection import Session, on_service
 from client.jobs import TextOption, TimeoutOption, WaitFlag, check_job, report_job, text_source
 from client.lists import CursorOption, LimitOption, OfModel, tell_of_more
 from client.models import Evaluation
-from client.output import note, print_pairs, print_table, size
+from client.output import note, number, print_pairs, print_table, size
 from client.progress import follow_job
+from client.times import at
 
 app = typer.Typer(help="Measure artifacts and models.", no_args_is_help=True)
 
@@ -61,7 +62,13 @@ def list_evaluations(
     """List what was measured, newest first."""
     page = session.client.run(calls.list_evaluations(artifact=artifact, model=model, limit=limit, cursor=cursor))
     rows = [
-        (each.id, each.model_name, each.artifact_id or "unquantized", each.perplexity, each.metrics.get("windows"))
+        (
+            each.id,
+            each.model_name,
+            each.artifact_id or "unquantized",
+            number(each.perplexity),
+            each.metrics.get("windows"),
+        )
         for each in page.items
     ]
     columns = ("evaluation", "model", "artifact", "perplexity", "windows")
@@ -85,10 +92,11 @@ def _report(session: Session, evaluation: Evaluation) -> None:
         "evaluation": evaluation.id,
         "model": evaluation.model_name,
         "artifact": evaluation.artifact_id or "unquantized",
-        "perplexity": evaluation.perplexity,
+        "perplexity": number(evaluation.perplexity),
         "tokens": metrics.get("tokens"),
         "windows": metrics.get("windows"),
-        "tokens per second": metrics.get("tokens_per_second"),
+        "tokens per second": number(metrics.get("tokens_per_second")),
         "model size": size(metrics["model_bytes"]) if "model_bytes" in metrics else None,
+        "made": at(evaluation.raw["created_at"]),
     }
     session.show(evaluation.raw, lambda: print_pairs(pairs))

@@ -1,6 +1,5 @@
 """`duquant job`: work on a running service."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +14,7 @@ from client.models import Job
 from client.output import duration, note, print_pairs, print_table, size
 from client.progress import follow_job
 from client.recipes import is_file_name, preset_names, read_data_file
+from client.times import ago, at, took
 
 app = typer.Typer(help="Jobs on a running service.", no_args_is_help=True)
 
@@ -27,6 +27,8 @@ TextOption = Annotated[
     str | None,
     typer.Option(help="The id of an uploaded text, a file below the server's roots, or builtin:pydoc-topics[:PART]."),
 ]
+SamplesOption = Annotated[int | None, typer.Option(help="Windows of calibration text.")]
+SeqLenOption = Annotated[int | None, typer.Option(help="Tokens in a window.")]
 RecipeOption = Annotated[
     str | None, typer.Option(help="A preset, or a recipe file (.json or .yaml).", autocompletion=preset_names)
 ]
@@ -39,8 +41,8 @@ def submit(
     model: Annotated[str, typer.Argument(help="demo:NAME, local:NAME or hub:OWNER/NAME@COMMIT.")],
     recipe: RecipeOption = None,
     calibration: TextOption = None,
-    samples: Annotated[int | None, typer.Option(help="Windows of calibration text.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
+    samples: SamplesOption = None,
+    seq_len: SeqLenOption = None,
     priority: Annotated[int | None, typer.Option(help="0 to 1000; lower numbers start first. [default: 100]")] = None,
     queue: Annotated[str | None, typer.Option(help="The queue that it waits in.")] = None,
     after: Annotated[
@@ -52,14 +54,10 @@ def submit(
     timeout: TimeoutOption = None,
 ) -> None:
     """Submit a quantization job. The same work again returns the job that is there."""
-    changes: dict[str, Any] = {"samples": samples, "seq_len": seq_len}
-    if calibration is not None:
-        changes["source"] = text_source(session, calibration, "calibration")
-    changes = {name: value for name, value in changes.items() if value is not None}
     job = session.client.submit(
         model,
         recipe_value(recipe),
-        calibration=changes or None,
+        calibration=_calibration(session, calibration, samples, seq_len),
         evaluate={} if evaluate else None,
         priority=priority,
         force=force,
@@ -73,6 +71,13 @@ def submit(
     report_job(session, job, reused=reused)
     if wait_for_it:
         check_job(job)
+
+
+def _calibration(session: Session, text: str | None, samples: int | None, seq_len: int | None) -> dict[str, Any] | None:
+    """Return the changes to the recipe's calibration; none when there are none."""
+    source = None if text is None else text_source(session, text, "calibration")
+    changes = {"source": source, "samples": samples, "seq_len": seq_len}
+    return {name: value for name, value in changes.items() if value is not None} or None
 
 
 def recipe_value(recipe: str | None) -> Any:
@@ -121,11 +126,16 @@ def list_jobs(
             job.model,
             job.recipe_name,
             f"{job.phase} {job.done}/{job.total}" if job.total else "",
+            ago(job.raw["created_at"]),
+            took(job.raw),
+            _gpu(job),
+            job.reason,
         )
         for job in page.items
     ]
     data = {"items": [job.raw for job in page.items], "next_cursor": page.next_cursor}
-    session.show(data, lambda: print_table(("job", "kind", "state", "model", "recipe", "progress"), rows))
+    columns = ("job", "kind", "state", "model", "recipe", "progress", "created", "took", "GPU time", "reason")
+    session.show(data, lambda: print_table(columns, rows))
     tell_of_more("job list", page.next_cursor)
 
 
@@ -165,17 +175,55 @@ def estimate(
     session: Session,
     model: Annotated[str, typer.Argument(help="demo:NAME, local:NAME or hub:OWNER/NAME@COMMIT.")],
     recipe: RecipeOption = None,
+    calibration: TextOption = None,
+    samples: SamplesOption = None,
+    seq_len: SeqLenOption = None,
 ) -> None:
     """Say how long a job would take and how large its artifact would be. Nothing is queued."""
-    answer = session.client.run(calls.estimate_job(model, recipe_value(recipe)))
+    answer = session.client.run(
+        calls.estimate_job(
+            model, recipe_value(recipe), calibration=_calibration(session, calibration, samples, seq_len)
+        )
+    )
     seconds, count = answer["time"]["seconds"], answer["size"]["bytes"]
     pairs = {
-        "time": None if seconds is None else duration(seconds),
-        "known from": f"{answer['time']['basis']}, {answer['time']['jobs']} jobs",
-        "size": None if count is None else size(count),
+        "time": "not known: no job like it has finished yet" if seconds is None else duration(seconds),
+        "known from": _basis(answer["time"]),
+        "size": "not known" if count is None else size(count),
+        "size known from": _basis(answer["size"]),
         "there already": answer["reuses"],
     }
     session.show(answer, lambda: print_pairs(pairs))
+
+
+def _basis(known: Mapping[str, Any]) -> str | None:
+    """Say what an estimate rests on; none when there is no estimate."""
+    jobs = f"{known['jobs']} finished job{'' if known['jobs'] == 1 else 's'}"
+    words = {
+        "same_work": f"{jobs} with this model and recipe",
+        "same_model": f"{jobs} with this model and other recipes",
+        "same_recipe": f"{jobs} with this recipe and other models",
+        "shape": "the shape of the model",
+        "none": None,
+    }
+    return words.get(known["basis"], f"{known['basis']}, {jobs}")
+
+
+def _gpu(job: Job) -> str | None:
+    return duration(job.raw["gpu_seconds"]) if job.raw.get("gpu_seconds") else None
+
+
+def _result(job: Job) -> dict[str, str | None]:
+    """Return what a job that succeeded has made or measured."""
+    result = job.result or {}
+    artifact, metrics = result.get("artifact"), result.get("metrics") or {}
+    perplexity, windows = metrics.get("perplexity"), metrics.get("windows")
+    return {
+        "artifact": artifact and f"{artifact['files']} files, {size(artifact['size_bytes'])}",
+        "perplexity": None if perplexity is None else f"{perplexity:.4f}",
+        "measured on": windows and f"{windows} windows of {metrics.get('seq_len')} tokens",
+        "measured": result.get("artifact_job_id"),
+    }
 
 
 def report_job(session: Session, job: Job, *, reused: bool | None = None) -> None:
@@ -193,7 +241,12 @@ def report_job(session: Session, job: Job, *, reused: bool | None = None) -> Non
         "place in the queue": job.queue_position,
         "time left": None if job.eta_seconds is None else duration(job.eta_seconds),
         "evaluation": job.evaluation_job_id,
-        "result": json.dumps(job.result) if job.result else None,
+        "created": at(job.raw["created_at"]),
+        "started": at(job.raw["started_at"]),
+        "finished": at(job.raw["finished_at"]),
+        "took": took(job.raw),
+        "GPU time": _gpu(job),
+        **_result(job),
     }
     session.show(job.raw if reused is None else {**job.raw, "reused": reused}, lambda: print_pairs(pairs))
 

@@ -7,6 +7,7 @@ import typer
 from client import calls
 from client.connection import Session, on_service
 from client.output import duration, print_pairs, print_table, size
+from client.times import ago
 
 models = typer.Typer(help="Models that the service has.", no_args_is_help=True)
 queues = typer.Typer(help="Queues of the service.", no_args_is_help=True)
@@ -57,9 +58,9 @@ def resume(session: Session, name: QueueArgument) -> None:
 def list_workers(session: Session) -> None:
     """List the dispatchers."""
     items = session.client.run(calls.list_workers())
-    names = ("name", "executor", "device", "slots", "running", "seen_at")
-    rows = [[each.get(name) for name in names] for each in items]
-    session.show({"items": items}, lambda: print_table(("worker", *names[1:-1], "seen"), rows))
+    names = ("name", "executor", "device", "slots", "running")
+    rows = [[*(each.get(name) for name in names), ago(each["seen_at"])] for each in items]
+    session.show({"items": items}, lambda: print_table(("worker", *names[1:], "seen"), rows))
 
 
 @on_service
@@ -87,7 +88,15 @@ def failures(session: Session) -> None:
 
 
 def _report_queue(session: Session, queue: dict[str, Any]) -> None:
-    session.show(queue, lambda: print_pairs(queue))
+    pairs = {
+        "queue": queue["name"],
+        "state": "paused" if queue["paused"] else "open",
+        "waiting": queue["waiting"],
+        "running": queue["running"],
+        "max running": queue["max_running"],
+        "oldest wait": _wait(queue),
+    }
+    session.show(queue, lambda: print_pairs(pairs))
 
 
 def _wait(queue: dict[str, Any]) -> str | None:

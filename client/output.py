@@ -123,6 +123,15 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def number(value: object) -> object:
+    """Round a number for people to six digits; leave everything else as it is.
+
+    >>> number(21.123456789), number(1234567), number("x")
+    ('21.1235', 1234567, 'x')
+    """
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
 def size(count: int) -> str:
     """Write a number of bytes for people.
 

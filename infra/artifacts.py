@@ -217,7 +217,8 @@ class ArtifactStore:
             tagged = select(artifact_tags.c.tag).where(artifact_tags.c.artifact_id == artifact.id)
             tags = connection.execute(tagged.order_by(artifact_tags.c.tag)).scalars().all()
             if tags and not force:
-                raise ArtifactConflict(f"{artifact.id} is tagged {', '.join(tags)}", artifact_id=artifact.id)
+                detail = f"{artifact.id} is tagged {', '.join(tags)}; take that away first, or use force (--force)"
+                raise ArtifactConflict(detail, artifact_id=artifact.id)
             if (user := self._user(connection, artifact)) is not None:
                 raise ArtifactConflict(f"{user} needs {artifact.id} and has not ended", artifact_id=artifact.id)
             connection.execute(delete(artifact_tags).where(artifact_tags.c.artifact_id == artifact.id))

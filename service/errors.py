@@ -52,6 +52,9 @@ TYPE_PREFIX = "urn:duquant:problem:"
 _BY_STATUS = {404: "not-found", 405: "method-not-allowed", 413: "body-too-large", 415: "unsupported-media-type"}
 
 
+UNION_MARK = "union:"
+"""What tags of unions begin with: pydantic names them in the paths of errors, but no request has them."""
+
 Location = Literal["body", "query", "path", "header"]
 
 
@@ -143,7 +146,7 @@ def _joined(path: list[Any], field: str) -> list[Any]:
 
 
 def _field_problem(error: Mapping[str, Any]) -> FieldProblem:
-    location, *path = error["loc"]
+    location, *path = (part for part in error["loc"] if not str(part).startswith(UNION_MARK))
     cause = error.get("ctx", {}).get("error")
     detail = error["msg"]
     if isinstance(cause, ValueError):

@@ -39,11 +39,14 @@ class ModelTag(BaseModel):
 
 def _kind(value: object) -> str:
     given = value if isinstance(value, dict) else value.__dict__ if isinstance(value, BaseModel) else {}
-    return next((name for name in ("tag", "prefix") if name in given), "name")
+    # With a mark that errors lose again: it is no field of the request.
+    return next((f"union:{name}" for name in ("tag", "prefix") if name in given), "union:name")
 
 
 ModelSelector = Annotated[
-    Annotated[ModelRequest, Tag("name")] | Annotated[ModelPrefix, Tag("prefix")] | Annotated[ModelTag, Tag("tag")],
+    Annotated[ModelRequest, Tag("union:name")]
+    | Annotated[ModelPrefix, Tag("union:prefix")]
+    | Annotated[ModelTag, Tag("union:tag")],
     Discriminator(_kind),
 ]
 

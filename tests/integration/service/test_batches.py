@@ -165,10 +165,10 @@ def test_a_batch_is_made_once_for_a_key_and_needs_one(service: Any) -> None:
 _REFUSED: list[tuple[dict[str, Any], Any, str]] = [
     ({}, "validation-failed", "/models"),
     ({"models": []}, "validation-failed", "/models"),
-    ({"models": [{}]}, "validation-failed", "/models/0/name/source"),
-    ({"models": [{"source": "hub", "prefix": "a"}]}, "validation-failed", "/models/0/prefix/source"),
-    ({"models": [{"tag": "a b"}]}, "validation-failed", "/models/0/tag/tag"),
-    ({"models": ["demo:smollm2-135m"]}, "validation-failed", "/models/0/name"),
+    ({"models": [{}]}, "validation-failed", "/models/0/source"),
+    ({"models": [{"source": "hub", "prefix": "a"}]}, "validation-failed", "/models/0/source"),
+    ({"models": [{"tag": "a b"}]}, "validation-failed", "/models/0/tag"),
+    ({"models": ["demo:smollm2-135m"]}, "validation-failed", "/models/0"),
     ({"models": [DEMO], "recipes": []}, "validation-failed", "/recipes"),
     ({"models": [DEMO], "recipes": ["absent"]}, "validation-failed", "/recipes/0/recipe"),
     ({"models": [DEMO], "calibration": {"samples": 0}}, "validation-failed", "/calibration/samples"),
@@ -252,3 +252,21 @@ def test_outdated_artifacts_are_made_again_with_todays_preset(service: Any, monk
     recipe = preset("rtn")
     assert jobs["rtn"].fingerprint == work_fingerprint("demo:smollm2-135m", recipe, None)
     assert post(service, {"tag": "absent"}, path).json() == {"items": [], "batch": None}
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("local:llama-a", '{"source": "local", "name": "llama-a"}'),
+        ("local:llama*", '{"source": "local", "prefix": "llama"}'),
+        ("tag:prod", '{"tag": "prod"}'),
+    ],
+)
+def test_a_model_as_text_is_told_how_to_write_it(shared_service: Any, text: str, meant: str) -> None:
+    answer = post(shared_service, {"models": [text]})
+    assert answer.status_code == 422
+    assert [(each["pointer"], meant in each["detail"]) for each in answer.json()["errors"]] == [("/models/0", True)]
+    single = shared_service.http.post("/v1/jobs", json={"model": "local:llama-a"}).json()["errors"]
+    assert [(each["pointer"], '{"source": "local", "name": "llama-a"}' in each["detail"]) for each in single] == [
+        ("/model", True)
+    ]

@@ -104,7 +104,9 @@ def test_artifacts_are_listed_tagged_compared_measured_pulled_and_deleted(
     assert [each["id"] for each in data(cli("artifact", "list", "--tag", "be*", "--json"))["items"]] == [a["id"]]
     difference = data(cli("artifact", "compare", a["id"], b["id"], "--json"))
     assert "transform.rotation" in {each["field"] for each in difference["recipe"]}
-    assert "transform.rotation" in cli("artifact", "compare", a["id"], b["id"])[1]
+    shown = cli("artifact", "compare", a["id"], b["id"])[1]
+    assert "transform.rotation" in shown
+    assert f"only {a['id']}" not in shown
 
     waiting = data(cli("evaluation", "submit", a["id"], "--windows", "2", "--json"))
     assert waiting["kind"] == "evaluate"
@@ -122,7 +124,8 @@ def test_artifacts_are_listed_tagged_compared_measured_pulled_and_deleted(
     until = "2036-01-31T00:00:00Z"
     assert data(cli("artifact", "keep", b["id"], "--until", until, "--json"))["expires_at"].startswith("2036-01-31")
     assert data(cli("artifact", "keep", b["id"], "--json"))["expires_at"] is None
-    assert cli("artifact", "delete", a["id"])[0] == 1, "it has a tag"
+    status, _, err = cli("artifact", "delete", a["id"])
+    assert (status, "--force" in err) == (1, True), "it has a tag"
     assert data(cli("artifact", "untag", a["id"], "best", "--json"))["tags"] == []
     assert cli("artifact", "delete", a["id"])[0] == 0
     assert cli("artifact", "get", a["id"])[0] == 4
@@ -142,7 +145,44 @@ def test_jobs_are_retried_estimated_ordered_and_filtered(service: Any, cli: Any)
     listed = data(cli("job", "list", "--recipe", "rtn", "--kind", "quantize", "--json"))["items"]
     assert [each["id"] for each in listed] == [job["id"]]
     assert "time" in data(cli("job", "estimate", "demo:smollm2-135m", "--recipe", "rtn", "--json"))
-    assert cli("job", "estimate", "demo:smollm2-135m")[0] == 0
+    assert "no job like it has finished" in cli("job", "estimate", "demo:smollm2-135m", "--samples", "3")[1]
+    status, _, err = cli("job", "estimate", "demo:smollm2-135m", "--seq-len", "0")
+    assert (status, "/calibration/seq_len" in err) == (2, True)
+
+
+def test_people_see_when_jobs_ran_what_they_made_and_why_they_failed(service: Any, cli: Any) -> None:
+    made = service.finished_job(layers=2)  # layers of 0.5, 1.5 and 2.5 s
+    shown = dict(line.split("  ", 1) for line in cli("job", "get", made.id)[1].splitlines())
+    shown = {name.strip(): value.strip() for name, value in shown.items()}
+    assert shown["created"].endswith(" ago)")
+    assert {"started", "finished", "took"} <= set(shown)
+    assert (shown["GPU time"], shown["artifact"]) == ("4.5 s", "4 files, 4.5 MB")
+    assert "{" not in "".join(shown.values()), "no JSON"
+    failed = service.submit()
+    service.jobs.fail(service.claim(), "bad_input", "the text is too short")
+    lines = cli("job", "list")[1].splitlines()
+    assert lines[0].split()[-4:] == ["took", "GPU", "time", "reason"]
+    assert lines[1].split()[0] == failed["id"]
+    assert lines[1].endswith("bad_input")
+    assert (" ago " in lines[2], "4.5 s" in lines[2]) == (True, True)
+
+
+def test_artifacts_that_differ_name_their_models_and_files(service: Any, cli: Any) -> None:
+    a, b = service.finished_job(layers=2), None
+    service.enqueue(model_name="other", recipe_name="mine")
+    claim = service.claim()
+    service.do_layers(claim, 1)
+    b = service.finish(claim)
+    lines = [line.split() for line in cli("artifact", "compare", a.id, b.id)[1].splitlines()]
+    assert ["model", "smollm2-135m", "other"] in lines
+    assert ["recipe", "duquant", "mine"] in lines
+    assert lines[-1][-1] == "model-layer-0001.safetensors"
+
+
+@pytest.mark.parametrize("arguments", [("artifact", "pull"), ("artifact", "get"), ("evaluation", "get")])
+def test_a_word_that_is_no_id_is_told_what_one_looks_like(cli: Any, arguments: tuple[str, str]) -> None:
+    status, _, err = cli(*arguments, "nope")
+    assert (status, "'nope' is no" in err, "job_..." in err) == (2, True, True), err
 
 
 def test_operators_see_and_steer_what_runs(service: Any, cli: Any) -> None:

@@ -33,6 +33,30 @@ def test_a_recipe_shown_as_yaml_is_a_recipe_file(tmp_path, capsys: pytest.Captur
     assert json.loads(capsys.readouterr().out) == shown
 
 
+def test_ctrl_c_while_modules_are_imported_is_quiet() -> None:
+    program = """
+import sys
+from client.main import main
+
+class Impatient:
+    def find_spec(self, name, path=None, target=None):
+        if name == "client.app":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Impatient())
+main(["recipe", "list"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_it_calls_itself_by_its_name() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "client.main", "job", "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.lstrip().startswith("Usage: duquant job ")
+
+
 def test_an_unknown_format_is_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["recipe", "list", "-o", "xml"]) == 2
     assert "xml" in capsys.readouterr().err

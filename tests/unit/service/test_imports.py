@@ -6,7 +6,7 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("module", ["service.app", "client.main"])
+@pytest.mark.parametrize("module", ["service.app", "client.app"])
 def test_importing_loads_no_heavy_library(module: str) -> None:
     program = (
         f"import sys, {module}; print([m for m in ('torch', 'ray', 'transformers', 'triton') if m in sys.modules])"

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.integration
 TEXT = {"kind": "file", "name": "text.txt", "part": "evaluation"}
 
 
-def test_an_artifact_and_its_model_are_measured_as_the_command_line_does(side, pull, tmp_path, model_root):
+def test_an_artifact_and_its_model_are_measured_as_the_command_line_does(side, pull, tmp_path, model_root, capfd):
     side.submit()
     made = side.run_one()
     artifact = pull(made, tmp_path / "artifact")
@@ -33,6 +33,7 @@ def test_an_artifact_and_its_model_are_measured_as_the_command_line_does(side, p
         assert job.result["artifact_job_id"] == (artifact_job and artifact_job.id)
         assert (job.phase, job.progress_done, job.progress_total) == ("windows", 4, 4)
         assert not list((tmp_path / "work").glob("job_*")), "scratch files stay behind"
+    assert "Loading weights" not in capfd.readouterr().err, "bars among the lines of the log"
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def linear_config(tokens: int, out_features: int, row_bytes: int, capability: tu
     >>> linear_config(2048, 4096, 2048, (9, 0)).block_m
     256
     >>> linear_config(1, 4096, 2048, (9, 0)).split
-    4
+    8
     """
     if tokens <= DECODE_ROWS:
         block_m = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
@@ -100,7 +100,7 @@ def attention_config(groups: int, rows: int, tokens: int, head_dim: int) -> Atte
     growing cache compiles few variants.
 
     >>> attention_config(64 * 32, 1, 2048, 128).steps, attention_config(32, 1, 2048, 128).steps
-    (32, 4)
+    (32, 2)
     """
     tile = 64 if head_dim <= 128 else 32
     steps = 32

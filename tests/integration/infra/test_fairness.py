@@ -151,7 +151,8 @@ def test_a_tenant_may_have_so_many_waiting_jobs(desk, store: JobStore, set_tenan
     desk.add("b", run_at=2**43)
     with pytest.raises(QuotaExceeded) as refused:
         desk.add("c")
-    assert refused.value.facts == {"quota": "max_queued", "limit": 2, "used": 2}
+    assert refused.value.facts == {"quota": "max_queued", "limit": 2, "used": 2, "is_final": False}
+    assert "has 2, and this would add 1" in str(refused.value)
     # The same work again is no more work.
     assert not store.enqueue(desk.new_job("a"), actor="tester")[1]
     desk.claim()

@@ -9,23 +9,41 @@ import hashlib
 import json
 import types
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from duquant.errors import ConfigError
 
-_PYDANTIC: dict[str, Any] = {"extra": "forbid", "use_attribute_docstrings": True}
+_T = TypeVar("_T")
+
+STRICT_FIELDS: dict[str, Any] = {"extra": "forbid", "use_attribute_docstrings": True}
+"""For pydantic, which reads these dataclasses where they are part of a request."""
 
 ALGORITHM_VERSION = 1
 """Part of every fingerprint. Raise it when the same recipe would give other bytes than before."""
 
 
-def _check_range(owner: str, name: str, value: int | float, low: int | float, high: int | float) -> None:
+LATER: Mapping[str, bool] = {"later": True}
+"""Marks a field that older recipes did not have: while it has its default, it does not count in a recipe's digest, so
+that artifacts made before are still found."""
+
+
+def check_range(owner: str, name: str, value: int | float, low: int | float, high: int | float) -> None:
+    """Refuse a value outside [low, high].
+
+    Raises:
+        ConfigError: it is outside, or NaN; the message names field `owner.name`.
+    """
     if not low <= value <= high:  # NaN is not, either
         raise ConfigError(f"{owner}.{name} is {value}; it must be between {low} and {high}", field=f"{owner}.{name}")
 
 
-def _check_choice(owner: str, name: str, value: object, choices: tuple[object, ...]) -> None:
+def check_choice(owner: str, name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Refuse a value that is not one of the choices.
+
+    Raises:
+        ConfigError: it is not; the message names field `owner.name`.
+    """
     if value not in choices:
         allowed = ", ".join(str(choice) for choice in choices)
         raise ConfigError(f"{owner}.{name} is {value!r}; it must be one of: {allowed}", field=f"{owner}.{name}")
@@ -35,7 +53,7 @@ def _check_choice(owner: str, name: str, value: object, choices: tuple[object, .
 class TextSource:
     """Where calibration or evaluation text comes from."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _PYDANTIC
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_FIELDS
 
     kind: Literal["builtin", "file", "object", "hub", "random", "self"] = "builtin"
     """builtin: text that ships with Python; file: a text or JSONL file; object: a key in the object store;
@@ -53,8 +71,8 @@ class TextSource:
 
     def __post_init__(self) -> None:
         kinds = get_args(TextSource.__dataclass_fields__["kind"].type)
-        _check_choice("source", "kind", self.kind, kinds)
-        _check_choice("source", "part", self.part, ("all", "calibration", "evaluation"))
+        check_choice("source", "kind", self.kind, kinds)
+        check_choice("source", "part", self.part, ("all", "calibration", "evaluation"))
         if self.kind in ("builtin", "file", "object", "hub") and not self.name:
             raise ConfigError(f"source.name is empty; a {self.kind} source needs one", field="source.name")
         if self.kind == "builtin" and self.name != "pydoc-topics":
@@ -65,19 +83,30 @@ class TextSource:
 class TransformConfig:
     """The transform of each site: T(X) = ((X / smooth_scale) R1)[:, perm] R2."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _PYDANTIC
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_FIELDS
 
     smooth_alpha: float | None = None
     """Migration strength of the smoothing scale, |X|^alpha / |W|^(1 - alpha) per channel; null leaves smoothing out."""
-    smooth_statistic: Literal["absmax", "rms"] = "absmax"
-    """What the smoothing scale compares: largest magnitudes, or root mean squares, the better before a rotation."""
+    smooth_strength: Literal["fixed", "search"] = field(default="fixed", metadata=LATER)
+    """fixed: smooth_alpha everywhere; search: for each site the strength of least output error, no smoothing included."""
+    smooth_statistic: Literal["absmax", "rms", "mean"] = "absmax"
+    """What the smoothing scale compares: largest magnitudes, or root mean squares, the better before a rotation. mean:
+    mean magnitudes of the inputs, |X|^alpha, whatever the weights are (AWQ)."""
+    smooth_learned: bool = field(default=False, metadata=LATER)
+    """Learn the smoothing scales from where the above puts them, on each layer's output, but those of mlp_out (OmniQuant);
+    see learning."""
+    fold_gains: bool = field(default=False, metadata=LATER)
+    """Move the norms' gains into the weights that follow, so that rotations see inputs without them (QuaRot)."""
     rotation: Literal["none", "greedy", "hadamard", "balanced"] = "none"
     """greedy: the paper's search on the outlier channel; hadamard: random-sign Hadamard blocks, no search; balanced:
     invertible blocks of least expected output error, computed from the second moments of inputs and weights."""
-    permutation: Literal["none", "zigzag"] = "none"
-    """zigzag: deal channels, largest first, back and forth over the blocks between R1 and R2."""
+    permutation: Literal["none", "zigzag", "transpose"] = "none"
+    """zigzag: deal channels, largest first, back and forth over the blocks between R1 and R2. transpose: channel j of
+    block i becomes channel i of block j; with rotation=hadamard R1 and R2 then are one Hadamard matrix over all
+    channels, whose factors' sides are chosen by the width."""
     block_size: int = 128
-    """Largest side of a rotation block. A width it does not divide takes its largest divisor below."""
+    """Largest side of a rotation block. A width it does not divide takes its largest divisor below. Not used with
+    permutation=transpose."""
     shared_rotation: bool = True
     """One rotation for all blocks of a site (the authors' code), or one for each block (the paper)."""
     greedy_steps: int = 256
@@ -89,14 +118,15 @@ class TransformConfig:
 
     def __post_init__(self) -> None:
         if self.smooth_alpha is not None:
-            _check_range("transform", "smooth_alpha", self.smooth_alpha, 0.0, 1.0)
-        _check_choice("transform", "smooth_statistic", self.smooth_statistic, ("absmax", "rms"))
-        _check_choice("transform", "rotation", self.rotation, ("none", "greedy", "hadamard", "balanced"))
-        _check_choice("transform", "permutation", self.permutation, ("none", "zigzag"))
-        _check_range("transform", "block_size", self.block_size, 2, 32768)
-        _check_range("transform", "greedy_steps", self.greedy_steps, 1, 4096)
-        _check_range("transform", "balance_alpha", self.balance_alpha, 0.0, 1.0)
-        _check_range("transform", "balance_damp", self.balance_damp, 1e-6, 1.0)
+            check_range("transform", "smooth_alpha", self.smooth_alpha, 0.0, 1.0)
+        check_choice("transform", "smooth_strength", self.smooth_strength, ("fixed", "search"))
+        check_choice("transform", "smooth_statistic", self.smooth_statistic, ("absmax", "rms", "mean"))
+        check_choice("transform", "rotation", self.rotation, ("none", "greedy", "hadamard", "balanced"))
+        check_choice("transform", "permutation", self.permutation, ("none", "zigzag", "transpose"))
+        check_range("transform", "block_size", self.block_size, 2, 32768)
+        check_range("transform", "greedy_steps", self.greedy_steps, 1, 4096)
+        check_range("transform", "balance_alpha", self.balance_alpha, 0.0, 1.0)
+        check_range("transform", "balance_damp", self.balance_damp, 1e-6, 1.0)
         if self.rotation == "balanced" and self.shared_rotation:
             raise ConfigError(
                 "transform.shared_rotation is true, but transform.rotation 'balanced' gives each block its own",
@@ -104,9 +134,34 @@ class TransformConfig:
             )
         if self.permutation != "none" and self.rotation == "none":
             raise ConfigError(
-                "transform.permutation is 'zigzag' without a rotation; a permutation alone changes nothing",
+                f"transform.permutation is {self.permutation!r} without a rotation; a permutation alone changes nothing",
                 field="transform.permutation",
             )
+        if self.permutation == "transpose" and (self.rotation != "hadamard" or not self.shared_rotation):
+            raise ConfigError(
+                "transform.permutation 'transpose' takes rotation='hadamard' and a shared_rotation",
+                field="transform.permutation",
+            )
+        self._check_smoothing()
+
+    def _check_smoothing(self) -> None:
+        if self.smooth_strength == "search" and self.smooth_alpha is not None:
+            raise ConfigError(
+                "transform.smooth_alpha is only used with transform.smooth_strength='fixed'",
+                field="transform.smooth_alpha",
+            )
+        if self.fold_gains and (self.is_smoothed or self.smooth_learned):
+            raise ConfigError("transform.fold_gains takes no smoothing", field="transform.fold_gains")
+        if self.smooth_learned and self.rotation != "none":
+            raise ConfigError(
+                "transform.smooth_learned takes rotation='none': rotated weights are computed once, before learning",
+                field="transform.smooth_learned",
+            )
+
+    @property
+    def is_smoothed(self) -> bool:
+        """Whether smoothing scales are computed at all."""
+        return self.smooth_alpha is not None or self.smooth_strength == "search"
 
     @property
     def is_balanced(self) -> bool:
@@ -118,17 +173,19 @@ class TransformConfig:
 class WeightConfig:
     """How the linears' weights are rounded."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _PYDANTIC
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_FIELDS
 
     bits: int = 4
     """Bits of a weight code: 4 or 8."""
     symmetric: bool = False
     """Symmetric grids have no zero point."""
     group_size: int | None = None
-    """Input channels that share one scale; null is one scale per output channel."""
-    clip: Literal["none", "fixed", "search", "output"] = "none"
+    """Input channels that share one scale; null is one scale per output channel. A width it does not divide takes its
+    largest divisor below."""
+    clip: Literal["none", "fixed", "search", "output", "learned"] = "none"
     """none: the full range; fixed: clip_ratio times it; search: the ratios of least squared error, row by row, channels
-    weighed by their inputs; output: the ratios of least output error, row by row, by the inputs' second moment."""
+    weighed by their inputs; output: the ratios of least output error, row by row, by the inputs' second moment; learned:
+    two ratios for each row, by gradients of the layer's output error; see learning."""
     clip_ratio: float = 1.0
     """The ratio of clip=fixed."""
     solver: Literal["rtn", "gptq"] = "rtn"
@@ -137,25 +194,27 @@ class WeightConfig:
     """Share of the second moment's mean diagonal that gptq adds to it."""
 
     def __post_init__(self) -> None:
-        _check_choice("weight", "bits", self.bits, (4, 8))
-        _check_choice("weight", "clip", self.clip, ("none", "fixed", "search", "output"))
-        _check_choice("weight", "solver", self.solver, ("rtn", "gptq"))
-        _check_range("weight", "clip_ratio", self.clip_ratio, 0.1, 1.0)
-        _check_range("weight", "damp", self.damp, 1e-6, 1.0)
+        check_choice("weight", "bits", self.bits, (4, 8))
+        check_choice("weight", "clip", self.clip, ("none", "fixed", "search", "output", "learned"))
+        check_choice("weight", "solver", self.solver, ("rtn", "gptq"))
+        check_range("weight", "clip_ratio", self.clip_ratio, 0.1, 1.0)
+        check_range("weight", "damp", self.damp, 1e-6, 1.0)
         if self.group_size is not None:
-            _check_range("weight", "group_size", self.group_size, 8, 32768)
+            check_range("weight", "group_size", self.group_size, 8, 32768)
         if self.clip != "fixed" and self.clip_ratio != 1.0:
             raise ConfigError("weight.clip_ratio is only used with weight.clip='fixed'", field="weight.clip_ratio")
         if self.clip == "output" and (self.solver != "rtn" or self.group_size is not None):
             # gptq makes up for errors after the clip is chosen, and the errors of a row's groups are not independent.
             raise ConfigError("weight.clip='output' takes solver='rtn' and no group_size", field="weight.clip")
+        if self.clip == "learned" and (self.solver != "rtn" or self.symmetric):
+            raise ConfigError("weight.clip='learned' takes solver='rtn' and asymmetric grids", field="weight.clip")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ActivationConfig:
     """How the linears' inputs are rounded, per token, while the model runs."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _PYDANTIC
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_FIELDS
 
     bits: int = 4
     """Bits of an activation code, 2 to 8; 16 leaves activations alone."""
@@ -167,9 +226,9 @@ class ActivationConfig:
     """The token's range is multiplied by this before rounding, with clip=fixed."""
 
     def __post_init__(self) -> None:
-        _check_choice("activation", "bits", self.bits, (2, 3, 4, 5, 6, 7, 8, 16))
-        _check_choice("activation", "clip", self.clip, ("fixed", "search"))
-        _check_range("activation", "clip_ratio", self.clip_ratio, 0.1, 1.0)
+        check_choice("activation", "bits", self.bits, (2, 3, 4, 5, 6, 7, 8, 16))
+        check_choice("activation", "clip", self.clip, ("fixed", "search"))
+        check_range("activation", "clip_ratio", self.clip_ratio, 0.1, 1.0)
         if self.clip != "fixed" and self.clip_ratio != 1.0:
             raise ConfigError(
                 "activation.clip_ratio is only used with activation.clip='fixed'", field="activation.clip_ratio"
@@ -180,7 +239,7 @@ class ActivationConfig:
 class KVCacheConfig:
     """How keys and values are stored in the cache, per token and head. Queries keep 16 bits."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _PYDANTIC
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_FIELDS
 
     bits: int = 4
     """Bits of a cache code: 2, 4 or 8; 16 leaves the cache alone."""
@@ -192,9 +251,9 @@ class KVCacheConfig:
     """The first tokens of a sequence, which all others attend to, stay in 16 bits: so many of them."""
 
     def __post_init__(self) -> None:
-        _check_choice("kv_cache", "bits", self.bits, (2, 4, 8, 16))
-        _check_range("kv_cache", "sink_tokens", self.sink_tokens, 0, 1024)
-        _check_range("kv_cache", "clip_ratio", self.clip_ratio, 0.1, 1.0)
+        check_choice("kv_cache", "bits", self.bits, (2, 4, 8, 16))
+        check_range("kv_cache", "sink_tokens", self.sink_tokens, 0, 1024)
+        check_range("kv_cache", "clip_ratio", self.clip_ratio, 0.1, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,7 +264,7 @@ class CalibrationConfig:
     of workers then gives the same bytes.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _PYDANTIC
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_FIELDS
 
     source: TextSource = field(default_factory=lambda: TextSource(part="calibration"))
     """The calibration text."""
@@ -223,19 +282,50 @@ class CalibrationConfig:
     """Tokens per site, evenly spread, that second moments are summed over, where the recipe needs them."""
 
     def __post_init__(self) -> None:
-        _check_range("calibration", "samples", self.samples, 1, 65536)
-        _check_range("calibration", "seq_len", self.seq_len, 8, 131072)
-        _check_range("calibration", "shards", self.shards, 1, 1024)
-        _check_range("calibration", "micro_batch", self.micro_batch, 1, 1024)
-        _check_range("calibration", "search_tokens", self.search_tokens, 16, 1048576)
-        _check_range("calibration", "moment_tokens", self.moment_tokens, 16, 16777216)
+        check_range("calibration", "samples", self.samples, 1, 65536)
+        check_range("calibration", "seq_len", self.seq_len, 8, 131072)
+        check_range("calibration", "shards", self.shards, 1, 1024)
+        check_range("calibration", "micro_batch", self.micro_batch, 1, 1024)
+        check_range("calibration", "search_tokens", self.search_tokens, 16, 1048576)
+        check_range("calibration", "moment_tokens", self.moment_tokens, 16, 16777216)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LearningConfig:
+    """The budget of what AdamW learns on a layer's output: weight.clip=learned and transform.smooth_learned.
+
+    The loss is the squared distance between the outputs of the quantized layer and of the unquantized one.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_FIELDS
+
+    samples: int = 16
+    """Calibration windows that are learned on, evenly spread; each is one step of an epoch."""
+    seq_len: int = 512
+    """Tokens of each, its first ones."""
+    epochs: int = 6
+    """Most times that the samples are gone through."""
+    patience: int = 2
+    """Epochs without a smaller loss after which learning stops early. The best epoch's values are kept."""
+    clip_rate: float = 0.03
+    """Learning rate of the clips."""
+    smooth_rate: float = 0.005
+    """Learning rate of the smoothing scales' logarithms."""
+
+    def __post_init__(self) -> None:
+        check_range("learning", "samples", self.samples, 1, 65536)
+        check_range("learning", "seq_len", self.seq_len, 8, 131072)
+        check_range("learning", "epochs", self.epochs, 1, 1000)
+        check_range("learning", "patience", self.patience, 1, 1000)
+        check_range("learning", "clip_rate", self.clip_rate, 1e-6, 1.0)
+        check_range("learning", "smooth_rate", self.smooth_rate, 1e-6, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """Everything that decides the bytes of an artifact, given the model."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _PYDANTIC
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_FIELDS
 
     name: str = "custom"
     """A name for people; it is not part of the digest."""
@@ -249,6 +339,8 @@ class Recipe:
     """Key and value rounding."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     """Calibration data."""
+    learning: LearningConfig = field(default_factory=LearningConfig, metadata=LATER)
+    """What may be spent on learning; not used by recipes that learn nothing."""
     skip_linears: tuple[str, ...] = ()
     """Linears left in 16 bits, by name inside the layer (mlp.down_proj). A whole site must be left out at once."""
     input_mode: Literal["fp"] = "fp"
@@ -259,10 +351,20 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.name or len(self.name) > 100:
             raise ConfigError("name must have 1 to 100 characters", field="name")
-        _check_choice("recipe", "input_mode", self.input_mode, ("fp",))
-        _check_range("recipe", "seed", self.seed, 0, 2**31 - 1)
+        check_choice("recipe", "input_mode", self.input_mode, ("fp",))
+        check_range("recipe", "seed", self.seed, 0, 2**31 - 1)
         # Callers may give a list; a tuple keeps the recipe hashable.
         object.__setattr__(self, "skip_linears", tuple(self.skip_linears))
+        if self.transform.smooth_learned and self.weight.clip != "learned":
+            raise ConfigError(
+                "transform.smooth_learned is learned together with the clips: it takes weight.clip='learned'",
+                field="transform.smooth_learned",
+            )
+
+    @property
+    def learns(self) -> bool:
+        """Whether calibration has to keep inputs of the layers to learn on."""
+        return self.weight.clip == "learned"
 
     @property
     def needs_second_moments(self) -> bool:
@@ -282,30 +384,54 @@ class Recipe:
         Raises:
             ConfigError: a field is unknown, has the wrong type or is out of range; the message names it.
         """
-        recipe = _build(cls, values, "")
-        assert isinstance(recipe, cls)
-        return recipe
+        return from_plain(cls, values, what="recipe")
 
     def digest(self) -> str:
         """Return the sha256, in hex, of everything but the name."""
         # Through from_dict: 1 and 1.0 make equal recipes and must not differ in JSON.
-        plain = Recipe.from_dict(self.to_dict()).to_dict()
+        plain = _counted(Recipe.from_dict(self.to_dict()))
         del plain["name"]
         return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _build(cls: type, values: object, path: str) -> object:
+def from_plain(cls: type[_T], values: object, *, what: str) -> _T:
+    """Build a dataclass from JSON types; `what` is its name in messages.
+
+    Raises:
+        ConfigError: a field is unknown, has the wrong type or is out of range; the message names it.
+    """
+    built = _build(cls, values, "", what)
+    assert isinstance(built, cls)
+    return built
+
+
+def _build(cls: type, values: object, path: str, what: str) -> object:
     """Build dataclass `cls` from a mapping, checking names and JSON types strictly."""
     if not isinstance(values, Mapping):
-        name = path.removesuffix(".") or "recipe"
+        name = path.removesuffix(".") or what
         raise ConfigError(f"{name} must be an object, not {type(values).__name__}", field=name)
     known = _types_of(cls)
     for name in values:
         if name not in known:
             raise ConfigError(
-                f"unknown recipe field {path}{name}; fields here: {', '.join(sorted(known))}", field=f"{path}{name}"
+                f"unknown {what} field {path}{name}; fields here: {', '.join(sorted(known))}", field=f"{path}{name}"
             )
-    return cls(**{name: _coerce(known[name], value, f"{path}{name}") for name, value in values.items()})
+    for each in fields(cls):
+        if each.name not in values and each.default is MISSING and each.default_factory is MISSING:
+            raise ConfigError(f"{what} field {path}{each.name} is missing", field=f"{path}{each.name}")
+    return cls(**{name: _coerce(known[name], value, f"{path}{name}", what) for name, value in values.items()})
+
+
+def _counted(config: Any) -> dict[str, Any]:
+    """Return the fields that count in a digest, in plain JSON types: all but LATER ones that have their default."""
+    plain: dict[str, Any] = {}
+    for each in fields(config):
+        value = getattr(config, each.name)
+        default = each.default if each.default_factory is MISSING else each.default_factory()
+        if each.metadata.get("later") and value == default:
+            continue
+        plain[each.name] = _counted(value) if is_dataclass(value) else value  # a tuple is a list in JSON
+    return plain
 
 
 @functools.cache
@@ -315,22 +441,22 @@ def _types_of(cls: type) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in fields(cls)}
 
 
-def _coerce(hint: Any, value: Any, path: str) -> Any:
+def _coerce(hint: Any, value: Any, path: str, what: str) -> Any:
     """Check `value` against `hint`; turn lists into tuples and mappings into dataclasses."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return _coerce(next(a for a in arguments if a is not type(None)), value, path)
+        return _coerce(next(a for a in arguments if a is not type(None)), value, path, what)
     if is_dataclass(hint):
-        return _build(hint, value, f"{path}.")  # type: ignore[arg-type]  # is_dataclass also admits instances
+        return _build(hint, value, f"{path}.", what)  # type: ignore[arg-type]  # is_dataclass also admits instances
     if origin is Literal:
-        _check_choice("recipe", path, value, arguments)
+        check_choice(what, path, value, arguments)
         return value
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, (list, tuple)):
             raise ConfigError(f"{path} must be a list", field=path)
-        return tuple(_coerce(arguments[0], item, path) for item in value)
+        return tuple(_coerce(arguments[0], item, path, what) for item in value)
     accepted = (int, float) if hint is float else (hint,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
         raise ConfigError(f"{path} is {value!r}; it must be {hint.__name__}", field=path)

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 from infra.errors import InfraError
 
+REPORTS = "reports/"
+"""What the keys of all reports start with."""
+
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
@@ -54,6 +57,35 @@ class ArtifactKeys:
         if not _FILE.fullmatch(name):
             raise InfraError(f"{name!r} cannot be part of an object key")
         return f"{self.prefix}files/{fence}/{name}"
+
+    def card(self, name: str, *, job_id: str, fence: int, attempt: int) -> str:
+        """Return the key of a file that a later evaluation makes anew: the model card, and the manifest over it.
+
+        >>> ArtifactKeys("default", "job_1").card("README.md", job_id="job_2", fence=1, attempt=3)
+        'artifacts/default/job_1/cards/job_2/1-3/README.md'
+        """
+        _require_id(job_id)
+        if not _FILE.fullmatch(name):
+            raise InfraError(f"{name!r} cannot be part of an object key")
+        return f"{self.cards}{job_id}/{fence}-{attempt}/{name}"
+
+    @property
+    def cards(self) -> str:
+        """What the keys of all later model cards start with."""
+        return f"{self.prefix}cards/"
+
+
+def report_key(tenant_id: str, job_id: str, name: str) -> str:
+    """Return the key of a report on what a job has measured. It outlives the artifact, and the job's own objects.
+
+    >>> report_key("default", "job_1", "3-artifact.html")
+    'reports/default/job_1/3-artifact.html'
+    """
+    for value in (tenant_id, job_id):
+        _require_id(value)
+    if not _FILE.fullmatch(name):
+        raise InfraError(f"{name!r} cannot be part of an object key")
+    return f"{REPORTS}{tenant_id}/{job_id}/{name}"
 
 
 def require_inside(key: str, prefix: str) -> str:

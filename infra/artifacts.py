@@ -41,9 +41,21 @@ class Evaluation(Record):
     tenant_id: str
     job_id: str
     artifact_id: str | None
+    artifact_job_id: str | None
+    """The job that made what was measured; none for an unquantized model."""
     model_name: str
+    fingerprint: str
+    """Of what was measured and how: a newer evaluation with the same one replaces an older."""
+    settings: dict[str, Any] | None
     metrics: dict[str, Any]
+    """The numbers of the parts that are done."""
+    parts: dict[str, dict[str, Any]] | None
+    is_complete: bool
+    report_key: str | None
     created_at: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_complete", bool(self.is_complete))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

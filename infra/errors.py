@@ -126,6 +126,10 @@ class ArtifactNotFound(InfraError):
     """No such artifact."""
 
 
+class CardOutdated(InfraError):
+    """The artifact has another model card by now; make a new one from that."""
+
+
 class ArtifactConflict(InfraError):
     """The artifact is in use."""
 

@@ -8,25 +8,27 @@ from sqlalchemy import Connection, bindparam, exists, func, select, update
 
 from infra.database import write
 from infra.errors import JobConflict
-from infra.job_model import TRANSITIONS, Claim, EventType, FailureReason, Job, JobState
-from infra.job_results import record_artifact, record_evaluation
-from infra.job_rows import MOVED, JobRows, clean, state_is
+from infra.job_measures import JobMeasures
+from infra.job_model import TRANSITIONS, CardRevision, Claim, EventType, FailureReason, Job, JobState
+from infra.job_results import measured_of, record_artifact
+from infra.job_rows import MOVED, clean, state_is
 from infra.outbox import post_job_event
 from infra.prepared import Prepared, together
-from infra.schema import job_layers, jobs
+from infra.schema import artifacts, evaluations, job_layers, jobs
 
 
-class JobEndings(JobRows):
+class JobEndings(JobMeasures):
     """Complete, fail, release."""
 
-    def complete(self, claim: Claim, result: Mapping[str, Any]) -> Job:
-        """End the job well; its artifact or evaluation is listed from the same moment.
+    def complete(self, claim: Claim, result: Mapping[str, Any], *, card: CardRevision | None = None) -> Job:
+        """End the job well; its artifact or evaluation is listed from the same moment, and on the artifact's card.
 
         Also after its deadline: what is done is done.
 
         Raises:
             LeaseLost: the claim is stale.
             JobConflict: a cancel was requested (finish it), or a planned layer is not done.
+            CardOutdated: the artifact has got another card since this one was made; nothing was written.
         """
         values = {"claimed_id": claim.job.id, "held_fence": claim.fence, "made": dict(result)}
         with write(self._engine) as connection:
@@ -39,12 +41,24 @@ class JobEndings(JobRows):
                     record_artifact(connection, job)
             if row is None:
                 self._explain(connection, claim)
-            record_evaluation(connection, job, self._now())
+            self._record_what_it_measured(connection, job)
+            if card is not None:
+                self._swing_card(connection, card)
             if row["is_watched"]:
                 post_job_event(connection, job, self._now())
             if row["is_awaited"]:
                 self._move_dependents(connection, job)
             return job
+
+    def _record_what_it_measured(self, connection: Connection, job: Job) -> None:
+        """Write the evaluation of an evaluate job; give a gated artifact what its own job has measured on it."""
+        measured = measured_of(job)
+        if measured is not None:
+            self._put_measured(connection, job, measured)
+        if "quality_gate" in (job.result or {}):
+            made = select(artifacts.c.id).where(artifacts.c.job_id == job.id).scalar_subquery()
+            own = (evaluations.c.job_id == job.id) & (evaluations.c.artifact_job_id == job.id)
+            connection.execute(update(evaluations).where(own).values(artifact_id=made))
 
     @cached_property
     def _succeed(self) -> Prepared:

@@ -205,6 +205,37 @@ class Claim:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What a job has measured so far, of an artifact or of an unquantized model."""
+
+    fingerprint: str
+    """Of what is measured and how (infra.fingerprints)."""
+    artifact_job_id: str | None
+    """The job that made what is measured; none for an unquantized model."""
+    settings: Mapping[str, Any]
+    """What was asked for."""
+    metrics: Mapping[str, Any]
+    """The numbers of the parts that are done."""
+    parts: Mapping[str, Mapping[str, Any]]
+    """How each part went: {name: {"state": "done", "failed" or "pending", "error": ...}}."""
+    is_complete: bool
+    report_key: str | None = None
+    """Object with the report."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CardRevision:
+    """A new model card of an artifact: stored, and to be the artifact's from the moment that its numbers are rows."""
+
+    artifact_id: str
+    replaces: str
+    """Key of the manifest that it was made from; another one means that somebody was faster."""
+    manifest_key: str
+    size_bytes: int
+    """Of the whole artifact, without its manifest."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LayerRow(Record):
     """One layer of a job; layer -1 is the shard of the embeddings, the final norm and the head."""
 

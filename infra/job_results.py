@@ -1,14 +1,14 @@
-"""What a job leaves behind: its artifact or its evaluation, and the bill. Written with the transition that says so."""
+"""What a job leaves behind: its artifact or what it has measured, and the bill."""
 
 from collections.abc import Mapping
 
-from sqlalchemy import ColumnElement, Connection, insert, select, update
+from sqlalchemy import ColumnElement, Connection, insert, update
 
 from infra.database import insert_if_new
 from infra.ids import new_id
-from infra.job_model import Job
+from infra.job_model import Job, Measured
 from infra.prepared import Prepared
-from infra.schema import artifacts, evaluations, jobs, tenants, usage_ledger
+from infra.schema import artifacts, jobs, tenants, usage_ledger
 
 UNKNOWN_DEVICE = "unknown"
 _NEW_ARTIFACT = Prepared(
@@ -39,23 +39,20 @@ def record_artifact(connection: Connection, job: Job) -> None:
         _NEW_ARTIFACT.run(connection, values)
 
 
-def record_evaluation(connection: Connection, job: Job, now: ColumnElement[int]) -> None:
-    """Write the row of what a job that has just succeeded measured, if it measured, and the bill for it."""
+def measured_of(job: Job) -> Measured | None:
+    """Return what an evaluate job that has just succeeded has measured; none for other jobs."""
     result = job.result or {}
-    if job.kind == "evaluate" and "metrics" in result:
-        values = {
-            "id": new_id("eval"),
-            "tenant_id": job.tenant_id,
-            "job_id": job.id,
-            "model_name": job.model_name,
-            "metrics": result["metrics"],
-        }
-        artifact_id = select(artifacts.c.id).where(artifacts.c.job_id == result.get("artifact_job_id"))
-        connection.execute(
-            insert(evaluations).values(created_at=now, artifact_id=artifact_id.scalar_subquery(), **values)
-        )
-        seconds, device = result.get("seconds", 0.0), result["metrics"].get("device", UNKNOWN_DEVICE)
-        charge_usage(connection, job, layer=0, fence=job.fence, seconds=seconds, device=device, now=now)
+    if job.kind != "evaluate" or "metrics" not in result:
+        return None
+    return Measured(
+        fingerprint=job.fingerprint,
+        artifact_job_id=result.get("artifact_job_id"),
+        settings=job.spec.get("evaluation", {}),
+        metrics=result["metrics"],
+        parts=result.get("parts", {}),
+        is_complete=True,
+        report_key=result.get("report_key"),
+    )
 
 
 def charge_usage(

@@ -354,13 +354,28 @@ evaluations = Table(
     metadata,
     Column("id", _id, primary_key=True),
     Column("tenant_id", _id, ForeignKey("tenants.id"), nullable=False),
-    Column("job_id", _id, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False, unique=True),
+    # The job that measured: an evaluate job, or a quantize job with a quality gate, which may measure two things.
+    Column("job_id", _id, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
     Column("artifact_id", _id, ForeignKey("artifacts.id", ondelete="CASCADE")),
     Column("model_name", String(400), nullable=False),
     Column("metrics", _json, nullable=False),
     Column("created_at", BigInteger, nullable=False),
+    # The job that made what was measured, whether it has an artifact or not; null for an unquantized model.
+    Column("artifact_job_id", _id),
+    # Of what was measured and how (infra.fingerprints): a newer row with the same one replaces an older.
+    Column("fingerprint", String(64), nullable=False, server_default=text("''")),
+    # What was asked for; null for rows of releases that did not keep it.
+    Column("settings", _json),
+    # How each part of it went: {name: {"state": "done" | "failed" | "pending", "error": ...}}.
+    Column("parts", _json),
+    Column("is_complete", Integer, nullable=False, server_default=text("1")),
+    Column("report_key", Text),
     Index("ix_evaluations_listing", "tenant_id", "created_at", "id"),
     Index("ix_evaluations_artifact_id", "artifact_id"),
+    Index("ix_evaluations_artifact_job_id", "artifact_job_id"),
+    Index("ix_evaluations_fingerprint", "tenant_id", "fingerprint"),
+    # Also finds the evaluations of a job.
+    Index("uq_evaluations_measured", "job_id", "fingerprint", unique=True),
 )
 
 webhooks = Table(

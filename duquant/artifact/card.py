@@ -1,5 +1,6 @@
 """The model card of an artifact, made from its manifest."""
 
+from duquant.artifact.card_measures import measured
 from duquant.artifact.manifest import Manifest
 
 
@@ -49,7 +50,7 @@ does not know the format and fills the linears with random weights after a mere 
 
 ## Measured
 
-{_evaluation(manifest)}
+{measured(manifest.evaluation)}
 
 ## Files
 
@@ -62,10 +63,3 @@ def _grid(bits: int, symmetric: bool, group_size: int | None, granularity: str =
         return "16 bits"
     where = granularity if group_size is None else f"groups of {group_size}"
     return f"{bits} bits, {'symmetric' if symmetric else 'asymmetric'}, {where}"
-
-
-def _evaluation(manifest: Manifest) -> str:
-    if not manifest.evaluation:
-        return "Nothing has been measured on this artifact yet."
-    rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(manifest.evaluation.items()))
-    return f"| | |\n| --- | --- |\n{rows}"

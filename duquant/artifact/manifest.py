@@ -37,6 +37,11 @@ class Manifest:
     summary: dict[str, Any]
     """Sizes: parameters, packed and unpacked bytes, bits per weight."""
     evaluation: dict[str, Any] = field(default_factory=dict)
+    """What was measured on it: `results`, newest first, and `quality_gate` where the job had one; empty at first.
+
+    Each result says what was measured (`text`, `seq_len`, `windows`), where and when (`device`, `measured_at`), and the
+    numbers: `perplexity`, and `baseline` with those of the unquantized model on the same text.
+    """
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""

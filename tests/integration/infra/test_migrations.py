@@ -37,8 +37,9 @@ DEFINITIONS = {
 def _definitions(engine: Engine) -> dict[str, list[str]]:
     with read(engine) as connection:
         rows = connection.execute(text(DEFINITIONS[engine.dialect.name])).all()
-    # Columns and constraints of a CREATE TABLE may stand in any order, and a column added later on the last one's line.
-    return {name: sorted(_parts(sql)) for name, sql in rows}
+    # Columns and constraints of a CREATE TABLE may stand in any order, and a column added later on the last one's line;
+    # SQLite writes the name of a table that was renamed in quotes.
+    return {name: sorted(_parts(sql.replace('"', ""))) for name, sql in rows}
 
 
 def _parts(sql: str) -> Iterator[str]:

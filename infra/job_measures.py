@@ -1,0 +1,103 @@
+"""What a job measures, written part by part under its claim's fence: a worker that dies loses the part in progress."""
+
+from sqlalchemy import Connection, exists, insert, or_, select, update
+
+from infra.artifacts import Evaluation
+from infra.database import read, write
+from infra.errors import CardOutdated
+from infra.ids import new_id
+from infra.job_model import CardRevision, Claim, Job, Measured
+from infra.job_results import UNKNOWN_DEVICE, charge_usage
+from infra.job_rows import JobRows
+from infra.schema import artifacts, evaluations, jobs
+
+
+class JobMeasures(JobRows):
+    """Fenced writes to the evaluations of a claimed job."""
+
+    def record_measured(
+        self, claim: Claim, measured: Measured, *, slot: int = 0, seconds: float = 0.0, device: str = UNKNOWN_DEVICE
+    ) -> Evaluation:
+        """Write what has been measured so far in the place of what was written before, and bill the time it took.
+
+        Args:
+            claim: The claim under which it was measured.
+            measured: All that is known by now, of this claim and of those before.
+            slot: A number that this claim has billed nothing under yet.
+            seconds: Slot time since the last record of this claim.
+            device: What it ran on, for the bill.
+
+        Raises:
+            LeaseLost: the claim is stale.
+        """
+        with write(self._engine) as connection:
+            job = self._held(connection, claim)
+            now = self._now()
+            if seconds:
+                charge_usage(connection, job, layer=slot, fence=claim.fence, seconds=seconds, device=device, now=now)
+            return self._put_measured(connection, job, measured)
+
+    def _put_measured(self, connection: Connection, job: Job, measured: Measured) -> Evaluation:
+        values = {
+            "artifact_job_id": measured.artifact_job_id,
+            "artifact_id": select(artifacts.c.id)
+            .where(artifacts.c.job_id == measured.artifact_job_id)
+            .scalar_subquery(),
+            "settings": dict(measured.settings),
+            "metrics": dict(measured.metrics),
+            "parts": {name: dict(part) for name, part in measured.parts.items()},
+            "is_complete": int(measured.is_complete),
+            "report_key": measured.report_key,
+        }
+        known = (evaluations.c.job_id == job.id) & (evaluations.c.fingerprint == measured.fingerprint)
+        row = connection.execute(update(evaluations).where(known).values(**values).returning(evaluations)).mappings()
+        found = row.one_or_none()
+        if found is None:
+            new = insert(evaluations).values(
+                id=new_id("eval"),
+                tenant_id=job.tenant_id,
+                job_id=job.id,
+                model_name=job.model_name,
+                fingerprint=measured.fingerprint,
+                created_at=self._now(),
+                **values,
+            )
+            found = connection.execute(new.returning(evaluations)).mappings().one()
+        return Evaluation.from_row(found)
+
+    def measured_before(self, job: Job, fingerprint: str, *, is_baseline: bool = False) -> Evaluation | None:
+        """Return the evaluation with this fingerprint that a job may go on from, if there is one.
+
+        What is complete comes before what is not, and the job's own work before that of other jobs of its tenant. A
+        job that was forced takes nothing from others: somebody wants it measured anew, all but a baseline.
+        """
+        own = evaluations.c.job_id == job.id
+        query = (
+            select(evaluations)
+            .where(evaluations.c.tenant_id == job.tenant_id, evaluations.c.fingerprint == fingerprint)
+            .order_by(evaluations.c.is_complete.desc(), own.desc(), evaluations.c.created_at.desc())
+            .limit(1)
+        )
+        if not is_baseline:
+            is_forced = exists().where(jobs.c.id == job.id, jobs.c.forced == 1)
+            query = query.where(or_(own, ~is_forced))
+        with read(self._engine) as connection:
+            row = connection.execute(query).mappings().one_or_none()
+        return None if row is None else Evaluation.from_row(row)
+
+    def _swing_card(self, connection: Connection, card: CardRevision) -> None:
+        """Make a stored model card the artifact's, unless the artifact was deleted meanwhile.
+
+        Raises:
+            CardOutdated: it has another one than this was made from.
+        """
+        statement = (
+            update(artifacts)
+            .where(artifacts.c.id == card.artifact_id, artifacts.c.manifest_key == card.replaces)
+            .values(manifest_key=card.manifest_key, size_bytes=card.size_bytes)
+        )
+        if connection.execute(statement).rowcount:
+            return
+        alive = select(artifacts.c.id).where(artifacts.c.id == card.artifact_id, artifacts.c.deleted_at.is_(None))
+        if connection.execute(alive).one_or_none() is not None:
+            raise CardOutdated(artifact_id=card.artifact_id)

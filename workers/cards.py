@@ -1,0 +1,85 @@
+"""Model cards of what was measured: a new README and a new manifest over it, stored beside those they replace.
+
+Objects of an artifact never change. A card gets keys of its own, and the artifact's row names its manifest; whoever
+reads the artifact sees the old card or the new one, whole.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+from duquant.artifact.card import model_card
+from duquant.artifact.layout import MANIFEST
+from duquant.artifact.manifest import parse_manifest
+from infra.artifact_keys import ArtifactKeys
+from infra.evaluations import WithBaseline
+from infra.jobs import Claim
+from infra.storage import ObjectStore
+
+CARD = "README.md"
+_NUMBERS = ("perplexity", "tokens", "windows", "seq_len", "tokens_per_second", "model_bytes", "device")
+
+
+def put_card(
+    storage: ObjectStore,
+    document: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    *,
+    keys: ArtifactKeys,
+    claim: Claim,
+    attempt: int,
+) -> tuple[str, dict[str, Any]]:
+    """Store the card and the manifest of an artifact with what was measured on it.
+
+    Args:
+        storage: Where the artifact is.
+        document: The manifest that there is, with the keys of its files.
+        evaluation: What takes the place of its `evaluation`.
+        keys: Of the artifact.
+        claim: Of the job that measures.
+        attempt: A number that this claim has not used yet.
+
+    Returns:
+        The key of the new manifest, and what is in it.
+    """
+    manifest = replace(parse_manifest(document, MANIFEST), evaluation=dict(evaluation))
+    card = model_card(manifest).encode()
+    card_key, manifest_key = (
+        keys.card(name, job_id=claim.job.id, fence=claim.fence, attempt=attempt) for name in (CARD, MANIFEST)
+    )
+    storage.put_bytes(card_key, card)
+    entry = {"name": CARD, "key": card_key, "size_bytes": len(card), "sha256": hashlib.sha256(card).hexdigest()}
+    files = [entry if each["name"] == CARD else each for each in document["files"]]
+    revised = {**document, "files": files, "evaluation": dict(evaluation)}
+    storage.put_bytes(manifest_key, manifest_bytes(revised))
+    return manifest_key, revised
+
+
+def manifest_bytes(document: Mapping[str, Any]) -> bytes:
+    """Return the bytes of manifest.json."""
+    return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def results_of(measured: Sequence[WithBaseline]) -> list[dict[str, Any]]:
+    """Return what a manifest says of evaluations: the newest of each fingerprint, newest first."""
+    newest: dict[str, WithBaseline] = {}
+    for each in measured:
+        newest.setdefault(each.evaluation.fingerprint, each)
+    return [_result(each) for each in newest.values()]
+
+
+def _result(measured: WithBaseline) -> dict[str, Any]:
+    evaluation, baseline = measured.evaluation, measured.baseline
+    metrics, settings = evaluation.metrics, evaluation.settings or {}
+    result = {
+        "id": evaluation.id,
+        "measured_at": datetime.fromtimestamp(evaluation.created_at / 1000, UTC).isoformat(timespec="seconds"),
+        "text": settings.get("text", {}),
+        **{name: metrics[name] for name in _NUMBERS if name in metrics},
+    }
+    if baseline is not None and "perplexity" in baseline.metrics:
+        result["baseline"] = {"id": baseline.id, "perplexity": baseline.metrics["perplexity"]}
+    return result

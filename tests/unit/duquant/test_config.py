@@ -1,6 +1,7 @@
 """Recipes: ranges, strictness, round trips and digests."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, replace
@@ -13,6 +14,7 @@ from duquant.config import (
     ActivationConfig,
     CalibrationConfig,
     KVCacheConfig,
+    QualityGate,
     Recipe,
     TextSource,
     TransformConfig,
@@ -147,7 +149,7 @@ def test_ends_of_a_range_are_allowed(low_high: tuple[float, float]) -> None:
         assert TransformConfig(smooth_alpha=alpha).smooth_alpha == alpha
 
 
-def test_digest_ignores_the_name_and_nothing_else() -> None:
+def test_digest_ignores_the_name_and_no_field_that_decides_bytes() -> None:
     base = Recipe()
     assert replace(base, name="other").digest() == base.digest()
     changed = [
@@ -213,3 +215,37 @@ def test_importing_the_configuration_loads_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_quality_gate_is_no_part_of_the_digest_and_survives_json() -> None:
+    gated = Recipe.from_dict({"quality_gate": {"min_accuracy": {"piqa": 0.5}, "tasks": ["piqa", "boolq"]}})
+    assert gated.digest() == Recipe().digest()
+    assert Recipe.from_dict(json.loads(json.dumps(gated.to_dict()))) == gated
+    assert hash(gated) == hash(Recipe.from_dict(gated.to_dict()))
+    assert gated.quality_gate is not None
+    assert gated.quality_gate.least_accuracies == {"piqa": 0.5}
+    assert QualityGate(min_accuracy=0.5, tasks=("a", "b")).least_accuracies == {"a": 0.5, "b": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("gate", "field", "words"),
+    [
+        ({}, "quality_gate", "checks nothing"),
+        ({"max_perplexity_increase": -0.1}, "quality_gate.max_perplexity_increase", "between"),
+        ({"max_perplexity_increase": math.nan}, "quality_gate.max_perplexity_increase", "between"),
+        ({"min_accuracy": 60, "tasks": ["piqa"]}, "quality_gate.min_accuracy", "between"),
+        ({"min_accuracy": True, "tasks": ["piqa"]}, "quality_gate.min_accuracy", "float"),
+        ({"min_accuracy": {"piqa": "x"}, "tasks": ["piqa"]}, "quality_gate.min_accuracy.piqa", "float"),
+        ({"min_accuracy": {"boolq": 0.5}, "tasks": ["piqa"]}, "quality_gate.min_accuracy", "'boolq', which is not"),
+        ({"min_accuracy": 0.5}, "quality_gate.min_accuracy", "needs quality_gate.tasks"),
+        ({"max_perplexity_increase": 1, "tasks": ["piqa"]}, "quality_gate.min_accuracy", "not given"),
+        ({"min_accuracy": 0.5, "tasks": ["piqa", "piqa"]}, "quality_gate.tasks", "different"),
+        ({"max_perplexity_increase": 1, "text": {"kind": "self"}}, "quality_gate.text.kind", "no text"),
+        ({"max_perplexity_increase": 1, "windows": 0}, "quality_gate.windows", "between"),
+        ({"max_perplexity_increase": 1, "seqlen": 8}, "quality_gate.seqlen", "unknown"),
+    ],
+)
+def test_a_quality_gate_that_cannot_be_checked_is_refused_by_its_field(gate: dict, field: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as refused:
+        Recipe.from_dict({"quality_gate": gate})
+    assert refused.value.facts["field"] == field

@@ -50,7 +50,23 @@ def pull(
         DownloadError: a file does not arrive as the service describes it.
         UnavailableError: the object store does not answer.
     """
-    artifact = read_artifact()
+    for _ in range(_TRIES):
+        try:
+            return _pull(read_artifact, read_artifact(), out, parallel, on_bytes, piece_bytes)
+        except _ArtifactChanged:
+            # It was measured meanwhile: another card, and the links of the old one end some day.
+            continue
+    raise DownloadError("the artifact's model card changes faster than it can be fetched; pull again later")
+
+
+def _pull(
+    read_artifact: Callable[[], Artifact],
+    artifact: Artifact,
+    out: Path,
+    parallel: int,
+    on_bytes: Callable[[int, int], None] | None,
+    piece_bytes: int,
+) -> PullSummary:
     targets = {file.name: safe_target(out, file.name) for file in artifact.files}
     folder = TargetFolder(out, artifact)
     folder.begin()
@@ -119,6 +135,10 @@ def _all(transfer: "_Transfer", futures: list[Future[_T]]) -> list[_T]:
     return [future.result() for future in futures]
 
 
+class _ArtifactChanged(Exception):  # noqa: N818  # no error: it is fetched as it is now
+    """The artifact has another model card than when its files were listed."""
+
+
 class _Transfer:
     """What all downloads share: the connections, the links and the count of bytes."""
 
@@ -132,6 +152,7 @@ class _Transfer:
         self.http = http
         self._read_artifact = read_artifact
         self._urls = {file.name: file.url for file in artifact.files}
+        self._hashes = {file.name: file.sha256 for file in artifact.files}
         self._total = artifact.size_bytes
         self._on_bytes = on_bytes
         self._lock = threading.Lock()
@@ -145,10 +166,17 @@ class _Transfer:
             return self._urls[name]
 
     def renew_links(self, stale: str, name: str) -> None:
-        """Ask for new links, unless another thread has done so since `stale` was read."""
+        """Ask for new links, unless another thread has done so since `stale` was read.
+
+        Raises:
+            _ArtifactChanged: the links lead to other files than those that are being fetched.
+        """
         with self._lock:
             if self._urls[name] == stale:
-                self._urls = {file.name: file.url for file in self._read_artifact().files}
+                files = self._read_artifact().files
+                if {file.name: file.sha256 for file in files} != self._hashes:
+                    raise _ArtifactChanged
+                self._urls = {file.name: file.url for file in files}
 
     def count(self, size: int, *, is_fetched: bool) -> None:
         """Add to the bytes that are here."""
@@ -238,9 +266,9 @@ class _File:
         url = self._transfer.url(self.facts.name)
         headers = {} if (start, end) == (0, self.facts.size_bytes) else {"Range": f"bytes={start}-{end - 1}"}
         with self._transfer.http.stream("GET", url, headers=headers) as answer:
-            if answer.status_code == httpx.codes.FORBIDDEN:
+            if answer.status_code in (httpx.codes.FORBIDDEN, httpx.codes.NOT_FOUND):
                 self._transfer.renew_links(url, self.facts.name)
-                raise httpx.HTTPStatusError("the link has expired", request=answer.request, response=answer)
+                raise httpx.HTTPStatusError("the link leads nowhere any more", request=answer.request, response=answer)
             answer.raise_for_status()
             # A server, or a proxy before it, that knows no ranges sends the whole file.
             skip = start if headers and answer.status_code != httpx.codes.PARTIAL_CONTENT else 0

@@ -1,6 +1,9 @@
 """The folder that an artifact is fetched into: which folders will do, and what stands in one while files come in."""
 
 import hashlib
+import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from client.errors import BadInputError
@@ -8,9 +11,19 @@ from client.models import Artifact, ArtifactFile
 from client.partial import part_name
 
 MANIFEST = "manifest.json"
+CARD = "README.md"
 PARTIAL = ".duquant-partial"
 """Where unfinished files are kept; gone when the folder is whole."""
 _OWNER = "artifact"
+
+
+def identity_of(files: Mapping[str, str]) -> str:
+    """Return what names an artifact: the hashes of its files, by their names.
+
+    Its model card and its manifest do not count: they change with every evaluation, and the artifact stays the same.
+    """
+    lasting = sorted((name, sha256) for name, sha256 in files.items() if name not in (MANIFEST, CARD))
+    return hashlib.sha256(json.dumps(lasting).encode()).hexdigest()
 
 
 class TargetFolder:
@@ -19,8 +32,7 @@ class TargetFolder:
     def __init__(self, out: Path, artifact: Artifact) -> None:
         self._out = out
         self._manifest = next((file for file in artifact.files if file.name == MANIFEST), None)
-        # The manifest lists the hashes of all other files: its own hash names the artifact.
-        self._identity = self._manifest.sha256 if self._manifest else artifact.fingerprint
+        self._identity = identity_of({file.name: file.sha256 for file in artifact.files})
         self.partial = out / PARTIAL
 
     def begin(self) -> None:
@@ -36,7 +48,7 @@ class TargetFolder:
                     raise BadInputError(
                         f"another artifact is half fetched into {self._out}; choose another --out, or remove it"
                     )
-            elif self._out.is_dir() and any(self._out.iterdir()) and not self._holds(self._manifest):
+            elif self._out.is_dir() and any(self._out.iterdir()) and not self._holds_this_artifact():
                 raise BadInputError(
                     f"{self._out} is not empty, and what it holds is not this artifact; choose another --out"
                 )
@@ -56,11 +68,17 @@ class TargetFolder:
 
     def end(self) -> None:
         """Remove what only an unfinished folder has."""
-        (self.partial / _OWNER).unlink()
-        self.partial.rmdir()
+        # Parts of a card that was replaced while it was fetched may be left.
+        shutil.rmtree(self.partial)
 
-    def _holds(self, manifest: ArtifactFile | None) -> bool:
+    def _holds(self, manifest: ArtifactFile) -> bool:
         path = self._out / MANIFEST
-        return (
-            manifest is not None and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == manifest.sha256
-        )
+        return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == manifest.sha256
+
+    def _holds_this_artifact(self) -> bool:
+        """Tell whether the folder's manifest is one of this artifact, with whatever numbers."""
+        try:
+            files = json.loads((self._out / MANIFEST).read_bytes())["files"]
+            return identity_of({file["name"]: file["sha256"] for file in files}) == self._identity
+        except (OSError, ValueError, KeyError, TypeError):
+            return False

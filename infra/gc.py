@@ -11,13 +11,13 @@ import sys
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from typing import NamedTuple
 
 from pydantic import Field
 from sqlalchemy import Connection, Engine, delete, exists, select, update
 
-from infra.artifact_keys import job_of
+from infra.artifact_keys import REPORTS, ArtifactKeys, job_of
 from infra.artifacts import ArtifactStore
 from infra.database import make_engine, now_ms, read, transaction, write
 from infra.errors import ArtifactConflict, ArtifactNotFound, ChecksumMismatch, InfraError, ObjectNotFound
@@ -33,6 +33,7 @@ _DAY_MS = 86_400_000
 _ROOT = "artifacts/"
 _ENDED_BADLY = (JobState.FAILED, JobState.CANCELLED)
 _JOBS_AT_ONCE = 500
+_REPORTS_AT_ONCE = 500
 
 
 class GcSettings(StorageSettings):
@@ -68,6 +69,7 @@ class Report:
 class _Owner(NamedTuple):
     """What decides about a job's objects."""
 
+    artifact_keys: ArtifactKeys
     state: JobState
     finished_at: int | None
     manifest_key: str | None
@@ -99,6 +101,7 @@ class Collector:
         for job_id, found in groupby(listed, key=lambda item: job_of(item.key)):
             self._collect_objects(job_id, list(found))
         self._note_purged()
+        self._collect_reports()
         self._abort_uploads()
         self._delete_jobs()
         return self._report
@@ -159,7 +162,10 @@ class Collector:
 
     def _job(self, connection: Connection, job_id: str, *, lock: bool = False) -> _Owner | None:
         query = (
-            select(jobs.c.state, jobs.c.finished_at, artifacts.c.id, artifacts.c.deleted_at, artifacts.c.manifest_key)
+            select(
+                *(jobs.c.tenant_id, jobs.c.state, jobs.c.finished_at),
+                *(artifacts.c.id, artifacts.c.deleted_at, artifacts.c.manifest_key),
+            )
             .select_from(jobs.outerjoin(artifacts, artifacts.c.job_id == jobs.c.id))
             .where(jobs.c.id == job_id)
         )
@@ -170,7 +176,11 @@ class Collector:
             return None
         is_deleted = row.deleted_at is not None or row.id in self._report.artifacts_expired
         return _Owner(
-            JobState(row.state), row.finished_at, None if is_deleted else row.manifest_key, row.id is not None
+            ArtifactKeys(row.tenant_id, job_id),
+            JobState(row.state),
+            row.finished_at,
+            None if is_deleted else row.manifest_key,
+            row.id is not None,
         )
 
     def _useless(self, job: _Owner | None, old: Sequence[ObjectInfo]) -> Sequence[ObjectInfo]:
@@ -185,18 +195,48 @@ class Collector:
             return []
         if job.manifest_key is None:
             return old
-        # Attempts of workers that lost their lease, and failed attempts.
-        needed = self._needed(job.manifest_key)
-        return [] if needed is None else [item for item in old if item.key not in needed]
+        # Attempts of workers that lost their lease, failed attempts, and model cards that newer ones have replaced.
+        needed = self._needed(job.artifact_keys, job.manifest_key)
+        if needed is None:
+            return []
+        # Whoever pulls the artifact may still hold links to the card before one that is young.
+        has_young_card = job.manifest_key not in {item.key for item in old}
+        return [
+            item
+            for item in old
+            if item.key not in needed and not (has_young_card and item.key.startswith(job.artifact_keys.cards))
+        ]
 
-    def _needed(self, manifest_key: str) -> Container[str] | None:
-        """Return the keys of an artifact's objects; none when its manifest cannot be read."""
-        try:
-            manifest = json.loads(self._storage.get_bytes(manifest_key))
-            return {manifest_key, *(entry["key"] for entry in manifest["files"])}
-        except (ObjectNotFound, ChecksumMismatch, ValueError, KeyError, TypeError) as error:
-            self._report.problems.append(f"{manifest_key}: {error}")
-            return None
+    def _needed(self, keys: ArtifactKeys, manifest_key: str) -> Container[str] | None:
+        """Return the keys of an artifact's objects; none when a manifest cannot be read.
+
+        They are those of its present manifest and of its first, which evaluations read and which has no numbers.
+        """
+        needed = set()
+        for key in {keys.manifest, manifest_key}:
+            try:
+                manifest = json.loads(self._storage.get_bytes(key))
+                needed |= {key, *(entry["key"] for entry in manifest["files"])}
+            except (ObjectNotFound, ChecksumMismatch, ValueError, KeyError, TypeError) as error:
+                self._report.problems.append(f"{key}: {error}")
+                return None
+        return needed
+
+    def _collect_reports(self) -> None:
+        """Delete the reports on evaluations that there are no more, and those that no evaluation has ever named."""
+        limit = self._before(max(self._settings.gc_grace_days, self._settings.gc_unknown_days))
+        old = (
+            item for item in self._storage.list(REPORTS) if item.modified_at is not None and item.modified_at < limit
+        )
+        while found := list(islice(old, _REPORTS_AT_ONCE)):
+            named = select(evaluations.c.report_key).where(evaluations.c.report_key.in_([item.key for item in found]))
+            with read(self._engine) as connection:
+                needed = set(connection.execute(named).scalars())
+            useless = [item for item in found if item.key not in needed]
+            if useless and not self._dry_run:
+                self._storage.delete_many([item.key for item in useless])
+            self._report.objects += [item.key for item in useless]
+            self._report.size_bytes += sum(item.size_bytes for item in useless)
 
     def _note_purged(self) -> None:
         """Mark the deleted artifacts of which no object is left."""

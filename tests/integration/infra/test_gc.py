@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +11,12 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import insert, select, text, update
 
-from infra.artifact_keys import ArtifactKeys
+from infra.artifact_keys import REPORTS, ArtifactKeys, report_key
 from infra.database import make_engine, read, write
 from infra.gc import Collector, GcSettings, Report
-from infra.jobs import Claim, Job, JobState, JobStore, NewJob
+from infra.jobs import Claim, Job, JobState, JobStore, Measured, NewJob
 from infra.schema import artifact_tags, artifacts, job_events, jobs, usage_ledger
-from infra.storage import ObjectStore
+from infra.storage import ObjectInfo, ObjectStore
 
 pytestmark = pytest.mark.integration
 
@@ -256,3 +256,55 @@ def test_the_command_reports_as_json(house: House, s3) -> None:
     report = json.loads(done.stdout)
     assert report["dry_run"] is True
     assert len(report["objects"]) == 2
+
+
+def revise(house: House, job: Job, name: str) -> set[str]:
+    """Give a job's artifact another card, as an evaluation does; return the card's keys."""
+    keys = ArtifactKeys("default", job.id)
+    with read(house.engine) as connection:
+        found = select(artifacts.c.manifest_key).where(artifacts.c.job_id == job.id)
+        manifest = json.loads(house.storage.get_bytes(connection.execute(found).scalar_one()))
+    card, key = (keys.card(file, job_id=name, fence=1, attempt=1) for file in ("README.md", "manifest.json"))
+    files = [each for each in manifest["files"] if each["name"] != "README.md"]
+    house.storage.put_bytes(card, b"card")
+    house.storage.put_bytes(key, json.dumps({"files": [*files, {"name": "README.md", "key": card}]}).encode())
+    house.change_artifact(job, manifest_key=key)
+    return {card, key}
+
+
+def test_a_replaced_card_goes_and_the_first_manifest_stays(house: House) -> None:
+    job, first = house.artifact("a")
+    old, new = revise(house, job, "job_old"), revise(house, job, "job_new")
+    assert set(house.collect().objects) & old == old
+    assert house.keys(job) == first | new
+    assert house.collect().objects == []
+
+
+def test_cards_stay_as_long_as_links_to_them_may_be_in_use(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, _ = house.artifact("a")
+    old, new = revise(house, job, "job_old"), revise(house, job, "job_new")
+    listed = house.storage.list
+    young = 10**15  # milliseconds: younger than any grace
+
+    def with_a_young_card(prefix: str) -> Iterator[ObjectInfo]:
+        """What the server says when the grace is over for everything but the last card."""
+        return (replace(item, modified_at=young) if item.key in new else item for item in listed(prefix))
+
+    monkeypatch.setattr(house.storage, "list", with_a_young_card)
+    collected = house.collect().objects
+    assert collected, "failed attempts are collected all the same"
+    assert not old & set(collected)
+
+
+def test_reports_stay_as_long_as_an_evaluation_names_them(house: House) -> None:
+    taken = house.start("measured")
+    kept, lost = (report_key("default", taken.job.id, name) for name in ("1-a.html", "2-b.html"))
+    for key in (kept, lost):
+        house.storage.put_bytes(key, b"<p>")
+    measured = Measured(
+        fingerprint="f", artifact_job_id=None, settings={}, metrics={}, parts={}, is_complete=False, report_key=kept
+    )
+    house.store.record_measured(taken, measured)
+    house.store.fail(taken, "quality_gate", "too high")
+    assert house.collect(gc_failed_days=99).objects == [lost]
+    assert [item.key for item in house.storage.list(REPORTS)] == [kept]

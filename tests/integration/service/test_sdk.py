@@ -1,12 +1,15 @@
 """The SDK and the command line against the service."""
 
+import hashlib
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ from client.main import run
 from client.models import Job
 from client.partial import part_name
 from client.sdk import Client
+from infra.artifact_keys import ArtifactKeys
+from infra.jobs import CardRevision
 
 pytestmark = pytest.mark.integration
 
@@ -207,6 +212,66 @@ def test_expired_links_are_renewed(service: Any, tmp_path: Path) -> None:
         client.artifact = artifact  # type: ignore[method-assign]
         client.pull(job.id, tmp_path / "out")
     assert len(calls) > 1
+
+
+def measure_anew(service: Any, job: Any, words: bytes) -> None:
+    """Give a job's artifact another model card, as an evaluation of it does."""
+    answer = service.http.post("/v1/evaluations", json={"artifact": job.id, "force": True})
+    assert answer.status_code == 201, answer.text
+    claim = service.claim()
+    artifact = service.app.state.context.artifacts.get(job.id, "default")
+    manifest = json.loads(service.storage.get_bytes(artifact.manifest_key))
+    keys = ArtifactKeys("default", job.id)
+    card, key = (keys.card(name, job_id=claim.job.id, fence=1, attempt=1) for name in ("README.md", "manifest.json"))
+    info = service.storage.put_bytes(card, words)
+    entry = {"name": "README.md", "key": card, "sha256": info.sha256, "size_bytes": info.size_bytes}
+    files = [*(file for file in manifest["files"] if file["name"] != "README.md"), entry]
+    service.storage.put_bytes(key, json.dumps({**manifest, "files": files}).encode())
+    card_of = CardRevision(
+        artifact_id=artifact.id,
+        replaces=artifact.manifest_key,
+        manifest_key=key,
+        size_bytes=sum(file["size_bytes"] for file in files),
+    )
+    result = {"artifact_job_id": job.id, "metrics": {"perplexity": 9.0}, "seconds": 1.0}
+    service.jobs.complete(claim, result, card=card_of)
+
+
+def test_numbers_measured_since_come_with_the_next_pull_and_nothing_else(service: Any, tmp_path: Path) -> None:
+    job = service.finished_job(layers=1)
+    out = tmp_path / "out"
+    with service.client() as client:
+        client.pull(job.id, out)
+        measure_anew(service, job, b"perplexity 9")
+        again = client.pull(job.id, out)
+        assert (out / "README.md").read_bytes() == b"perplexity 9"
+        assert again.fetched_bytes == len(b"perplexity 9") + (out / "manifest.json").stat().st_size
+        assert client.pull(job.id, out).fetched_bytes == 0
+        assert client.artifact(job.id).size_bytes == again.size_bytes
+
+
+def test_a_pull_goes_on_with_the_card_of_a_measurement_that_ended_meanwhile(service: Any, tmp_path: Path) -> None:
+    job = service.finished_job(layers=1)
+    measure_anew(service, job, b"old card")
+    out = tmp_path / "out"
+    listed = []
+    with service.client() as client:
+
+        def read() -> Any:
+            artifact = client.artifact(job.id)
+            listed.append(artifact)
+            if len(listed) > 1:
+                return artifact
+            measure_anew(service, job, b"new card")
+            gone = tuple(replace(file, url=re.sub("Signature=.", "Signature=0", file.url)) for file in artifact.files)
+            return replace(artifact, files=gone)
+
+        download.pull(read, out, parallel=2)
+    assert (out / "README.md").read_bytes() == b"new card"
+    assert not (out / ".duquant-partial").exists()
+    manifest = json.loads((out / "manifest.json").read_bytes())
+    hashes = {file["name"]: file["sha256"] for file in manifest["files"]}
+    assert hashes["README.md"] == hashlib.sha256(b"new card").hexdigest()
 
 
 def test_a_file_name_that_leads_out_is_refused_before_anything_is_written(service: Any, tmp_path: Path) -> None:

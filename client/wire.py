@@ -86,8 +86,6 @@ def pause_after(answer: httpx.Response, attempt: int) -> float | None:
 
 def _is_passing(answer: httpx.Response) -> bool:
     name = str(problem_of(answer).get("type", "")).rpartition(":")[2]
-    if answer.status_code == httpx.codes.CONFLICT:
-        return name == "idempotency-in-progress"
     return answer.status_code in _AGAIN and name != "quota-exceeded"
 
 

@@ -9,7 +9,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -225,10 +225,16 @@ def read(engine: Engine) -> Iterator[Connection]:
 
 
 @contextmanager
-def write(engine: Engine) -> Iterator[Connection]:
-    """A transaction that may write; it commits at the end of the block and rolls back on any exception."""
+def write(engine: Engine, *, savepoint: bool = True) -> Iterator[Connection]:
+    """A transaction that may write; it commits at the end of the block and rolls back on any exception.
+
+    Args:
+        engine: The database.
+        savepoint: Inside `transaction`, undo what the block did if it raises, so that the caller may go on. Two
+            statements more; a block that raises before it has written anything, or never, does without.
+    """
     if (outer := _outer(engine)) is not None:
-        with _translated(engine), outer.begin_nested():
+        with _translated(engine), outer.begin_nested() if savepoint else nullcontext():
             yield outer
         return
     with _translated(engine), engine.connect() as connection:
@@ -241,7 +247,7 @@ def write(engine: Engine) -> Iterator[Connection]:
 def transaction(engine: Engine) -> Iterator[None]:
     """One transaction around several calls of the stores: what they do inside, in this thread, commits as a whole.
 
-    Their own `write` blocks become savepoints, so a store that catches an error of its own may go on.
+    Their own `write` blocks become savepoints unless they do without: a store that catches an error may go on.
     """
     with write(engine) as connection:
         token = _joined.set(connection)

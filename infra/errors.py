@@ -54,10 +54,6 @@ class IdempotencyMismatch(InfraError):
     """This Idempotency-Key was used for another request."""
 
 
-class IdempotencyInProgress(InfraError):
-    """The first request with this Idempotency-Key is being worked on."""
-
-
 class JobChanged(InfraError):
     """The job has changed since the caller read it."""
 

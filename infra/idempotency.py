@@ -1,36 +1,33 @@
-"""Answers kept by Idempotency-Key, so that a request that is sent again is done once."""
+"""Answers kept by Idempotency-Key, so that a request that is sent again is done once.
+
+A key's row, the work and the answer are one transaction: a server that dies leaves none of them, and of two requests at
+once the second waits at the row of the first, then finds its answer.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from sqlalchemy import BigInteger, ColumnElement, Connection, Engine, and_, bindparam, delete, select, update
+from sqlalchemy import BigInteger, ColumnElement, Connection, Engine, bindparam, delete, select, update
 from sqlalchemy.engine import RowMapping
 
-from infra.database import insert_new, now_ms, write
-from infra.errors import IdempotencyInProgress, IdempotencyMismatch
+from infra.database import insert_new, now_ms, read, write
+from infra.errors import IdempotencyMismatch
 from infra.prepared import Prepared
 from infra.schema import idempotency_keys
 
-_FINISH = Prepared(
-    update(idempotency_keys)
-    .where(idempotency_keys.c.tenant_id == bindparam("of_tenant"), idempotency_keys.c.key == bindparam("of_key"))
-    .where(idempotency_keys.c.state == "running", idempotency_keys.c.created_at == bindparam("began_at"))
-    .values(state="done")
-    .returning(idempotency_keys.c.state),
-    columns=("state", "status", "headers", "body"),
-)
-_STALE_MS = 60_000
-"""A request that has not been answered for this long died with its server; the next one takes its place."""
+_IS_KEY = (idempotency_keys.c.tenant_id == bindparam("of_tenant")) & (idempotency_keys.c.key == bindparam("of_key"))
+_KEEP = Prepared(update(idempotency_keys).where(_IS_KEY), columns=("status", "headers", "body"))
 
 
 @dataclass(frozen=True, slots=True)
-class Ticket:
-    """The right to work on a request; every write under it checks that nobody took it over."""
+class KeyedRequest:
+    """A request with an Idempotency-Key, and what tells it from another request with the same key."""
 
     tenant_id: str
     key: str
-    began_at: int
+    route: str
+    body_hash: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,68 +52,55 @@ class IdempotencyStore:
             return bindparam(None, callable_=self._clock, type_=BigInteger, unique=True)
         return now_ms(self._engine.dialect)
 
-    def begin(self, tenant_id: str, key: str, *, route: str, body_hash: str) -> Ticket | Answer:
-        """Return the answer that was given before, or a ticket to work one out.
+    def find(self, request: KeyedRequest) -> Answer | None:
+        """Return the answer that was given before, if there is one.
 
         Raises:
             IdempotencyMismatch: the key was used for another request.
-            IdempotencyInProgress: the first request with this key is being worked on.
         """
-        values = {"tenant_id": tenant_id, "key": key, "route": route, "body_hash": body_hash, "state": "running"}
-        with write(self._engine) as connection:
-            row = self._begin.row(connection, values)
-            if row is not None:
-                return Ticket(tenant_id, key, row["created_at"])
-            return self._known(connection, values)
+        with read(self._engine) as connection:
+            row = self._row(connection, request)
+        return None if row is None or self._is_over(row) else _answer_to(request, row)
 
-    @cached_property
-    def _begin(self) -> Prepared:
-        made = insert_new(self._engine.dialect, idempotency_keys).values(created_at=self._now())
-        columns = ("tenant_id", "key", "route", "body_hash", "state")
-        return Prepared(made.returning(idempotency_keys.c.created_at), columns)
+    def take(self, request: KeyedRequest) -> Answer | None:
+        """Take the key for this request, or return the answer that was given before.
 
-    def _known(self, connection: Connection, values: Mapping[str, str]) -> Ticket | Answer:
-        now = self._now()
-        is_this = _is(values["tenant_id"], values["key"])
-        query = select(idempotency_keys, now.label("now")).where(is_this).with_for_update()
-        row = connection.execute(query).mappings().first()
-        if row is None:
-            raise IdempotencyInProgress("the first request with this key has just ended; try again")
-        age = row["now"] - row["created_at"]
-        is_stale = row["state"] == "running" and age > _STALE_MS
-        if age > self._lifetime_ms or (is_stale and _is_same(row, values)):
-            renewed = {"status": None, "headers": None, "body": None, "created_at": now, **values}
-            statement = update(idempotency_keys).where(is_this).values(renewed)
-            began_at = connection.execute(statement.returning(idempotency_keys.c.created_at)).scalar_one()
-            return Ticket(values["tenant_id"], values["key"], began_at)
-        if not _is_same(row, values):
-            raise IdempotencyMismatch()
-        if row["state"] == "running":
-            raise IdempotencyInProgress()
-        return Answer(status=row["status"], headers=row["headers"], body=row["body"])
-
-    def finish(self, ticket: Ticket, answer: Answer) -> None:
-        """Keep the answer; call it in the transaction that does the work, so that both are there or neither is.
+        Belongs at the start of the transaction that does the work, and `keep` at its end. Another request with the same
+        key waits here until that transaction has ended.
 
         Raises:
-            IdempotencyInProgress: another request took this one for dead and works on it; roll the work back.
+            IdempotencyMismatch: the key was used for another request.
         """
-        values = {
-            "of_tenant": ticket.tenant_id,
-            "of_key": ticket.key,
-            "began_at": ticket.began_at,
-            "status": answer.status,
-            "headers": dict(answer.headers),
-            "body": answer.body,
-        }
-        with write(self._engine) as connection:
-            if _FINISH.row(connection, values) is None:
-                raise IdempotencyInProgress("this request took so long that another one with its key was begun")
+        values = {name: getattr(request, name) for name in ("tenant_id", "key", "route", "body_hash")}
+        with write(self._engine, savepoint=False) as connection:
+            while self._take.row(connection, values) is None:
+                row = self._row(connection, request)
+                if row is None:  # forgotten since
+                    continue
+                if not self._is_over(row):
+                    return _answer_to(request, row)
+                connection.execute(delete(idempotency_keys).where(_IS_KEY), _name(request))
+        return None
 
-    def abandon(self, ticket: Ticket) -> None:
-        """Free the key: the request failed, and one that is sent again is to be worked on."""
-        with write(self._engine) as connection:
-            connection.execute(delete(idempotency_keys).where(_is_held(ticket)))
+    @cached_property
+    def _take(self) -> Prepared:
+        made = insert_new(self._engine.dialect, idempotency_keys).values(created_at=self._now())
+        return Prepared(
+            made.returning(idempotency_keys.c.created_at), columns=("tenant_id", "key", "route", "body_hash")
+        )
+
+    def _row(self, connection: Connection, request: KeyedRequest) -> RowMapping | None:
+        query = select(idempotency_keys, self._now().label("now")).where(_IS_KEY)
+        return connection.execute(query, _name(request)).mappings().first()
+
+    def _is_over(self, row: RowMapping) -> bool:
+        return bool(row["now"] - row["created_at"] > self._lifetime_ms)
+
+    def keep(self, request: KeyedRequest, answer: Answer) -> None:
+        """Keep the answer, in the transaction that took the key."""
+        values = {"status": answer.status, "headers": dict(answer.headers), "body": answer.body}
+        with write(self._engine, savepoint=False) as connection:
+            _KEEP.run(connection, {**_name(request), **values})
 
     def purge(self) -> int:
         """Forget the answers that are older than the lifetime; return how many."""
@@ -125,14 +109,11 @@ class IdempotencyStore:
             return connection.execute(delete(idempotency_keys).where(idempotency_keys.c.created_at < oldest)).rowcount
 
 
-def _is(tenant_id: str, key: str) -> ColumnElement[bool]:
-    return and_(idempotency_keys.c.tenant_id == tenant_id, idempotency_keys.c.key == key)
+def _name(request: KeyedRequest) -> dict[str, str]:
+    return {"of_tenant": request.tenant_id, "of_key": request.key}
 
 
-def _is_held(ticket: Ticket) -> ColumnElement[bool]:
-    is_running = and_(idempotency_keys.c.state == "running", idempotency_keys.c.created_at == ticket.began_at)
-    return and_(_is(ticket.tenant_id, ticket.key), is_running)
-
-
-def _is_same(row: RowMapping, values: Mapping[str, str]) -> bool:
-    return bool(row["route"] == values["route"] and row["body_hash"] == values["body_hash"])
+def _answer_to(request: KeyedRequest, row: RowMapping) -> Answer:
+    if (row["route"], row["body_hash"]) != (request.route, request.body_hash):
+        raise IdempotencyMismatch()
+    return Answer(status=row["status"], headers=row["headers"], body=row["body"])

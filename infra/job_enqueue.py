@@ -5,10 +5,9 @@ from functools import cached_property
 
 import structlog
 from sqlalchemy import Connection, bindparam, case, delete, exists, insert, select
-from sqlalchemy.exc import IntegrityError
 
 from infra import tracing
-from infra.database import write
+from infra.database import insert_new, write
 from infra.errors import DependencyFailed, DependencyNotFound, JobConflict, QueueNotFound
 from infra.ids import new_id
 from infra.job_model import ACTIVE, TERMINAL, WAITING, EventType, Job, JobState, NewJob, turn_at
@@ -21,14 +20,11 @@ log = structlog.stdlib.get_logger(__name__)
 
 _MAX_LEASE_LOSSES = 5
 
-_NEW_JOB = Prepared(
-    insert(jobs).returning(jobs),
-    columns=(
-        *("id", "tenant_id", "kind", "state", "spec", "fingerprint", "forced", "priority", "created_at", "run_at"),
-        *("turn_at", "deadline_at", "queue", "batch_id", "gpus", "model_name", "recipe_name", "labels", "traceparent"),
-        *("attempt", "max_attempts", "lease_losses", "max_lease_losses", "fence"),
-        *("phase", "progress_done", "progress_total", "version"),
-    ),
+_COLUMNS = (
+    *("id", "tenant_id", "kind", "state", "spec", "fingerprint", "forced", "priority", "created_at", "run_at"),
+    *("turn_at", "deadline_at", "queue", "batch_id", "gpus", "model_name", "recipe_name", "labels", "traceparent"),
+    *("attempt", "max_attempts", "lease_losses", "max_lease_losses", "fence"),
+    *("phase", "progress_done", "progress_total", "version"),
 )
 _SAME_WORK = Prepared(
     select(jobs)
@@ -72,20 +68,18 @@ class JobEnqueue(JobRows):
             QuotaExceeded: the tenant has as much as it may have.
             JobConflict: the job that does the same work is being cancelled.
         """
-        for _ in range(3):
-            try:
-                with write(self._engine) as connection:
-                    self._require_what_it_names(connection, new)
-                    if not force and (existing := self._same_work(connection, new)) is not None:
-                        joined = self._join(connection, existing, new, actor)
-                        if joined is None:  # it has just ended
-                            continue
-                        return joined, False
-                    return self._insert(connection, new, force=force, actor=actor), True
-            except IntegrityError:
+        # Whatever refuses a job does so before anything is written.
+        with write(self._engine, savepoint=False) as connection:
+            self._require_what_it_names(connection, new)
+            for _ in range(3):
+                if not force and (existing := self._same_work(connection, new)) is not None:
+                    joined = self._join(connection, existing, new, actor)
+                    if joined is None:  # it has just ended
+                        continue
+                    return joined, False
+                if (job := self._insert(connection, new, force=force, actor=actor)) is not None:
+                    return job, True
                 # Another request inserted the same work between our look and our insert: look again.
-                if force:
-                    raise
         raise JobConflict("the same job is being added and finished again and again; try later")
 
     def _same_work(self, connection: Connection, new: NewJob) -> Job | None:
@@ -131,7 +125,8 @@ class JobEnqueue(JobRows):
             connection.execute(delete(job_deps).where(job_deps.c.job_id == job.id))
         return self._change(connection, job, changes, actor, unblock=unblock) if changes or unblock else job
 
-    def _insert(self, connection: Connection, new: NewJob, *, force: bool, actor: str) -> Job:
+    def _insert(self, connection: Connection, new: NewJob, *, force: bool, actor: str) -> Job | None:
+        """Add the job; none where an active one with its fingerprint is there, unless it is forced."""
         # Jobs are locked before the tenant, as everywhere: two orders would be a deadlock.
         is_blocked = self._is_blocked(connection, new.tenant_id, new.depends_on)
         require_room(connection, new.tenant_id, gpus=new.gpus)
@@ -169,7 +164,10 @@ class JobEnqueue(JobRows):
             "progress_total": 0,
             "version": 1,
         }
-        job = Job.from_row(_NEW_JOB.rows(connection, values)[0])
+        row = self._new_job.row(connection, values)
+        if row is None:
+            return None
+        job = Job.from_row(row)
         for depends_on in dict.fromkeys(new.depends_on):
             _NEW_DEPENDENCY.run(connection, {"job_id": job.id, "depends_on": depends_on})
         data = {"to": job.state, "forced": force}
@@ -178,6 +176,10 @@ class JobEnqueue(JobRows):
         self._event(connection, job.id, EventType.ENQUEUED, actor, data)
         log.info("job_enqueued", job_id=job.id, tenant_id=job.tenant_id, kind=job.kind, state=job.state)
         return job
+
+    @cached_property
+    def _new_job(self) -> Prepared:
+        return Prepared(insert_new(self._engine.dialect, jobs).returning(jobs), _COLUMNS)
 
     @cached_property
     def _queue(self) -> Prepared:

@@ -17,19 +17,20 @@ from infra.schema import job_events, jobs, tenants, workers
 _WORKER_MEMORY_S = 24 * 3600
 
 _is_queued_beside = state_is(JobState.QUEUED) & (jobs.c.queue == bindparam("line"))
+FARTHEST_PLACE = 1000
+"""How far a job's place in its queue is counted: the exact number of thousands would cost more than it tells."""
 _place = select(jobs.c.turn_at).where(jobs.c.id == bindparam("job_id")).correlate(None).scalar_subquery()
+_before = (
+    select(jobs.c.id)
+    .where(jobs.c.tenant_id == bindparam("of_tenant"), _is_queued_beside)
+    .where(tuple_(jobs.c.turn_at, jobs.c.id) < tuple_(_place, bindparam("job_id")))
+    .limit(FARTHEST_PLACE - 1)
+    .subquery()
+)
 _AHEAD = Prepared(
-    select(func.count(jobs.c.id).label("before"), tenants.c.weight)
-    .select_from(
-        tenants.outerjoin(
-            jobs,
-            (jobs.c.tenant_id == tenants.c.id)
-            & _is_queued_beside
-            & (tuple_(jobs.c.turn_at, jobs.c.id) < tuple_(_place, bindparam("job_id"))),
-        )
+    select(select(func.count()).select_from(_before).scalar_subquery().label("before"), tenants.c.weight).where(
+        tenants.c.id == bindparam("of_tenant")
     )
-    .where(tenants.c.id == bindparam("of_tenant"))
-    .group_by(tenants.c.weight)
 )
 """How many jobs of its own tenant are before a job, and the tenant's weight."""
 _RIVALS = Prepared(
@@ -83,7 +84,8 @@ class JobReads(JobRows):
     def queue_position(self, job: Job) -> int | None:
         """Return how many jobs are likely to be claimed before this one; none when it is not queued.
 
-        Exact for the tenant's own jobs. Of the others, those count that get their turn by weight meanwhile.
+        Exact for the tenant's own jobs, up to `FARTHEST_PLACE - 1` of them. Of the others, those count that get their
+        turn by weight meanwhile.
         """
         if job.state is not JobState.QUEUED:
             return None
@@ -97,7 +99,7 @@ class JobReads(JobRows):
         position: int = before + sum(
             min(rival["count"], math.ceil(before * rival["weight"] / weight)) for rival in rivals
         )
-        return position
+        return min(position, FARTHEST_PLACE - 1)
 
     def failures(self, tenant_id: str | None = None) -> list[FailureGroup]:
         """Return the dead letters: failed jobs by kind and reason, the most frequent first."""

@@ -3,12 +3,17 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sqlalchemy import ColumnElement, Engine, case, exists, func, select, tuple_
+from sqlalchemy import ColumnElement, Engine, bindparam, case, exists, func, select, tuple_
 
 from infra.database import read
 from infra.job_model import ACTIVE, Job, JobState
 from infra.job_rows import state_is
+from infra.prepared import Prepared
 from infra.schema import artifacts, job_deps, jobs
+
+_DEPENDENCIES = Prepared(
+    select(job_deps.c.depends_on).where(job_deps.c.job_id == bindparam("of_job")).order_by(job_deps.c.depends_on)
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +92,5 @@ class JobSearch:
 
     def dependencies(self, job_id: str) -> Sequence[str]:
         """Return the ids of the jobs that this one waits for, or has waited for."""
-        query = select(job_deps.c.depends_on).where(job_deps.c.job_id == job_id).order_by(job_deps.c.depends_on)
         with read(self._engine) as connection:
-            return connection.execute(query).scalars().all()
+            return [row["depends_on"] for row in _DEPENDENCIES.rows(connection, {"of_job": job_id})]

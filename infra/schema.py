@@ -284,14 +284,11 @@ idempotency_keys = Table(
     Column("key", String(255), primary_key=True),
     Column("route", String(200), nullable=False),
     Column("body_hash", String(64), nullable=False),
-    Column("state", String(16), nullable=False),
-    # The answer to replay, once there is one.
+    # The answer to replay. Only the transaction that works on the request ever sees a row without.
     Column("status", Integer),
     Column("headers", _json),
     Column("body", Text),
     Column("created_at", BigInteger, nullable=False),
-    CheckConstraint("state IN ('running', 'done')", name="state_known"),
-    CheckConstraint("state <> 'done' OR status IS NOT NULL", name="done_has_answer"),
     Index("ix_idempotency_keys_created_at", "created_at"),
 )
 

@@ -40,6 +40,7 @@ from service import errors
 from service.auth import SCOPES
 from service.context import Context
 from service.housekeeping import keep_house
+from service.known_keys import KnownKeys
 from service.limits import OpenStreams, RateLimiter
 from service.middleware import QUIET_PATHS, BodyLimit, RequestContext
 from service.openapi import Description
@@ -160,6 +161,7 @@ def build_context(settings: ServiceSettings) -> Context:
         jobs=job_store,
         search=JobSearch(engine),
         keys=KeyStore(engine, settings.key_pepper),
+        known_keys=KnownKeys(settings.key_memory_seconds),
         tenants=TenantStore(engine),
         webhooks=WebhookStore(engine, settings.key_pepper),
         webhook_policy=AddressPolicy(settings.webhook_networks),
@@ -234,4 +236,5 @@ def _make_bootstrap_key(service: Context) -> None:
             # Somebody revoked it, and meant it: the service works without.
             log.warning("bootstrap_key_refused", error=str(error))
         else:
+            service.known_keys.forget()
             log.info("bootstrap_key_created", tenant=DEFAULT_TENANT)

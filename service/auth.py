@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import functools
 import hashlib
 import hmac
 import json
@@ -91,8 +92,9 @@ async def check_key(service: Context, credentials: HTTPAuthorizationCredentials 
             "Send an API key: 'Authorization: Bearer dq_live_...'.",
             headers={"WWW-Authenticate": "Bearer"},
         )
-    key = await anyio.to_thread.run_sync(service.keys.authenticate, credentials.credentials)
-    if key is None:
+    look = functools.partial(anyio.to_thread.run_sync, service.keys.authenticate)
+    key = await service.known_keys.get(credentials.credentials, look)
+    if key is None or not is_live(key):
         raise ProblemError(
             "unauthorized",
             "This API key is not valid; it may be misspelt, revoked or expired.",

@@ -97,12 +97,6 @@ CATALOGUE: dict[str, ProblemKind] = {
         "it has tags, or a job that has not ended needs it",
         "take the tags away or use `force`; wait for the job, or cancel it",
     ),
-    "idempotency-in-progress": ProblemKind(
-        409,
-        "A request with this Idempotency-Key is being worked on",
-        "the first request with this key has not been answered yet",
-        "try again after `Retry-After`",
-    ),
     "text-conflict": ProblemKind(
         409,
         "The text is in use",

@@ -26,6 +26,7 @@ from infra.texts import TextStore
 from infra.usage import UsageStore
 from infra.webhooks.addresses import AddressPolicy
 from infra.webhooks.store import WebhookStore
+from service.known_keys import KnownKeys
 from service.limits import OpenStreams, RateLimiter, Remembered
 from service.schemas.health import Check
 from service.settings import ServiceSettings
@@ -40,6 +41,7 @@ class Context:
     jobs: JobStore
     search: JobSearch
     keys: KeyStore
+    known_keys: KnownKeys
     tenants: TenantStore
     webhooks: WebhookStore
     webhook_policy: AddressPolicy

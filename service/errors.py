@@ -21,7 +21,6 @@ from infra.errors import (
     DependencyFailed,
     DependencyNotFound,
     EvaluationNotFound,
-    IdempotencyInProgress,
     IdempotencyMismatch,
     InfraError,
     JobChanged,
@@ -222,8 +221,6 @@ def _domain_problem(error: Exception) -> ProblemError:
         errors = [] if pointer is None else [FieldProblem(pointer=pointer, detail=str(error))]
         return ProblemError(name, str(error), errors)
     match error:
-        case IdempotencyInProgress():
-            return ProblemError("idempotency-in-progress", str(error), headers={"Retry-After": "1"})
         case QuotaExceeded():
             # What can never fit is not worth another try.
             headers = {} if error.facts.get("is_final") else {"Retry-After": "60"}

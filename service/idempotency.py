@@ -4,10 +4,9 @@
         return once.answer(caller, lambda: check(body), lambda checked: Made(store(checked), location="/v1/things/1"))
 
 The work and the kept answer are one transaction: there is never one without the other, whenever the server dies. Only
-what was made is kept. A request that was refused frees its key.
+what was made is kept; a request that was refused leaves its key free. Of two at once, the second waits for the first.
 """
 
-import contextlib
 import hashlib
 import re
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from pydantic import BaseModel
 
 from infra.database import transaction
 from infra.errors import InfraError
-from infra.idempotency import Answer, Ticket
+from infra.idempotency import Answer, KeyedRequest
 from service.auth import Caller
 from service.context import Context, context
 from service.errors import FieldProblem, ProblemError
@@ -45,7 +44,7 @@ HEADERS = {
     _REPLAYED: header("true when this is the answer to an earlier request"),
 }
 """For the description of an answer in OpenAPI."""
-PROBLEMS = ("idempotency-key-reused", "idempotency-in-progress", "validation-failed")
+PROBLEMS = ("idempotency-key-reused", "validation-failed")
 
 
 @dataclass(frozen=True)
@@ -78,32 +77,26 @@ class IdempotentRequest:
 
         Raises:
             IdempotencyMismatch: the key was used for another request.
-            IdempotencyInProgress: the first request with this key is being worked on.
         """
-        ticket = None
-        if self._key is not None:
-            known = self._service.idempotency.begin(
-                caller.tenant_id, self._key, route=self._route, body_hash=self._body_hash
-            )
-            if isinstance(known, Answer):
-                return _response(known, replayed=True)
-            ticket = known
-        try:
+        if self._key is None:
             prepared = prepare()
             with transaction(self._service.engine):
                 made = make(prepared)
-                self._keep(ticket, made)
-        except BaseException:
-            if ticket is not None:
-                # Where even this fails, the key frees itself after a minute.
-                with contextlib.suppress(InfraError):
-                    self._service.idempotency.abandon(ticket)
+            return _response(_answer(made, made.view))
+        request = KeyedRequest(caller.tenant_id, self._key, self._route, self._body_hash)
+        try:
+            prepared = prepare()
+        except (ProblemError, InfraError):
+            # What was made once may be refused by now: its model may be gone.
+            if (known := self._service.idempotency.find(request)) is not None:
+                return _response(known, replayed=True)
             raise
-        return _response(_answer(made, made.view), replayed=False)
-
-    def _keep(self, ticket: Ticket | None, made: Made) -> None:
-        if ticket is not None:
-            self._service.idempotency.finish(ticket, _answer(made, made.kept or made.view))
+        with transaction(self._service.engine):
+            if (known := self._service.idempotency.take(request)) is not None:
+                return _response(known, replayed=True)
+            made = make(prepared)
+            self._service.idempotency.keep(request, _answer(made, made.kept or made.view))
+        return _response(_answer(made, made.view))
 
 
 def _answer(made: Made, view: BaseModel) -> Answer:
@@ -111,7 +104,7 @@ def _answer(made: Made, view: BaseModel) -> Answer:
     return Answer(status=made.status, headers=headers, body=view.model_dump_json())
 
 
-def _response(answer: Answer, *, replayed: bool) -> Response:
+def _response(answer: Answer, *, replayed: bool = False) -> Response:
     headers = {**answer.headers, **({_REPLAYED: "true"} if replayed else {})}
     return Response(answer.body, status_code=answer.status, headers=headers, media_type="application/json")
 

@@ -26,6 +26,8 @@ class ServiceSettings(InfraSettings):
     """Requests that one API key may send at once."""
     max_event_streams: int = Field(default=20, ge=1, le=10_000)
     """Event streams that one API key may have open at once, in each API process; a dashboard page is one, too."""
+    key_memory_seconds: float = Field(default=1.0, ge=0, le=60)
+    """How long a key that was revoked through another API process may still work; 0 looks every key up each time."""
     presign_seconds: int = Field(default=900, ge=1, le=900)
     """How long a download link works."""
     idempotency_hours: int = Field(default=24, ge=1)

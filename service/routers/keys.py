@@ -128,7 +128,9 @@ def rotate_key(
         key, token = service.keys.rotate(key_id, caller.tenant_id, overlap_seconds=overlap, actor=caller.actor)
         return _made(key, token)
 
-    return once.answer(caller, check, make)
+    answer = once.answer(caller, check, make)
+    service.known_keys.forget()
+    return answer
 
 
 @router.post(
@@ -140,6 +142,7 @@ def rotate_key(
 def revoke_key(service: Service, caller: KeyAdmin, key_id: KeyId) -> KeyView:
     """Refuse a key from now on, for ever, and end the dashboard sessions that it began. Revoking twice is fine."""
     service.keys.revoke(key_id, caller.tenant_id, actor=caller.actor)
+    service.known_keys.forget()
     return key_view(service.keys.get(key_id, caller.tenant_id))
 
 

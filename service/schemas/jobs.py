@@ -128,7 +128,7 @@ class JobDetail(JobSummary):
     depends_on: list[str]
     layers: LayerCounts
     queue_position: int | None
-    """1 is next; null when it is not waiting."""
+    """1 is next; 1000 is 1000 or farther; null when it is not waiting."""
     eta_seconds: float | None
     """Estimated time left; null while there is nothing to estimate from."""
     result: dict[str, Any] | None

@@ -6,8 +6,9 @@ import pytest
 from sqlalchemy import Engine, insert
 from sqlalchemy.exc import StatementError
 
-from infra.database import write
+from infra.database import transaction, write
 from infra.errors import DependencyNotFound, InfraError, JobConflict, JobNotFound, QueueNotFound
+from infra.job_reads import FARTHEST_PLACE
 from infra.jobs import JobState, JobStore
 from infra.schema import tenants
 
@@ -170,6 +171,13 @@ def test_queue_position_counts_what_is_claimed_first(desk, store: JobStore) -> N
     first, second, urgent = desk.add("a"), desk.add("b"), desk.add("c", priority=1)
     assert [store.queue_position(job) for job in (urgent, first, second)] == [0, 1, 2]
     assert store.queue_position(store.get(desk.claim().job.id)) is None
+
+
+def test_a_queue_position_is_counted_so_far_and_no_farther(desk, store: JobStore, engine: Engine) -> None:
+    with transaction(engine):
+        jobs = [desk.add(str(number)) for number in range(FARTHEST_PLACE + 2)]
+    places = [store.queue_position(job) for job in (jobs[0], jobs[1], *jobs[-4:])]
+    assert places == [0, 1, *[FARTHEST_PLACE - 2, *[FARTHEST_PLACE - 1] * 3]]
 
 
 def test_jobs_are_claimed_by_priority_then_age(desk, store: JobStore, clock) -> None:

@@ -305,9 +305,9 @@ def _linear_bytes(full: Any, packed: Any) -> dict[str, Any]:
     storages: dict[int, int] = {}
     for name, module in packed.named_modules():
         tensors: list[Tensor] = []
-        if isinstance(module, SiteModule) and module._prepared is not None:
-            W = module._prepared.weight
-            tensors = [W.data, W.scale, W.zero_point, W.weight_sum]
+        if isinstance(module, SiteModule):
+            joined = [readers.joined for readers in module.readers if readers.joined is not None]
+            tensors = [tensor for W in joined for tensor in (W.data, W.scale, W.zero_point, W.weight_sum)]
         elif name in names:
             tensors = list(module.parameters())
         for tensor in tensors:

@@ -30,7 +30,7 @@ class SiteStatistics:
 
 
 class StatisticsRecorder:
-    """Collects SiteStatistics of one layer over micro-batches, through hooks on the sites' first linears.
+    """Collects SiteStatistics of one layer over micro-batches, through hooks on what the sites enter.
 
     Args:
         sites: what to record.
@@ -63,8 +63,8 @@ class StatisticsRecorder:
         handles = []
         try:
             for site in self._sites:
-                linear = layer.get_submodule(site.linears[0])
-                handles.append(linear.register_forward_pre_hook(self._hook(site.name)))
+                module = layer.get_submodule(site.probed)
+                handles.append(module.register_forward_pre_hook(self._hook(site.name)))
             yield
         finally:
             for handle in handles:

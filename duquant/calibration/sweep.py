@@ -74,7 +74,7 @@ def write_tokens(work: WorkDir, windows: Int64[Tensor, "samples seq_len"]) -> No
         staged.unlink(missing_ok=True)
 
 
-def embed_shard(source: SourceCheckpoint, recipe: Recipe, work: WorkDir, shard: int) -> None:
+def embed_shard(source: SourceCheckpoint, skeleton: Skeleton, recipe: Recipe, work: WorkDir, shard: int) -> None:
     """Write boundary 0 of a shard: the embeddings of its windows.
 
     Raises:
@@ -94,7 +94,7 @@ def embed_shard(source: SourceCheckpoint, recipe: Recipe, work: WorkDir, shard: 
     with _Writer(target) as out:
         for first in range(0, len(windows), recipe.calibration.micro_batch):
             batch = tokens[first : first + recipe.calibration.micro_batch]
-            out.write(torch.nn.functional.embedding(batch, table).to(COMPUTE_DTYPE))
+            out.write(skeleton.embed(batch, table))
 
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ def sweep_layer(
     if work.statistics(layer, shard).exists() and (last or target.exists()):
         return
     calibration = recipe.calibration
-    sites = source.architecture.kept_sites(recipe.skip_linears)
+    sites = source.architecture.kept_sites(recipe.skip_linears, layer)
     tokens = calibration.samples * calibration.seq_len
     recorder = StatisticsRecorder(
         sites,

@@ -109,30 +109,47 @@ def tokenize(tokenizer: Any, text: str) -> Int64[Tensor, " tokens"]:
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
 
+def first_token(tokenizer: Any, *, starts_with_bos: bool) -> int | None:
+    """Return the token that every window starts with, if the model's windows start with one.
+
+    Raises:
+        SourceError: they do, and the tokenizer has no BOS token.
+    """
+    if not starts_with_bos:
+        return None
+    if tokenizer.bos_token_id is None:
+        raise SourceError("the model needs every text to start with its BOS token, and the tokenizer has none")
+    return int(tokenizer.bos_token_id)
+
+
 def evenly_spaced_windows(
-    tokens: Int64[Tensor, " tokens"], *, samples: int, seq_len: int
+    tokens: Int64[Tensor, " tokens"], *, samples: int, seq_len: int, first: int | None = None
 ) -> Int64[Tensor, "samples seq_len"]:
     """Cut windows at even distances over the whole text; they overlap when the text is short.
+
+    With a `first` token, each window is that token and seq_len - 1 tokens of the text.
 
     Raises:
         CalibrationError: the text has fewer tokens than one window.
     """
-    total = tokens.shape[0]
-    if total < seq_len:
+    total, length = tokens.shape[0], _text_length(seq_len, first)
+    if total < length:
         raise CalibrationError(
             f"the calibration text has {total} tokens; one window of {seq_len} needs more text or a smaller seq_len"
         )
-    if total < samples * seq_len:
+    if total < samples * length:
         log.warning("calibration windows overlap: %d tokens for %d windows of %d", total, samples, seq_len)
-    last = total - seq_len
+    last = total - length
     starts = [0] if samples == 1 else [last * i // (samples - 1) for i in range(samples)]
-    return torch.stack([tokens[start : start + seq_len] for start in starts])
+    return _start_with(first, torch.stack([tokens[start : start + length] for start in starts]))
 
 
 def consecutive_windows(
-    tokens: Int64[Tensor, " tokens"], *, seq_len: int, limit: int | None
+    tokens: Int64[Tensor, " tokens"], *, seq_len: int, limit: int | None, first: int | None = None
 ) -> Int64[Tensor, "windows seq_len"]:
     """Cut consecutive, non-overlapping windows and drop the tail, as perplexity is measured in the literature.
+
+    With a `first` token, each window is that token and seq_len - 1 tokens of the text, all of which are predicted.
 
     Raises:
         CalibrationError: the text has fewer tokens than one window.
@@ -142,11 +159,20 @@ def consecutive_windows(
         raise ConfigError(f"seq_len is {seq_len}; a window needs two tokens to predict one", field="seq_len")
     if limit is not None and limit < 1:
         raise ConfigError(f"windows is {limit}; it must be at least 1", field="windows")
-    count = tokens.shape[0] // seq_len
+    length = _text_length(seq_len, first)
+    count = tokens.shape[0] // length
     if count == 0:
         raise CalibrationError(f"the text has {tokens.shape[0]} tokens; one window of {seq_len} needs more text")
     count = count if limit is None else min(count, limit)
-    return tokens[: count * seq_len].view(count, seq_len)
+    return _start_with(first, tokens[: count * length].view(count, length))
+
+
+def _text_length(seq_len: int, first: int | None) -> int:
+    return seq_len if first is None else seq_len - 1
+
+
+def _start_with(first: int | None, text: Int64[Tensor, "windows length"]) -> Int64[Tensor, "windows seq_len"]:
+    return text if first is None else torch.cat((text.new_full((text.shape[0], 1), first), text), dim=1)
 
 
 def calibration_windows(
@@ -157,22 +183,25 @@ def calibration_windows(
     seq_len: int,
     seed: int,
     local_file: Path | None = None,
+    starts_with_bos: bool = False,
 ) -> Int64[Tensor, "samples seq_len"]:
-    """Return the token windows of a calibration source.
+    """Return the token windows of a calibration source, each with BOS first where the model needs that.
 
     Raises:
         CalibrationError: the text is missing, empty or too short.
         SourceError: the model has no usable tokenizer.
     """
     tokenizer = load_tokenizer(model_path)
+    first = first_token(tokenizer, starts_with_bos=starts_with_bos)
     generator = torch.Generator().manual_seed(seed)
     if source.kind == "random":
-        return torch.randint(0, len(tokenizer), (samples, seq_len), generator=generator)
+        length = _text_length(seq_len, first)
+        return _start_with(first, torch.randint(0, len(tokenizer), (samples, length), generator=generator))
     if source.kind == "self":
         return _sample_from_model(model_path, tokenizer, samples=samples, seq_len=seq_len, generator=generator)
     tokens = tokenize(tokenizer, read_text(source, local_file=local_file))
     try:
-        return evenly_spaced_windows(tokens, samples=samples, seq_len=seq_len)
+        return evenly_spaced_windows(tokens, samples=samples, seq_len=seq_len, first=first)
     except CalibrationError as err:
         raise CalibrationError(f"text source {source.kind}:{source.name}: {err}") from err
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from duquant.artifact.layout import MANIFEST
-from duquant.calibration.text import consecutive_windows, load_tokenizer, read_text, tokenize
+from duquant.calibration.text import consecutive_windows, first_token, load_tokenizer, read_text, tokenize
 from duquant.config import TextSource
 from duquant.errors import CalibrationError
 from duquant.inference import load
 from duquant.models.devices import resolve_device
+from duquant.models.families import architecture_of
 from duquant.models.references import resolve_model
 from duquant.models.source import SourceCheckpoint
 
@@ -54,8 +55,8 @@ def evaluate(
 ) -> PerplexityResult:
     """Measure perplexity of an artifact's directory or of an unquantized model (bfloat16).
 
-    The text is tokenized once without special tokens and cut into consecutive windows of `seq_len` without the tail.
-    Artifacts run with their quantized KV cache.
+    The text is tokenized once without special tokens and cut into consecutive windows of `seq_len` without the tail;
+    each window starts with BOS where the model's family needs that. Artifacts run with their quantized KV cache.
 
     Raises:
         DuQuantError: the model or the text cannot be used.
@@ -74,8 +75,10 @@ def evaluate(
         ).to(target)
         loaded.eval()
     tokens = tokenize(tokenizer, read_text(text))
+    architecture = architecture_of(loaded.config.to_dict())
+    first = first_token(tokenizer, starts_with_bos=architecture.starts_with_bos)
     try:
-        cut = consecutive_windows(tokens, seq_len=seq_len, limit=windows)
+        cut = consecutive_windows(tokens, seq_len=seq_len, limit=windows, first=first)
     except CalibrationError as err:
         raise CalibrationError(f"text source {text.kind}:{text.name}: {err}") from err
     started = time.perf_counter()

@@ -15,7 +15,9 @@ from duquant.errors import ArtifactError
 from duquant.inference.attention import IMPLEMENTATION
 from duquant.inference.cache import DuQuantCache
 from duquant.inference.modules import DuQuantLinear, SiteModule
-from duquant.models.architecture import architecture_of
+from duquant.models.architecture import Site
+from duquant.models.experts import split_experts
+from duquant.models.families import architecture_of
 
 
 @register_quantization_config(FORMAT)
@@ -55,20 +57,15 @@ class DuQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         architecture = architecture_of(model.config.to_dict())
         layers = model.get_submodule(architecture.layers_prefix)
         assert isinstance(layers, nn.ModuleList)
-        for layer in layers:
-            for site in architecture.kept_sites(recipe.skip_linears):
-                first = layer.get_submodule(site.linears[0])
-                assert isinstance(first, nn.Linear)
-                with torch.device(first.weight.device):
-                    module = SiteModule(first.in_features, len(site.linears), recipe)
-                    _set_submodule(layer, site.module, module)
-                    for name in site.linears:
-                        old = layer.get_submodule(name)
-                        assert isinstance(old, nn.Linear)
-                        new = DuQuantLinear(
-                            old.in_features, old.out_features, bias=old.bias is not None, recipe=recipe, site=module
-                        )
-                        _set_submodule(layer, name, new)
+        for index, layer in enumerate(layers):
+            if architecture.experts:
+                split_experts(layer, architecture.experts)
+            for site in architecture.kept_sites(recipe.skip_linears, index):
+                _pack_site(layer, site, recipe)
+
+    def update_weight_conversions(self, _weight_conversions: list[Any], _model: Any) -> list[Any]:
+        """Return none: tensors of an artifact have the names of the modules, whatever the source's had."""
+        return []
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_kwargs: Any) -> None:
         # Loading marks every float parameter as trainable; a forward pass would then keep all activations.
@@ -83,6 +80,22 @@ class DuQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
     def is_trainable(self) -> bool:
         """Packed weights have no gradients."""
         return False
+
+
+def _pack_site(layer: nn.Module, site: Site, recipe: Recipe) -> None:
+    """Put a site's transform into a layer, and packed linears in the place of its linears."""
+    first = layer.get_submodule(site.linears[0])
+    assert isinstance(first, nn.Linear)
+    with torch.device(first.weight.device):
+        module = SiteModule(first.in_features, recipe, experts=site.experts)
+        _set_submodule(layer, site.module, module)
+        for readers, names in zip(module.readers, site.groups, strict=True):
+            for name in names:
+                old = layer.get_submodule(name)
+                assert isinstance(old, nn.Linear)
+                has_bias = old.bias is not None
+                new = DuQuantLinear(old.in_features, old.out_features, bias=has_bias, recipe=recipe, readers=readers)
+                _set_submodule(layer, name, new)
 
 
 def attach_cache(model: Any, recipe: Recipe) -> None:

@@ -12,8 +12,8 @@ from duquant.artifact.manifest import read_manifest
 from duquant.artifact.shards import write_index, write_shard
 from duquant.artifact.verify import require_intact
 from duquant.errors import ArtifactError
-from duquant.models.architecture import architecture_of
 from duquant.models.devices import resolve_device
+from duquant.models.families import architecture_of
 
 
 def load(path: str | Path, *, device: str = "cpu", check_hashes: bool = True) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""The modules of a quantized model: a transform per site, and linears that read it."""
+"""The modules of a quantized model: a transform per site, and linears that read it, with their weights joined."""
 
 import weakref
 from collections.abc import Callable
@@ -68,19 +68,106 @@ class _Shared(Generic[_T]):
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """What the kernels made of a site's parameters, and which parameters they were."""
+class _Prepared(Generic[_T]):
+    """What the kernels made of some parameters, and which parameters they were."""
 
-    transform: PreparedTransform
+    result: _T
+    parameters: tuple[nn.Parameter | None, ...]
+
+    def is_of(self, parameters: tuple[nn.Parameter | None, ...]) -> bool:
+        """Tell whether they are still the same."""
+        return all(a is b for a, b in zip(self.parameters, parameters, strict=True))
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """The weights of linears that read the same tensor, one after the other."""
+
     weight: LinearWeight
     bias: Float[Tensor, " out_features"] | None
-    parameters: tuple[nn.Parameter | None, ...]
+
+
+class SiteReaders:
+    """Linears that read the same tensor at a site: all of them, or those of one expert. They share one result."""
+
+    def __init__(self, site: "SiteModule") -> None:
+        self._site = site
+        self._linears: list[DuQuantLinear] = []
+        self._codes: _Shared[QuantizedActivation | Tensor] = _Shared(0)
+        self._outputs: _Shared[tuple[Tensor, ...]] = _Shared(0)
+        self._prepared: _Prepared[_Joined] | None = None
+
+    def attach(self, linear: "DuQuantLinear") -> int:
+        """Add a linear; return its index."""
+        self._linears.append(linear)
+        self._codes.readers = self._outputs.readers = len(self._linears)
+        return len(self._linears) - 1
+
+    def codes(self, X: Float[Tensor, "*batch channels"]) -> QuantizedActivation | Tensor:
+        """Return what the site makes of `X`, once for all linears."""
+        return self._codes.get(X, lambda: self._site.enter(X.reshape(-1, X.shape[-1])))
+
+    def output(self, X: Float[Tensor, "*batch channels"], index: int) -> Float[Tensor, "rows out_features"]:
+        """Return linear `index`'s X W.T + bias in the dtype of `X`: all the linears are one product."""
+        return self._outputs.get(X, lambda: self._all_outputs(X))[index]
+
+    @property
+    def keeps_results(self) -> bool:
+        """Whether a result waits for more linears to ask for it."""
+        return self._codes.result is not None or self._outputs.result is not None
+
+    @property
+    def joined(self) -> LinearWeight | None:
+        """The weights as the kernels have them, once they ran."""
+        return None if self._prepared is None else self._prepared.result.weight
+
+    def _all_outputs(self, X: Tensor) -> tuple[Tensor, ...]:
+        ready = self._ready()
+        rows = X.reshape(-1, X.shape[-1])
+        Y = transformed_linear(rows, self._site.prepared(), ready.weight, bias=ready.bias, dtype=X.dtype)
+        return (Y,) if len(self._linears) == 1 else torch.split_with_sizes(Y, ready.weight.splits, dim=1)
+
+    def _ready(self) -> _Joined:
+        """Return what the kernels run on: made when first asked for, and again when parameters were replaced."""
+        ready = self._prepared
+        if ready is None or not ready.is_of(self._parameters_read()):
+            joined = self._join()
+            # Only now: joining gives the linears other data.
+            ready = self._prepared = _Prepared(joined, self._parameters_read())
+        return ready.result
+
+    def _parameters_read(self) -> tuple[nn.Parameter | None, ...]:
+        return tuple(linear._parameters["weight_packed"] for linear in self._linears)
+
+    def _join(self) -> _Joined:
+        weights = [linear.packed_weight() for linear in self._linears]
+        joined = prepare_weight(weights)
+        # The linears' words become parts of the joined ones: there is one copy, in whatever order the backend reads.
+        first = 0
+        for linear in self._linears:
+            linear.adopt(joined, first)
+            first += linear.out_features
+        biases = [linear.bias for linear in self._linears]
+        bias = None
+        if any(each is not None for each in biases):
+            pairs = zip(biases, joined.splits, strict=True)
+            device = joined.data.device
+            bias = torch.cat([torch.zeros(n, device=device) if b is None else b.float() for b, n in pairs])
+        return _Joined(joined, bias)
+
+    def forget(self) -> None:
+        """Let go of what the kernels made of the parameters: they changed."""
+        self._prepared = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Addresses mean nothing in a copy.
+        return {**self.__dict__, "_prepared": None}
 
 
 class SiteModule(nn.Module):
-    """Online part of one site: R1, P, R2, and rounding. Its linears share one result for the same input tensor."""
+    """Online part of one site: R1, P, R2, and rounding. Experts share it, and have readers of their own."""
 
-    def __init__(self, width: int, consumers: int, recipe: Recipe) -> None:
+    def __init__(self, width: int, recipe: Recipe, *, experts: int = 1) -> None:
         super().__init__()
         self._config = recipe.activation
         self.act_clip_ratio = _frozen((2,), torch.float32)
@@ -95,79 +182,34 @@ class SiteModule(nn.Module):
             if transform.permutation != "none":
                 self.perm = _frozen((width,), torch.int16 if width <= 2**15 else torch.int32)
                 self.R2 = _frozen(shape, torch.float32)
-        # In a list, so that the linears are not registered as this module's submodules, too.
-        self._linears: list[DuQuantLinear] = []
-        self._codes: _Shared[QuantizedActivation | Tensor] = _Shared(consumers)
-        self._outputs: _Shared[tuple[Tensor, ...]] = _Shared(consumers)
-        self._prepared: _Prepared | None = None
+        # No modules, so that the linears are not registered as this module's submodules, too.
+        self.readers = [SiteReaders(self) for _ in range(experts)]
+        self._prepared: _Prepared[PreparedTransform] | None = None
 
-    def forward(self, X: Float[Tensor, "*batch channels"]) -> QuantizedActivation | Tensor:
+    def enter(self, rows: Float[Tensor, "rows channels"]) -> QuantizedActivation | Tensor:
         """Return rounded codes of the transformed rows, or the transformed rows in float32 for 16-bit activations."""
-        return self._codes.get(X, lambda: self._compute(X.reshape(-1, X.shape[-1])))
-
-    def output(self, X: Float[Tensor, "*batch channels"], index: int) -> Float[Tensor, "rows out_features"]:
-        """Return linear `index`'s X W.T + bias in the dtype of `X`: all the site's linears are one product."""
-        return self._outputs.get(X, lambda: self._all_outputs(X))[index]
-
-    def attach(self, linear: "DuQuantLinear") -> int:
-        """Add a linear that reads this site; return its index."""
-        self._linears.append(linear)
-        self._codes.readers = self._outputs.readers = len(self._linears)
-        return len(self._linears) - 1
-
-    def _all_outputs(self, X: Tensor) -> tuple[Tensor, ...]:
-        ready = self._ready()
-        rows = X.reshape(-1, X.shape[-1])
-        Y = transformed_linear(rows, ready.transform, ready.weight, bias=ready.bias, dtype=X.dtype)
-        return (Y,) if len(self._linears) == 1 else torch.split_with_sizes(Y, ready.weight.splits, dim=1)
-
-    def _compute(self, rows: Tensor) -> QuantizedActivation | Tensor:
         if self._config.bits == 16:
             return self._transform().apply(rows.float())
-        return transform_quantize_pack(rows, self._ready().transform)
+        return transform_quantize_pack(rows, self.prepared())
+
+    def prepared(self) -> PreparedTransform:
+        """Return the transform that the kernels run: made when first asked for, and again when it was replaced."""
+        parameters = tuple(self._parameters.get(name) for name in ("act_clip_ratio", "R1", "perm", "R2"))
+        ready = self._prepared
+        if ready is None or not ready.is_of(parameters):
+            transform = prepare_transform(self._transform(), self._config, self.act_clip_ratio)
+            ready = self._prepared = _Prepared(transform, parameters)
+        return ready.result
 
     def _transform(self) -> SiteTransform:
         perm = None if self.perm is None else self.perm.long()
         return SiteTransform(R1=self.R1, perm=perm, R2=self.R2)
 
-    def _ready(self) -> _Prepared:
-        """Return what the kernels run on: made when first asked for, and again when parameters were replaced."""
-        ready = self._prepared
-        if ready is None or any(a is not b for a, b in zip(ready.parameters, self._parameters_read(), strict=True)):
-            ready = self._prepared = self._prepare()
-        return ready
-
-    def _parameters_read(self) -> list[nn.Parameter | None]:
-        own = self._parameters
-        read = [own.get(name) for name in ("act_clip_ratio", "R1", "R2")]
-        for linear in self._linears:
-            read.append(linear._parameters["weight_packed"])
-        return read
-
-    def _prepare(self) -> _Prepared:
-        weights = [linear.packed_weight() for linear in self._linears]
-        joined = prepare_weight(weights)
-        # The linears' words become parts of the joined ones: there is one copy, in whatever order the backend reads.
-        first = 0
-        for linear in self._linears:
-            linear.adopt(joined, first)
-            first += linear.out_features
-        biases = [linear.bias for linear in self._linears]
-        bias = None
-        if any(each is not None for each in biases):
-            pairs = zip(biases, joined.splits, strict=True)
-            device = joined.data.device
-            bias = torch.cat([torch.zeros(n, device=device) if b is None else b.float() for b, n in pairs])
-        return _Prepared(
-            transform=prepare_transform(self._transform(), self._config, self.act_clip_ratio),
-            weight=joined,
-            bias=bias,
-            parameters=tuple(self._parameters_read()),
-        )
-
     def forget(self) -> None:
         """Let go of what the kernels made of the parameters: they changed."""
         self._prepared = None
+        for readers in self.readers:
+            readers.forget()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SiteModule":
         self.forget()
@@ -186,7 +228,9 @@ class SiteModule(nn.Module):
 class DuQuantLinear(nn.Module):
     """A linear whose weight stays packed. Parameters are those of compressed-tensors' pack-quantized format."""
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool, recipe: Recipe, site: SiteModule) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool, recipe: Recipe, readers: SiteReaders
+    ) -> None:
         super().__init__()
         weight = recipe.weight
         per_word = 32 // weight.bits
@@ -198,17 +242,15 @@ class DuQuantLinear(nn.Module):
         self.weight_shape = _frozen((2,), torch.int64)
         self.bias = _frozen((out_features,), torch.bfloat16) if bias else None
         self._rounds_activations = recipe.activation.bits < 16
-        # In a tuple, so that the shared site is not registered as a submodule of every linear that reads it.
-        self._site = (site,)
-        self._index = site.attach(self)
+        self._readers = readers
+        self._index = readers.attach(self)
 
     def forward(self, X: Float[Tensor, "*batch in_features"]) -> Float[Tensor, "*batch out_features"]:
         """Return X W.T + bias in the dtype of `X`."""
-        site = self._site[0]
         if self._rounds_activations:
-            Y = site.output(X, self._index)
+            Y = self._readers.output(X, self._index)
         else:
-            transformed = site(X)
+            transformed = self._readers.codes(X)
             assert isinstance(transformed, Tensor)
             Y = fake_linear(transformed, self.packed_weight())
             Y = (Y if self.bias is None else Y + self.bias.float()).to(X.dtype)
@@ -234,12 +276,12 @@ class DuQuantLinear(nn.Module):
         return ((grouped - W.zero_point[..., None]) * W.scale[..., None]).view(codes.shape)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DuQuantLinear":
-        self._site[0].forget()
+        self._readers.forget()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._site[0].forget()
+        self._readers.forget()
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:

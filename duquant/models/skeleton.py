@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from duquant.errors import SourceError, UnsupportedModelError
 from duquant.models.architecture import Architecture
+from duquant.models.experts import split_experts
 from duquant.models.source import SourceCheckpoint
 
 COMPUTE_DTYPE = torch.bfloat16
@@ -25,21 +27,30 @@ class Skeleton:
 
     `layer(index, tensors)` lends one layer its tensors; nothing is kept after the `with` block.
 
+    Args:
+        source: the model.
+        device: where layers run.
+        dtype: what they compute in.
+
     Raises:
         UnsupportedModelError: transformers cannot build a model from config.json.
     """
 
-    def __init__(self, source: SourceCheckpoint, device: torch.device) -> None:
+    def __init__(self, source: SourceCheckpoint, device: torch.device, *, dtype: torch.dtype = COMPUTE_DTYPE) -> None:
         self.architecture: Architecture = source.architecture
         self.device = device
+        self._dtype = dtype
         self.config = load_config(source)
         try:
             with init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(self.config, dtype=COMPUTE_DTYPE, attn_implementation="sdpa")
+                model = AutoModelForCausalLM.from_config(self.config, dtype=dtype, attn_implementation="sdpa")
         except (ValueError, KeyError, TypeError, AttributeError) as err:
             raise UnsupportedModelError(
                 f"{source.path / 'config.json'}: transformers cannot build the model: {err}"
             ) from err
+        if self.architecture.experts:
+            for layer in model.model.layers:
+                split_experts(layer, self.architecture.experts)
         model.eval()
         self._model = model
         self._rotary = model.model.rotary_emb.to(device)
@@ -86,21 +97,33 @@ class Skeleton:
     def layer(self, index: int, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
         """Lend decoder layer `index` these tensors, converted to the compute dtype on the device."""
         module = self._model.model.layers[index]
-        state = {name: tensor.to(self.device, COMPUTE_DTYPE) for name, tensor in tensors.items()}
+        state = {name: tensor.to(self.device, self._dtype) for name, tensor in tensors.items()}
         module.load_state_dict(state, assign=True)
         try:
             yield module
         finally:
             module.to("meta")
 
+    def embed(
+        self, tokens: Int64[Tensor, "batch seq"], table: Float[Tensor, "vocab hidden"]
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """Return the inputs of the first layer, in the compute dtype: the model's own embedding, scaled where it is."""
+        embedded = functional_call(self._model.model.embed_tokens, {"weight": table.to(self._dtype)}, (tokens,))
+        assert isinstance(embedded, Tensor)
+        return embedded
+
     def forward(self, module: nn.Module, X: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq hidden"]:
         """Run a lent layer over full windows: causal attention, positions 0..seq-1, no cache."""
         positions = torch.arange(X.shape[1], device=X.device)[None]
+        attention: Any = module.self_attn
+        by_type: dict[str, str] = {}
+        if self.architecture.has_rope_by_layer_type:
+            by_type["layer_type"] = self.config.layer_types[attention.layer_idx]
         output = module(
             X,
             attention_mask=self._mask(module, X, positions),
             position_ids=positions,
-            position_embeddings=self._rotary(X, position_ids=positions),
+            position_embeddings=self._rotary(X, position_ids=positions, **by_type),
         )
         result = output[0] if isinstance(output, tuple) else output
         assert isinstance(result, Tensor)
@@ -108,7 +131,7 @@ class Skeleton:
 
     def _mask(self, module: nn.Module, X: Tensor, positions: Tensor) -> Tensor | None:
         """Return None where plain causal attention is right (sdpa then takes its fast path), else the window's mask."""
-        # Qwen's attention knows its own window (it differs by layer); Mistral's reads the config's.
+        # Qwen's and Gemma's attention knows its own window (it differs by layer); the others' reads the config's.
         window = getattr(module.self_attn, "sliding_window", getattr(self.config, "sliding_window", None))
         if window is None or window >= X.shape[1]:
             return None

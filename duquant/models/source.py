@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from duquant.errors import SourceError
-from duquant.models.architecture import Architecture, architecture_of
+from duquant.models.architecture import Architecture
+from duquant.models.families import architecture_of
 
 _CHECK_CHUNK = 1 << 18
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -61,8 +62,9 @@ class SourceCheckpoint:
             SourceError: a tensor is missing, cannot be read, or holds NaN or Inf.
         """
         prefix = f"{self.architecture.layers_prefix}.{layer}."
-        tensors = self.tensors([prefix + name for name in names])
-        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        stored = {name: prefix + self.architecture.stored_name(name) for name in names}
+        tensors = self.tensors(stored.values())
+        return {name: tensors[full] for name, full in stored.items()}
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return the named tensors on the CPU, checked for NaN and Inf.

@@ -64,7 +64,7 @@ def smooth(
     Sites that fold into the rows of a linear come first: the linear's own site then sees the weight it will have.
 
     Args:
-        state: the layer's tensors; the norms' gains are replaced.
+        state: the layer's tensors; the norms' gains are replaced, and so is what reads a norm and is not quantized.
         statistics: by site name.
         sites: those that are quantized.
         shape: head counts, for smoothing under grouped-query attention.
@@ -76,7 +76,7 @@ def smooth(
     folds = Folds(columns={site.name: torch.ones_like(statistics[site.name].absmax) for site in sites})
     if config.smooth_alpha is None:
         return folds
-    for site in sorted(sites, key=lambda site: site.fold_kind == "norm"):
+    for site in sorted(sites, key=lambda site: site.fold.kind == "norm"):
         act_size = _act_size(statistics[site.name], config, site)
         weight_size = torch.zeros_like(act_size)
         for linear in site.linears:
@@ -90,18 +90,30 @@ def smooth(
         if config.smooth_statistic == "rms":
             weight_size = (weight_size / sum(state[f"{linear}.weight"].shape[0] for linear in site.linears)).sqrt_()
         scale = smoothing_scale(act_size, weight_size, config.smooth_alpha)
-        if site.fold_kind == "norm":
-            gain = state[f"{site.fold_into}.weight"].to(scale.device, torch.bfloat16)
-            state[f"{site.fold_into}.weight"], scale = exact_fold(gain, scale)
-        elif site.fold_kind == "kv_rows":
+        if site.fold.kind == "norm":
+            (norm,) = site.fold.into
+            gain = state[f"{norm}.weight"].to(scale.device, torch.bfloat16)
+            state[f"{norm}.weight"], scale = exact_fold(gain, scale, offset=site.fold.gain_offset)
+        elif site.fold.kind == "kv_rows":
             scale = share_over_heads(scale, kv_heads=shape.kv_heads, head_dim=shape.head_dim)
-            folds.rows[site.fold_into] = scale.view(shape.kv_heads, -1, shape.head_dim)[:, 0].reshape(-1)
+            _fold_rows(folds, state, site, scale.view(shape.kv_heads, -1, shape.head_dim)[:, 0].reshape(-1))
         else:
-            folds.rows[site.fold_into] = scale
+            _fold_rows(folds, state, site, scale)
         if not bool(torch.isfinite(scale).all()):
             raise CalibrationError(f"the smoothing scale of site {site.name} is NaN or Inf", site=site.name)
         folds.columns[site.name] = scale
+        for name in site.also_read_by:
+            state[name] = state[name].float() * scale
     return folds
+
+
+def _fold_rows(folds: Folds, state: Mapping[str, Tensor], site: Site, scale: Tensor) -> None:
+    """Divide the rows that write a site's channels; others of a fused linear stay."""
+    first = site.fold.first_row
+    for linear in site.fold.into:
+        rows = torch.ones(state[f"{linear}.weight"].shape[0], device=scale.device)
+        rows[first : first + scale.shape[0]] = scale
+        folds.rows[linear] = rows
 
 
 def _act_size(statistics: SiteStatistics, config: TransformConfig, site: Site) -> Tensor:

@@ -74,7 +74,7 @@ def quantize_layer(
     Raises:
         CalibrationError: a smoothing scale or a packed value is not finite.
     """
-    sites = architecture.kept_sites(recipe.skip_linears)
+    sites = architecture.kept_sites(recipe.skip_linears, layer)
     state = dict(tensors)
     folds = smooth(state, statistics, sites, shape, recipe.transform)
     output: dict[str, Tensor] = {}

@@ -19,6 +19,7 @@ from duquant.calibration.sweep import WorkDir, embed_shard, shard_windows, sweep
 from duquant.calibration.text import calibration_windows
 from duquant.config import Recipe
 from duquant.errors import ConfigError
+from duquant.models.architecture import Site
 from duquant.models.skeleton import Skeleton
 from duquant.models.source import SourceCheckpoint
 from duquant.models.tensor_files import hash_tensors
@@ -51,45 +52,24 @@ class ShardOutcome:
         return cls(**{**values, "shard": ShardInfo.from_dict(values["shard"])})
 
 
-def _check_group_size(source: SourceCheckpoint, recipe: Recipe) -> None:
-    """Find a group size that fits no model before hours of work, not after.
-
-    Raises:
-        ConfigError: it does not divide the width of a site.
-    """
-    config, group_size = source.config, recipe.weight.group_size
-    if group_size is None:
-        return
-    heads = config["num_attention_heads"]
-    widths = {
-        "hidden_size": config["hidden_size"],
-        "intermediate_size": config["intermediate_size"],
-        "num_attention_heads * head_dim": heads * (config.get("head_dim") or config["hidden_size"] // heads),
-    }
-    for name, width in widths.items():
-        if width % group_size:
-            raise ConfigError(
-                f"weight.group_size {group_size} does not divide the model's {name}, {width}", field="weight.group_size"
-            )
-
-
 class ModelRun:
     """The steps of quantizing one model with one recipe. Steps touch only files, so any process can do any of them.
 
     Raises:
         SourceError, UnsupportedModelError: from the constructor, when the model cannot be used at all.
+        ConfigError: likewise, when the recipe's group size divides no site's width.
     """
 
     def __init__(
         self, model_path: Path, recipe: Recipe, work_dir: Path, *, device: torch.device, text_file: Path | None = None
     ) -> None:
         self.source = SourceCheckpoint(model_path)
-        self.source.architecture.kept_sites(recipe.skip_linears)
-        _check_group_size(self.source, recipe)
         self.recipe = recipe
         self.work = WorkDir(work_dir)
         self.device = device
         self._text_file = text_file
+        for layer in range(self.source.layers):
+            self._check_widths(layer, self.source.architecture.kept_sites(recipe.skip_linears, layer))
 
     @property
     def shards(self) -> int:
@@ -99,6 +79,20 @@ class ModelRun:
     @cached_property
     def _skeleton(self) -> Skeleton:
         return Skeleton(self.source, self.device)
+
+    def _check_widths(self, layer: int, sites: tuple[Site, ...]) -> None:
+        """Find a group size that fits no model before hours of work, not after."""
+        group_size = self.recipe.weight.group_size
+        if group_size is None:
+            return
+        shapes = self._skeleton.layer_names(layer)
+        for site in sites:
+            width = shapes[f"{site.linears[0]}.weight"][1]
+            if width % group_size:
+                raise ConfigError(
+                    f"weight.group_size {group_size} does not divide the {width} channels of {site.linears[0]}",
+                    field="weight.group_size",
+                )
 
     def found(self) -> Found:
         """Return what an earlier try left in the work directory."""
@@ -131,12 +125,13 @@ class ModelRun:
             seq_len=calibration.seq_len,
             seed=self.recipe.seed,
             local_file=self._text_file,
+            starts_with_bos=self.source.architecture.starts_with_bos,
         )
         write_tokens(self.work, windows)
 
     def embed(self, shard: int) -> None:
         """Write the inputs of layer 0 for one shard."""
-        embed_shard(self.source, self.recipe, self.work, shard)
+        embed_shard(self.source, self._skeleton, self.recipe, self.work, shard)
 
     def sweep(self, layer: int, shard: int) -> None:
         """Run one layer over one shard, then delete its input: no later step reads it."""

@@ -42,15 +42,20 @@ def share_over_heads(scale: Float[Tensor, " channels"], *, kv_heads: int, head_d
 
 
 def exact_fold(
-    gain: Float[Tensor, " channels"], scale: Float[Tensor, " channels"]
+    gain: Float[Tensor, " channels"], scale: Float[Tensor, " channels"], *, offset: float = 0.0
 ) -> tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]]:
     """Return (folded gain in the gain's dtype, the scale that was really folded, float32).
 
-    The quotient gain / scale is rounded to the gain's dtype (bfloat16, say); the scale is then redefined as gain /
-    folded, so that weights multiplied by it cancel the folded gain exactly instead of up to rounding.
+    A norm multiplies by offset + gain. The quotient (offset + gain) / scale is stored in the gain's dtype (bfloat16,
+    say), less the offset; the scale is then redefined as (offset + gain) / (offset + folded), so that weights
+    multiplied by it cancel the folded gain exactly instead of up to rounding. A channel whose folded gain would be
+    zero or not finite keeps the scale 1. With an offset of 1, quotients far below 1 are stored coarsely, in steps of
+    up to 1/256 in bfloat16: the scale is then not quite the one that was asked for, and cancels nonetheless.
     """
-    folded = (gain.float() / scale).to(gain.dtype)
-    usable = (folded != 0) & torch.isfinite(folded)
+    full = gain.float() + offset
+    folded = (full / scale - offset).to(gain.dtype)
+    kept = folded.float() + offset
+    usable = (kept != 0) & torch.isfinite(kept)
     folded = torch.where(usable, folded, gain)
-    real = torch.where(usable & (gain != 0), gain.float() / folded.float(), 1.0)
+    real = torch.where(usable & (full != 0), full / kept, 1.0)
     return folded, real

@@ -17,6 +17,21 @@ SIZES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 12},
     "qwen2": {},
     "qwen3": {"head_dim": 24},
+    # Two layers, the first of which slides; one KV head wider than its share of the hidden size.
+    "gemma3_text": {
+        "head_dim": 24,
+        "num_key_value_heads": 1,
+        "sliding_window": 12,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 24,
+        "tie_word_embeddings": True,
+    },
+    "phi3": {
+        "sliding_window": 12,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"head_dim": 24, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40},
 }
 
 
@@ -44,7 +59,7 @@ def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
             elif parameter.dim() == 1:
                 parameter.copy_(0.5 * noise)
             else:
-                parameter.copy_(noise / parameter.shape[1] ** 0.5)
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
 
 
 def make_tiny_model(

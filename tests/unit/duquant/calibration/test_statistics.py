@@ -15,7 +15,7 @@ from duquant.calibration.statistics import (
     save_statistics,
 )
 from duquant.errors import CalibrationError
-from duquant.models.architecture import LLAMA
+from duquant.models.families.llama import LLAMA
 from duquant.models.skeleton import Skeleton
 from duquant.models.source import SourceCheckpoint
 

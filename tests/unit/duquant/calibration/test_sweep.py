@@ -13,7 +13,7 @@ from duquant.calibration.sweep import WorkDir, embed_shard, shard_windows, sweep
 from duquant.calibration.text import calibration_windows
 from duquant.config import CalibrationConfig, Recipe
 from duquant.errors import CalibrationError, SourceError
-from duquant.models.architecture import LLAMA
+from duquant.models.families.llama import LLAMA
 from duquant.models.skeleton import Skeleton
 from duquant.models.source import SourceCheckpoint
 
@@ -34,7 +34,7 @@ class Sweep:
         self.windows = windows
 
     def embed(self, shard: int) -> None:
-        embed_shard(self.source, self.recipe, self.work, shard)
+        embed_shard(self.source, self.skeleton, self.recipe, self.work, shard)
 
     def layer(self, layer: int, shard: int) -> None:
         sweep_layer(self.source, self.skeleton, self.recipe, self.work, layer, shard)

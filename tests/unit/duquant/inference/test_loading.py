@@ -17,7 +17,7 @@ from duquant.config import ActivationConfig, KVCacheConfig, Recipe, TransformCon
 from duquant.errors import ArtifactError
 from duquant.inference import DuQuantConfig, generate_text, load, save
 from duquant.inference.cache import DuQuantCache
-from duquant.models.architecture import LLAMA
+from duquant.models.families.llama import LLAMA
 
 SHARD = "model-layer-0001.safetensors"
 IDS = torch.randint(3, 259, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -40,7 +40,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"transform": TransformConfig(rotation="hadamard", permutation="zigzag", block_size=16, shared_rotation=False)},
     ),
     "left out": ("llama", {}, {"skip_linears": ("mlp.down_proj",)}),
-    "all left out": ("llama", {}, {"skip_linears": LLAMA.linears}),
+    "all left out": ("llama", {}, {"skip_linears": LLAMA.linears_of(0)}),
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from duquant.config import ActivationConfig, KVCacheConfig, Recipe, WeightConfig
 from duquant.inference import load
 from duquant.inference.modules import DuQuantLinear
-from duquant.models.architecture import LLAMA
+from duquant.models.families.llama import LLAMA
 from duquant.quantizers.packing import unpack
 
 
@@ -25,22 +25,23 @@ def model(tiny_artifact: Callable[..., Any]) -> Any:
 def test_site_is_computed_once_for_all_its_linears(model: Any) -> None:
     attention = model.model.layers[0].self_attn
     X = torch.randn(1, 4, 64).bfloat16()
-    results = [attention.attn_in(X) for _ in range(4)]
+    (readers,) = attention.attn_in.readers
+    results = [readers.codes(X) for _ in range(4)]
     assert results[0] is results[1] is results[2]  # q, k, v
     assert results[3] is not results[0]
 
 
 def test_site_of_one_linear_keeps_nothing(model: Any) -> None:
-    site = model.model.layers[0].mlp.mlp_out
+    (readers,) = model.model.layers[0].mlp.mlp_out.readers
     X = torch.randn(1, 4, 96).bfloat16()
-    assert site(X) is not site(X)
-    assert site._codes.result is None
+    assert readers.codes(X) is not readers.codes(X)
+    assert not readers.keeps_results
 
 
 def test_other_tensor_of_the_same_values_is_computed_anew(model: Any) -> None:
-    site = model.model.layers[0].self_attn.attn_in
+    (readers,) = model.model.layers[0].self_attn.attn_in.readers
     X = torch.randn(1, 4, 64).bfloat16()
-    assert site(X) is not site(X.clone())
+    assert readers.codes(X) is not readers.codes(X.clone())
 
 
 def test_nothing_is_kept_after_a_forward_pass(model: Any) -> None:
@@ -49,14 +50,14 @@ def test_nothing_is_kept_after_a_forward_pass(model: Any) -> None:
         module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in {s.name for s in LLAMA.sites}
     ]
     assert len(sites) == 8
-    assert all(site._codes.result is None and site._outputs.result is None for site in sites)
+    assert not any(readers.keeps_results for site in sites for readers in site.readers)
 
 
 def test_tensor_that_died_in_between_is_not_mistaken(model: Any) -> None:
     """q alone was called, its input is gone, and a new tensor may take the old one's address."""
-    site = model.model.layers[0].self_attn.attn_in
-    site(torch.ones(1, 4, 64).bfloat16())
-    result = site(torch.zeros(1, 4, 64).bfloat16())
+    (readers,) = model.model.layers[0].self_attn.attn_in.readers
+    readers.codes(torch.ones(1, 4, 64).bfloat16())
+    result = readers.codes(torch.zeros(1, 4, 64).bfloat16())
     assert not bool(result.scale.gt(1e-6).any())
 
 
@@ -77,7 +78,7 @@ def test_kernel_uses_exactly_the_dequantized_weight(
             linear = layer.get_submodule(name)
             assert isinstance(linear, DuQuantLinear)
             X = torch.randn(3, linear.in_features, generator=torch.Generator().manual_seed(0))
-            entered = module._compute(X)
+            entered = module.enter(X)
             exact = entered if bits == 16 else (entered.codes.float() - entered.zero_point) * entered.scale
             W = linear.dequantized_weight().double()
             expected = exact.double() @ W.T
@@ -97,7 +98,7 @@ def test_unpacked_codes_are_exactly_the_weights_used(
     artifact = tiny_artifact(with_recipe=replace(recipe, weight=weight)).artifact
     loaded, _ = load(artifact)
     stored = load_file(artifact / "model-layer-0000.safetensors")
-    for name in LLAMA.linears:
+    for name in LLAMA.linears_of(0):
         prefix = f"model.layers.0.{name}"
         rows, width = stored[f"{prefix}.weight_shape"].tolist()
         codes = unpack(stored[f"{prefix}.weight_packed"], width, bits=weight.bits)
@@ -111,7 +112,7 @@ def test_unpacked_codes_are_exactly_the_weights_used(
 
 def test_weights_stay_packed_in_memory(tiny_artifact: Callable[..., Any], tiny_model: Callable[..., Path]) -> None:
     loaded, _ = load(tiny_artifact().artifact)
-    for name in LLAMA.linears:
+    for name in LLAMA.linears_of(0):
         linear = loaded.model.layers[0].get_submodule(name)
         size = sum(p.numel() * p.element_size() for p in linear.parameters())
         rows, width = linear.out_features, linear.in_features
@@ -153,7 +154,7 @@ def test_words_of_a_site_are_in_memory_once(model: Any) -> None:
     layer = model.model.layers[0]
     for site in LLAMA.sites:
         linears = [layer.get_submodule(name) for name in site.linears]
-        joined = layer.get_submodule(site.module)._prepared.weight.data
+        joined = layer.get_submodule(site.module).readers[0].joined.data
         storages = {each.weight_packed.untyped_storage().data_ptr() for each in linears}
         assert storages == {joined.untyped_storage().data_ptr()}
         assert joined.untyped_storage().nbytes() == sum(each.weight_packed.nbytes for each in linears)

@@ -23,6 +23,14 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"use_sliding_window": True, "sliding_window": 10, "max_window_layers": 1}),
     ("qwen3", {}),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 10, "max_window_layers": 0}),
+    ("gemma3_text", {}),
+    ("gemma3_text", {"layer_types": ["full_attention", "sliding_attention"], "attention_bias": True}),
+    ("phi3", {}),
+    ("phi3", {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+    ("mixtral", {}),
+    ("mixtral", {"sliding_window": 10}),
+    ("qwen3_moe", {}),
+    ("qwen3_moe", {"mlp_only_layers": [0]}),
 ]
 
 
@@ -39,7 +47,7 @@ def test_layer_by_layer_equals_the_whole_model(
     ids = torch.randint(0, 259, (2, seq_len), generator=torch.Generator().manual_seed(0))
     # The last of the hidden states has gone through the final norm, so that one is not compared.
     expected = model.model(ids, output_hidden_states=True, use_cache=False).hidden_states
-    X = model.model.embed_tokens(ids)
+    X = skeleton.embed(ids, skeleton.load_extra(source)[source.architecture.embeddings])
     for index in range(source.layers):
         torch.testing.assert_close(X, expected[index], rtol=0, atol=0)
         with skeleton.layer(index, skeleton.load(source, index)) as layer:

@@ -181,7 +181,7 @@ def test_weights_that_are_already_codes_are_refused(own_model: Callable[..., Pat
 def test_other_architectures_are_unsupported_and_named(own_model: Callable[..., Path], model_type: object) -> None:
     model = own_model()
     edit_json(model / "config.json", lambda values: values.update(model_type=model_type))
-    with pytest.raises(UnsupportedModelError, match=f"model_type {model_type!r} is not supported; supported: llama"):
+    with pytest.raises(UnsupportedModelError, match=f"model_type {model_type!r} is not supported; supported: .*llama"):
         SourceCheckpoint(model)
 
 

@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from support.tiny_models import SIZES
+from torch import Tensor
 
 from duquant.calibration.statistics import SiteStatistics, StatisticsRecorder
 from duquant.config import ActivationConfig, Recipe, TransformConfig, WeightConfig
 from duquant.errors import CalibrationError, ConfigError
-from duquant.models.architecture import LLAMA
+from duquant.models.architecture import Site
+from duquant.models.families.llama import LLAMA
 from duquant.models.skeleton import Skeleton
 from duquant.models.source import SourceCheckpoint
-from duquant.pipeline.folds import LayerShape, smooth
+from duquant.pipeline.folds import Folds, LayerShape, smooth
 from duquant.pipeline.layer import QuantizedLayer, quantize_layer, site_seed
 from duquant.quantizers.packing import unpack
 from duquant.transforms.site import Moments, SiteTransform, search_transform
@@ -31,6 +32,13 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {}),
     ("qwen2", {"num_key_value_heads": 1}),
     ("qwen3", {}),
+    ("gemma3_text", {}),
+    ("gemma3_text", {"num_key_value_heads": 2, "attention_bias": True}),
+    ("phi3", {}),
+    ("phi3", {"num_key_value_heads": 4}),
+    ("mixtral", {}),
+    ("qwen3_moe", {}),
+    ("qwen3_moe", {"mlp_only_layers": [0]}),
 ]
 TRANSFORMS = {
     "smoothing": TransformConfig(smooth_alpha=0.5),
@@ -53,11 +61,19 @@ class Layer:
     tensors: dict[str, Tensor]
     statistics: dict[str, SiteStatistics]
     shape: LayerShape
-    skeleton: Skeleton
-    path: Path
+    source: SourceCheckpoint
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self.source.architecture.sites_of(0)
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return self.source.architecture.linears_of(0)
 
     def quantize(self, recipe: Recipe, index: int = 0) -> QuantizedLayer:
-        return quantize_layer(self.tensors, self.statistics, LLAMA, self.shape, recipe, layer=index)
+        architecture = self.source.architecture
+        return quantize_layer(self.tensors, self.statistics, architecture, self.shape, recipe, layer=index)
 
 
 @pytest.fixture
@@ -69,12 +85,13 @@ def make_layer(tiny_model: Callable[..., Path]) -> Callable[..., Layer]:
         source = SourceCheckpoint(path)
         skeleton = Skeleton(source, CPU)
         tensors = skeleton.load(source, 0)
-        recorder = StatisticsRecorder(LLAMA.sites, row_stride=2, moment_stride=1, mean_squares=True)
+        sites = source.architecture.sites_of(0)
+        recorder = StatisticsRecorder(sites, row_stride=2, moment_stride=1, mean_squares=True)
         hidden = source.config["hidden_size"]
         with torch.no_grad(), skeleton.layer(0, tensors) as module, recorder.attached(module):
             skeleton.forward(module, torch.randn(2, 20, hidden, generator=torch.Generator().manual_seed(1)).bfloat16())
         shape = LayerShape(kv_heads=skeleton.kv_heads, head_dim=skeleton.head_dim)
-        return Layer(tensors, recorder.finish(), shape, skeleton, path)
+        return Layer(tensors, recorder.finish(), shape, source)
 
     return make
 
@@ -83,35 +100,31 @@ def run_in_float32(
     layer: Layer, state: Mapping[str, Tensor], transforms: Mapping[str, SiteTransform], X: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Run the layer in float32 on these tensors, every linear's input transformed; return also all linears' outputs."""
-    model = AutoModelForCausalLM.from_pretrained(layer.path, dtype=torch.float32).eval()
-    module: nn.Module = model.model.layers[0]
-    module.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    skeleton = Skeleton(layer.source, CPU, dtype=torch.float32)
     outputs: dict[str, Tensor] = {}
-    for site in LLAMA.sites:
-        for linear in site.linears:
-            target = module.get_submodule(linear)
-            if site.name in transforms:
-                T = transforms[site.name]
-                target.register_forward_pre_hook(lambda _m, inputs, T=T: (T.apply(inputs[0]),))
-            target.register_forward_hook(
-                lambda _m, _inputs, output, linear=linear: outputs.__setitem__(linear, output.clone())
-            )
-    with torch.no_grad():
-        positions = torch.arange(X.shape[1])[None]
-        result = module(X, position_ids=positions, position_embeddings=model.model.rotary_emb(X, positions))
-    return (result[0] if isinstance(result, tuple) else result), outputs
+    with torch.no_grad(), skeleton.layer(0, state) as module:
+        for site in layer.sites:
+            for linear in site.linears:
+                target = module.get_submodule(linear)
+                if site.name in transforms:
+                    T = transforms[site.name]
+                    target.register_forward_pre_hook(lambda _m, inputs, T=T: (T.apply(inputs[0]),))
+                target.register_forward_hook(
+                    lambda _m, _inputs, output, linear=linear: outputs.__setitem__(linear, output.clone())
+                )
+        return skeleton.forward(module, X), outputs
 
 
-def smoothed(layer: Layer, recipe: Recipe) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return the layer's tensors with all smoothing scales folded in, in float32, and the scales by site."""
+def smoothed(layer: Layer, recipe: Recipe) -> tuple[dict[str, torch.Tensor], Folds]:
+    """Return the layer's tensors with all smoothing scales folded in, in float32, and the scales."""
     state = dict(layer.tensors)
-    folds = smooth(state, layer.statistics, LLAMA.sites, layer.shape, recipe.transform)
+    folds = smooth(state, layer.statistics, layer.sites, layer.shape, recipe.transform)
     state = {name: folds.tensor(name, tensor) for name, tensor in state.items()}
-    for site in LLAMA.sites:
+    for site in layer.sites:
         for linear in site.linears:
             W = folds.weight(linear, layer.tensors[f"{linear}.weight"], slice(None))
             state[f"{linear}.weight"] = W * folds.columns[site.name]
-    return state, folds.columns
+    return state, folds
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=list(TRANSFORMS))
@@ -126,35 +139,37 @@ def test_nothing_changes_before_rounding(
     """Smoothing folds (norms, v and up rows, biases), rotations and permutation leave every linear's output alone."""
     layer = make_layer(model_type, **changes)
     recipe = replace(recipe, transform=transform)
-    state, scales = smoothed(layer, recipe)
+    state, folds = smoothed(layer, recipe)
     transforms = {}
-    for site in LLAMA.sites:
-        rows = layer.statistics[site.name].rows.float() / scales[site.name]
+    for site in layer.sites:
+        rows = layer.statistics[site.name].rows.float() / folds.columns[site.name]
         weights = torch.cat([state[f"{linear}.weight"].float() for linear in site.linears])
         moments = Moments(rows.T @ rows, weights.T @ weights)
         transforms[site.name] = search_transform(rows, transform, torch.Generator().manual_seed(0), moments)
         for linear in site.linears:
             state[f"{linear}.weight"] = transforms[site.name].for_weights().apply(state[f"{linear}.weight"].float())
-    X = torch.randn(2, 9, layer.tensors["input_layernorm.weight"].shape[0], generator=torch.Generator().manual_seed(2))
+    X = torch.randn(2, 19, layer.tensors["input_layernorm.weight"].shape[0], generator=torch.Generator().manual_seed(2))
     expected, exact = run_in_float32(layer, layer.tensors, {}, X)
     result, outputs = run_in_float32(layer, state, transforms, X)
-    # What is folded into v and up divides their own outputs; all the others are as they were.
-    divided = {"self_attn.v_proj", "mlp.up_proj"} if transform.smooth_alpha is not None else set()
-    for linear in set(LLAMA.linears) - divided:
-        error = (outputs[linear] - exact[linear]).norm() / exact[linear].norm()
+    assert outputs.keys() == exact.keys()
+    for linear in outputs:
+        # What is folded into v and up divides their own outputs; all the others are as they were.
+        undone = outputs[linear] * folds.rows.get(linear, torch.ones(()))
+        error = (undone - exact[linear]).norm() / exact[linear].norm()
         assert float(error) <= 1e-5, linear
     assert float((result - expected).norm() / expected.norm()) <= 1e-5
 
 
-def test_smoothing_does_something(make_layer: Callable[..., Layer], recipe: Recipe) -> None:
+@pytest.mark.parametrize("model_type", SIZES)
+def test_smoothing_does_something(make_layer: Callable[..., Layer], recipe: Recipe, model_type: str) -> None:
     """Guards the test above."""
-    layer = make_layer()
-    state, scales = smoothed(layer, recipe)
-    for site in LLAMA.sites:
-        assert float(scales[site.name].max() / scales[site.name].min()) > 1.5
-        assert not torch.equal(
-            state[f"{site.fold_into}.weight"].float(), layer.tensors[f"{site.fold_into}.weight"].float()
-        )
+    layer = make_layer(model_type)
+    state, folds = smoothed(layer, recipe)
+    for site in layer.sites:
+        scale = folds.columns[site.name]
+        assert float(scale.max() / scale.min()) > 1.5
+        for name in site.fold.into:
+            assert not torch.equal(state[f"{name}.weight"].float(), layer.tensors[f"{name}.weight"].float())
 
 
 @pytest.mark.parametrize("linear", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"])
@@ -163,22 +178,22 @@ def test_smoothing_looks_at_every_consumer(make_layer: Callable[..., Layer], rec
     _, before = smoothed(layer, recipe)
     larger = {**layer.tensors, f"{linear}.weight": 64 * layer.tensors[f"{linear}.weight"]}
     _, after = smoothed(replace(layer, tensors=larger), recipe)
-    assert float((after["attn_in"] / before["attn_in"]).max()) < 0.5
+    assert float((after.columns["attn_in"] / before.columns["attn_in"]).max()) < 0.5
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", SIZES)
 def test_shard_holds_exactly_what_the_quantized_layer_needs(
     make_layer: Callable[..., Layer], recipe: Recipe, model_type: str
 ) -> None:
     layer = make_layer(model_type)
     result = layer.quantize(recipe)
     parts = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
-    expected = {f"{linear}.{part}" for linear in LLAMA.linears for part in parts}
-    expected |= {f"{site.module}.{part}" for site in LLAMA.sites for part in ("R1", "perm", "R2", "act_clip_ratio")}
-    expected |= {name for name in layer.tensors if name.removesuffix(".weight") not in LLAMA.linears}
+    expected = {f"{linear}.{part}" for linear in layer.linears for part in parts}
+    expected |= {f"{site.module}.{part}" for site in layer.sites for part in ("R1", "perm", "R2", "act_clip_ratio")}
+    expected |= {name for name in layer.tensors if name.removesuffix(".weight") not in layer.linears}
     assert set(result.tensors) == expected
-    assert result.quantized_weights == sum(layer.tensors[f"{name}.weight"].numel() for name in LLAMA.linears)
-    assert set(result.report) == {site.name for site in LLAMA.sites}
+    assert result.quantized_weights == sum(layer.tensors[f"{name}.weight"].numel() for name in layer.linears)
+    assert set(result.report) == {site.name for site in layer.sites}
 
 
 def test_everything_in_the_shard_is_finite_and_of_its_type(make_layer: Callable[..., Layer], recipe: Recipe) -> None:
@@ -274,7 +289,7 @@ def test_every_site_of_every_layer_has_its_own_seed() -> None:
         ("mlp.down_proj",),
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         ("mlp.gate_proj", "mlp.up_proj"),
-        LLAMA.linears,
+        LLAMA.linears_of(0),
     ],
     ids=len,
 )
@@ -283,12 +298,12 @@ def test_left_out_linears_keep_16_bits(
 ) -> None:
     layer = make_layer()
     result = layer.quantize(replace(recipe, skip_linears=skipped))
-    for linear in LLAMA.linears:
+    for linear in LLAMA.linears_of(0):
         assert (f"{linear}.weight" in result.tensors) is (linear in skipped)
         assert (f"{linear}.weight_packed" in result.tensors) is (linear not in skipped)
     for linear in skipped:
         assert result.tensors[f"{linear}.weight"].dtype == torch.bfloat16
-    if skipped == LLAMA.linears:
+    if skipped == LLAMA.linears_of(0):
         assert all(torch.equal(result.tensors[name], tensor) for name, tensor in layer.tensors.items())
         assert result.quantized_weights == 0
 

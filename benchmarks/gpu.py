@@ -62,7 +62,8 @@ def run(device: Any, only: list[str] | None) -> dict[str, Any]:
     """Run the sections and return the report; a section that fails costs the others nothing."""
     import gpu_goals
     import torch
-    from gpu_harness import Harness
+
+    from duquant.evaluation.timing import Harness
 
     started = time.monotonic()
     report: dict[str, Any] = {**describe(device), "is_dry_run": device.type == "cpu", "failures": {}, "skipped": []}

@@ -4,11 +4,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from gpu_harness import Harness, poisoned_memory, relative_error
 from gpu_operands import BACKEND, KINDS, Model, activation, generator, packed_weight, quantized, transform
 from torch import Tensor
 
 from duquant.config import KVCacheConfig
+from duquant.evaluation.timing import Harness, poisoned_memory, relative_error
 from duquant.kernels.reference import ReferenceBackend
 from duquant.kernels.types import LinearWeight, QuantizedActivation
 from duquant.quantizers.kv import KVQuantizer

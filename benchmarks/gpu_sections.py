@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from gpu_harness import Call, Case, Harness
 from gpu_operands import (
     BACKEND,
     KINDS,
@@ -19,6 +18,7 @@ from gpu_operands import (
 )
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from duquant.evaluation.timing import Call, Case, Harness
 from duquant.kernels.gpu.configs import LinearConfig, linear_config
 from duquant.kernels.gpu.launch import capability
 from duquant.kernels.gpu.linear import int4_linear

@@ -37,5 +37,9 @@ class ArtifactError(DuQuantError):
     """The artifact does not match its manifest."""
 
 
+class EvaluationError(DuQuantError):
+    """An evaluation task or its data cannot be used."""
+
+
 class KernelUnavailableError(DuQuantError):
     """No kernel backend can run this operation here."""

@@ -1,23 +1,113 @@
-"""Timing on a GPU that can be compared: interleaved, cold caches, medians with spread, eager and from a graph.
+"""Timing that can be compared: contenders take turns, warm-ups, medians with spread; ceilings of the same run.
 
-Without a GPU (`--dry-run`) the same code runs on the CPU: wall clocks, no graphs. Its times mean nothing.
+`interleaved` takes wall times, on any device. `Harness` is for GPUs: cold caches, CUDA graphs, events. Torch is all
+that this module imports, so that a benchmark may run it under a Python with little else.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+_T = TypeVar("_T")
 Call = Callable[[], object]
+Spread = dict[str, float]
+"""median_ms, p20_ms and p80_ms of one call."""
 ROUNDS = 11
 RUNS = 2
 _WARM_UP = 3
 COLD_BYTES_PER_L2 = 3
+
+
+def interleaved(
+    cases: Mapping[str, Call],
+    *,
+    rounds: int,
+    least_s: float = 0.004,
+    before: Mapping[str, Call] | None = None,
+    synchronize: Call = lambda: None,
+) -> dict[str, Spread]:
+    """Return wall times of one call of each case. Every case runs once in each round, in turn.
+
+    What slows the machine down for a while then slows all of them, and no case always follows the same other one.
+
+    Args:
+        cases: what to time, by name.
+        rounds: samples of each case.
+        least_s: a sample is as many calls as take this long.
+        before: called before a case's sample, untimed.
+        synchronize: waits until the device has done what was launched.
+    """
+    prepare = before or {}
+    calls = {}
+    for name, run in cases.items():
+        prepare.get(name, _nothing)()
+        run()
+        synchronize()
+        calls[name] = max(1, int(least_s / max(_wall_s(run, 1, synchronize), 1e-9)))
+    samples: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(rounds):
+        for name in _rotated(list(cases), turn):
+            prepare.get(name, _nothing)()
+            samples[name].append(_wall_s(cases[name], calls[name], synchronize) * 1e3)
+    return {name: spread_of(values) for name, values in samples.items()}
+
+
+def ceilings(
+    device: torch.device, *, rounds: int, copy_bytes: int | None = None, side: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """Measure what a device can do at best, so that each time is also a share of a limit.
+
+    Args:
+        device: where.
+        rounds: samples of each.
+        copy_bytes: what is read and copied; by default more than any cache holds.
+        side: of the square matrices that are multiplied.
+
+    Returns:
+        times, a spread of each, and giga_per_second: gigabytes (a copy reads and writes), or giga-operations of
+        bfloat16 and int8 products.
+    """
+    is_gpu = device.type == "cuda"
+    copy_bytes, side = copy_bytes or (2**31 if is_gpu else 256_000_000), side or (8192 if is_gpu else 2048)
+    source = torch.randint(0, 1 << 30, (copy_bytes // 8,), device=device)
+    target = torch.empty_like(source)
+    A, B = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
+    a, b = (torch.randint(-128, 128, (side, side), dtype=torch.int8, device=device) for _ in range(2))
+    work: dict[str, tuple[int, Call]] = {
+        "copy": (2 * copy_bytes, lambda: target.copy_(source)),
+        "read": (copy_bytes, source.sum),
+        "bfloat16 product": (2 * side**3, lambda: torch.nn.functional.linear(A, B)),
+        "int8 product": (2 * side**3, lambda: torch._int_mm(a, b.T)),
+    }
+    synchronize = torch.cuda.synchronize if is_gpu else _nothing
+    times = interleaved({name: call for name, (_, call) in work.items()}, rounds=rounds, synchronize=synchronize)
+    rates = {name: round(size / times[name]["median_ms"] / 1e6, 2) for name, (size, _) in work.items()}
+    return {"times": times, "giga_per_second": rates}
+
+
+def spread_of(values: Sequence[float]) -> Spread:
+    """Return the median of some milliseconds, and their 20th and 80th percentile."""
+    ordered = sorted(values)
+    low, high = (ordered[min(len(ordered) - 1, int(share * len(ordered)))] for share in (0.2, 0.8))
+    return {"median_ms": round(median(ordered), 4), "p20_ms": round(low, 4), "p80_ms": round(high, 4)}
+
+
+def _wall_s(run: Call, calls: int, synchronize: Call) -> float:
+    started = time.perf_counter()
+    for _ in range(calls):
+        run()
+    synchronize()
+    return (time.perf_counter() - started) / calls
+
+
+def _nothing() -> None:
+    """Stand in where nothing is to be done first."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +139,11 @@ class Timing:
 
 
 class Harness:
-    """Measures cases on one device."""
+    """Measures cases on a GPU. On a CPU every step runs once, to see that it does: those times mean nothing."""
 
     def __init__(self, device: torch.device, *, rounds: int = ROUNDS) -> None:
         self.device = device
         self.is_gpu = device.type == "cuda"
-        # Once each on the CPU: enough to see that every step runs.
         self.rounds, self.runs, self.warm_up = (rounds, RUNS, _WARM_UP) if self.is_gpu else (1, 1, 0)
         self.l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size if self.is_gpu else 1 << 10
         # Written before every timed step: whatever was in the cache is gone.
@@ -105,7 +194,7 @@ class Harness:
     def _capture(self, case: Case) -> Call:
         if not self.is_gpu:
             return lambda: [call() for call in case.calls]
-        stream = torch.cuda.Stream(self.device)
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch's
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for call in case.calls[:_WARM_UP]:
@@ -126,7 +215,7 @@ class Harness:
             start = time.perf_counter()
             step()
             return (time.perf_counter() - start) * 1e6
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's
         begin.record()
         step()
         end.record()
@@ -134,24 +223,25 @@ class Harness:
         return float(begin.elapsed_time(end)) * 1e3
 
 
-def _rotated(cases: Sequence[Case], turn: int) -> list[Case]:
+def _rotated(cases: Sequence[_T], turn: int) -> list[_T]:
     """Return the cases, each turn beginning with another: none is always the one after the flush."""
     start = turn % len(cases)
     return [*cases[start:], *cases[:start]]
 
 
 @contextmanager
-def poisoned_memory() -> Any:
+def poisoned_memory() -> Iterator[None]:
     """Fill all memory that torch.empty hands out (NaN, or the largest integer): what is not written shows."""
     was = torch.are_deterministic_algorithms_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic  # a module that torch puts properties on
+    filled = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(was)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        settings.fill_uninitialized_memory = filled
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -1,6 +1,6 @@
 """The INT4 KV cache: a transformers Cache whose layers hold packed codes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,11 @@ class CachedStates:
         self.quantizer = quantizer
         self.sinks: Tensor | None = None
         self._buffers: PackedKV | None = None
+        self._first = 0
+        """Where the packed tokens begin in the buffers: those before are forgotten."""
         self._count = 0
+        self._seen = 0
+        """Tokens since the start of the sequence, forgotten ones among them."""
 
     def __len__(self) -> int:
         return (0 if self.sinks is None else self.sinks.shape[2]) + self._count
@@ -35,11 +39,12 @@ class CachedStates:
         """Return the packed tokens, views of the buffers; None when there are none."""
         if self._buffers is None or not self._count:
             return None
-        return PackedKV(*(part[:, :, : self._count] for part in self._buffers))
+        return self._slice(self._buffers, self._first, self._count)
 
     def append(self, states: Float[Tensor, "batch heads new_tokens head_dim"]) -> None:
         """Add new tokens behind the others."""
-        whole = max(0, self.quantizer.config.sink_tokens - len(self))
+        whole = max(0, self.quantizer.config.sink_tokens - self._seen)
+        self._seen += states.shape[2]
         if whole:
             # A copy: a slice would keep the whole tensor alive.
             head = states[:, :, :whole].clone()
@@ -48,8 +53,7 @@ class CachedStates:
         new = states.shape[2]
         if new:
             buffers = self._with_room(states)
-            out = PackedKV(*(part[:, :, self._count : self._count + new] for part in buffers))
-            quantize_kv(states, self.quantizer, out)
+            quantize_kv(states, self.quantizer, self._slice(buffers, self._first + self._count, new))
             self._count += new
 
     def read(self, dtype: torch.dtype) -> Float[Tensor, "batch heads tokens head_dim"]:
@@ -70,8 +74,19 @@ class CachedStates:
         """Forget the last tokens, all of them when there are no more."""
         kept = max(0, len(self) - tokens)
         sinks = 0 if self.sinks is None else min(kept, self.sinks.shape[2])
+        self._seen -= len(self) - kept
         self.sinks = None if self.sinks is None or not sinks else self.sinks[:, :, :sinks]
         self._count = kept - sinks
+
+    def keep_last(self, tokens: int) -> None:
+        """Forget all but the last tokens, the unpacked ones first: they are the oldest."""
+        forgotten = max(0, len(self) - tokens)
+        if self.sinks is not None:
+            whole = min(forgotten, self.sinks.shape[2])
+            self.sinks = self.sinks[:, :, whole:].clone() if whole < self.sinks.shape[2] else None
+            forgotten -= whole
+        self._first += forgotten
+        self._count -= forgotten
 
     def size_bytes(self) -> int:
         """Return the bytes that sinks, codes and grids take."""
@@ -82,32 +97,45 @@ class CachedStates:
         """Return buffers that hold `states` behind the tokens there are; larger ones are made when needed."""
         batch, heads, new, _head_dim = states.shape
         old, needed = self._buffers, self._count + new
-        if old is not None and needed <= old.packed.shape[2]:
+        if old is not None and self._first + needed <= old.packed.shape[2]:
             return old
         # The first tokens, a prompt's, take what they need; later ones come one by one, and room for them grows.
         room = needed if old is None else needed + max(_LEAST_ROOM, needed // 4)
         buffers = self.quantizer.empty(batch, heads, room, states.device)
         if old is not None:
-            for target, part in zip(buffers, old, strict=True):
-                target[:, :, : self._count] = part[:, :, : self._count]
-        self._buffers = buffers
+            held = self._slice(old, self._first, self._count)
+            for target, part in zip(self._slice(buffers, 0, self._count), held, strict=True):
+                target.copy_(part)
+        self._buffers, self._first = buffers, 0
         return buffers
+
+    @staticmethod
+    def _slice(buffers: PackedKV, first: int, count: int) -> PackedKV:
+        return PackedKV(*(part[:, :, first : first + count] for part in buffers))
 
 
 class DuQuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped here
     """Keys and values of one layer, packed; `update` returns them dequantized.
 
     With `hands_out_packed` it returns the packed states themselves, for duquant.inference.attention to read.
+    With a sliding `window` it holds, between updates, what the next token may still see: what is older is forgotten
+    at the next update, once nothing reads it any more.
     """
 
-    is_sliding = False
     is_croppable = True
 
-    def __init__(self, quantizer: KVQuantizer, *, hands_out_packed: bool = False) -> None:
+    def __init__(self, quantizer: KVQuantizer, *, hands_out_packed: bool = False, window: int | None = None) -> None:
         super().__init__()
         self._quantizer = quantizer
         self._hands_out_packed = hands_out_packed
+        self._window = window
+        self._seen = 0
         self._keys, self._values = CachedStates(quantizer), CachedStates(quantizer)
+
+    @property
+    def is_sliding(self) -> bool:
+        """Whether masks for this layer are those of a sliding window."""
+        return self._window is not None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Remember dtype and device of the first states."""
@@ -125,6 +153,10 @@ class DuQuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers 
         """Quantize and append the new tokens; return all keys and all values, dequantized, in the states' dtype."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self._window is not None:
+            for states in (self._keys, self._values):
+                states.keep_last(self._window - 1)
+        self._seen += key_states.shape[2]
         self._keys.append(key_states)
         self._values.append(value_states)
         if self._hands_out_packed:
@@ -132,34 +164,43 @@ class DuQuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers 
         return self._keys.read(key_states.dtype), self._values.read(value_states.dtype)
 
     def get_seq_length(self) -> int:
-        """Return the number of cached tokens."""
-        return len(self._keys)
+        """Return the number of tokens seen, forgotten ones among them."""
+        return self._seen
 
     def get_max_length(self) -> int:
-        """Return -1: the cache grows."""
-        return -1
+        """Return the window, or -1: the cache grows."""
+        return -1 if self._window is None else self._window
 
     def get_max_cache_shape(self) -> int:
-        """Return -1: the cache grows (the name before transformers 5.2)."""
-        return -1
+        """Return the same (its name before transformers 5.2)."""
+        return self.get_max_length()
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         """Return (length, offset) of the keys that the next `query_length` queries see."""
         new = query_length.shape[0] if isinstance(query_length, Tensor) else int(query_length)
-        return self.get_seq_length() + new, 0
+        held = self._held_after(self._seen)
+        return held + new, self._seen - held
 
     def reset(self) -> None:
         """Forget all tokens."""
         self._keys, self._values = CachedStates(self._quantizer), CachedStates(self._quantizer)
+        self._seen = 0
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last tokens; the count is negative, as in transformers' dynamic cache."""
+        """Drop the last tokens; the count is negative, as in transformers' dynamic cache.
+
+        Raises:
+            ValueError: the count is positive, or goes back before the last update of a layer whose window is full.
+        """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, not {tokens_to_remove}")
-        if tokens_to_remove < 0:
-            for states in (self._keys, self._values):
-                states.drop_last(-tokens_to_remove)
+        left = max(0, self._seen + tokens_to_remove)
+        if self._held_after(left) > max(0, len(self._keys) + tokens_to_remove):
+            raise ValueError(f"the sliding window has forgotten what came before the last {len(self._keys)} tokens")
+        for states in (self._keys, self._values):
+            states.drop_last(-tokens_to_remove)
+        self._seen = left
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Pick batch rows for beam search."""
@@ -177,17 +218,30 @@ class DuQuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers 
         """Return the bytes held."""
         return self._keys.size_bytes() + self._values.size_bytes()
 
+    def _held_after(self, seen: int) -> int:
+        """Return how many of so many tokens the next one may see."""
+        return seen if self._window is None else min(seen, self._window - 1)
+
     def _change(self, function: Callable[[Tensor], Tensor]) -> None:
         self._keys.change(function)
         self._values.change(function)
 
 
 class DuQuantCache(Cache):  # type: ignore[misc]  # transformers is untyped here
-    """A KV cache of packed codes for all layers of a model; pass it as `past_key_values`."""
+    """A KV cache of packed codes for all layers of a model; pass it as `past_key_values`.
 
-    def __init__(self, config: KVCacheConfig, *, layers: int, head_dim: int, hands_out_packed: bool = False) -> None:
+    Args:
+        config: how keys and values are rounded.
+        windows: the sliding window of each layer; None where a layer sees all tokens.
+        head_dim: channels of one head.
+        hands_out_packed: see DuQuantCacheLayer.
+    """
+
+    def __init__(
+        self, config: KVCacheConfig, *, windows: Sequence[int | None], head_dim: int, hands_out_packed: bool = False
+    ) -> None:
         quantizer = KVQuantizer(config, head_dim)
-        made = [DuQuantCacheLayer(quantizer, hands_out_packed=hands_out_packed) for _ in range(layers)]
+        made = [DuQuantCacheLayer(quantizer, hands_out_packed=hands_out_packed, window=window) for window in windows]
         super().__init__(layers=made)
 
     def size_bytes(self) -> int:

@@ -98,6 +98,13 @@ def _pack_site(layer: nn.Module, site: Site, recipe: Recipe) -> None:
                 _set_submodule(layer, name, new)
 
 
+def sliding_windows(config: Any) -> list[int | None]:
+    """Return the sliding window of each layer of a transformers config, None where a layer sees all tokens."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
 def attach_cache(model: Any, recipe: Recipe) -> None:
     """Make forward passes and `generate` use the recipe's KV cache wherever they would make a cache of their own."""
     if recipe.kv_cache.bits == 16:
@@ -111,7 +118,7 @@ def attach_cache(model: Any, recipe: Recipe) -> None:
     def new_cache() -> DuQuantCache:
         return DuQuantCache(
             recipe.kv_cache,
-            layers=config.num_hidden_layers,
+            windows=sliding_windows(config),
             head_dim=head_dim,
             hands_out_packed=config._attn_implementation == IMPLEMENTATION,
         )

@@ -111,7 +111,7 @@ def test_reset_forgets_everything() -> None:
 
 @pytest.mark.parametrize(("bits", "code_bytes"), [(2, 4), (4, 8), (8, 16)])
 def test_cache_holds_packed_codes(bits: int, code_bytes: int) -> None:
-    cache = DuQuantCache(KVCacheConfig(bits=bits), layers=2, head_dim=HEAD_DIM)
+    cache = DuQuantCache(KVCacheConfig(bits=bits), windows=[None, None], head_dim=HEAD_DIM)
     for index in range(2):
         cache.update(states(5), states(5), index)
     rows = 3 * 2 * 5
@@ -155,3 +155,50 @@ def test_sinks_follow_their_rows() -> None:
     layer.update(sent, sent)
     layer.reorder_cache(torch.tensor([2, 0, 1]))
     assert torch.equal(contents(layer)[0][:, :, :2], sent[[2, 0, 1], :, :2])
+
+
+def sliding(window: int = 4, sinks: int = 0) -> DuQuantCacheLayer:
+    return DuQuantCacheLayer(KVQuantizer(KVCacheConfig(sink_tokens=sinks), HEAD_DIM), window=window)
+
+
+@pytest.mark.parametrize("sinks", [0, 2, 6])
+@pytest.mark.parametrize("cuts", [[1] * 20, [7, 1, 1, 1, 10], [3, 3, 3, 3, 8], [20]], ids=str)
+def test_sliding_layer_returns_what_its_window_sees(cuts: list[int], sinks: int) -> None:
+    layer, whole = sliding(sinks=sinks), DuQuantCacheLayer(KVQuantizer(KVCacheConfig(sink_tokens=sinks), HEAD_DIM))
+    first = 0
+    for new in cuts:
+        part = states(20)[:, :, first : first + new]
+        length, offset = layer.get_mask_sizes(new)
+        found, expected = layer.update(part, part)[0], whole.update(part, part)[0]
+        first += new
+        assert (layer.get_seq_length(), offset + length) == (first, first)
+        assert length == min(first - new, 3) + new
+        assert torch.equal(found, expected[:, :, offset:])
+
+
+def test_sliding_layer_holds_no_more_than_its_window() -> None:
+    layer = sliding()
+    sizes = []
+    for token in range(300):
+        part = states(300)[:, :, token : token + 1]
+        layer.update(part, part)
+        sizes.append(layer.size_bytes())
+    assert set(sizes[3:]) == {sizes[3]}
+    assert layer._keys._buffers is not None
+    assert layer._keys._buffers.packed.shape[2] < 64
+
+
+def test_sliding_layer_is_cropped_as_long_as_it_remembers() -> None:
+    layer, other = sliding(), sliding()
+    parts = states(12)
+    layer.update(parts[:, :, :8], parts[:, :, :8])
+    other.update(parts[:, :, :6], parts[:, :, :6])
+    layer.crop(-2)
+    for each in (layer, other):
+        assert each.get_mask_sizes(1) == (4, 3)
+    last = [each.update(parts[:, :, 8:9], parts[:, :, 8:9])[0] for each in (layer, other)]
+    assert torch.equal(last[0], last[1])
+    with pytest.raises(ValueError, match="forgotten what came before the last 4 tokens"):
+        layer.crop(-2)
+    layer.reset()
+    assert (layer.get_seq_length(), layer.get_mask_sizes(2)) == (0, (2, 0))

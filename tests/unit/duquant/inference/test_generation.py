@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.tiny_models import SIZES
 
 from duquant.config import KVCacheConfig, Recipe, TransformConfig
 from duquant.inference import load
 from duquant.inference.attention import IMPLEMENTATION
 from duquant.inference.cache import DuQuantCache
+from duquant.inference.hf import sliding_windows
 from duquant.kernels import dispatch
 from duquant.kernels.settings import BACKENDS
 
@@ -64,7 +66,7 @@ def rows_of(model: Any, tokenizer: Any, side: str, count: int) -> list[tuple[tor
     return pairs
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", SIZES)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("count", [1, 3])
 def test_rows_of_a_padded_batch_are_as_alone(
@@ -84,14 +86,23 @@ def test_rows_of_a_padded_batch_are_close_with_rotations(tiny_artifact: Callable
 
 
 @torch.no_grad()
-def test_tokens_one_by_one_give_the_logits_of_all_at_once(strict: Callable[..., Any]) -> None:
-    model, tokenizer = strict()
-    ids = tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
+@pytest.mark.parametrize("model_type", SIZES)
+@pytest.mark.parametrize("prompt", [1, 15])
+def test_tokens_one_by_one_give_the_logits_of_all_at_once(
+    tiny_model: Callable[..., Path], strict: Callable[..., Any], model_type: str, prompt: int
+) -> None:
+    """Over more tokens than a sliding window has."""
+    model, tokenizer = strict(tiny_model(model_type))
+    ids = tokenizer(PROMPTS[0] + PROMPTS[2], return_tensors="pt")["input_ids"]
+    assert ids.shape[1] > 2 * 12
     whole = model(ids).logits
     cache = model.duquant_new_cache()
-    steps = [model(ids[:, i : i + 1], past_key_values=cache).logits[:, 0] for i in range(ids.shape[1])]
-    torch.testing.assert_close(torch.stack(steps, dim=1), whole, rtol=STRICT, atol=STRICT * float(whole.abs().max()))
+    steps = [model(ids[:, :prompt], past_key_values=cache).logits]
+    steps += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(prompt, ids.shape[1])]
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=STRICT, atol=STRICT * float(whole.abs().max()))
     assert cache.get_seq_length() == ids.shape[1]
+    windows = sliding_windows(model.config)
+    assert [len(layer._keys) for layer in cache.layers] == [window or ids.shape[1] for window in windows]
 
 
 def test_cached_pass_sees_quantized_keys_and_values(strict: Callable[..., Any]) -> None:
@@ -103,7 +114,7 @@ def test_cached_pass_sees_quantized_keys_and_values(strict: Callable[..., Any]) 
     assert not torch.allclose(cached.logits, uncached.logits, rtol=1e-3)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("model_type", SIZES)
 @torch.no_grad()
 def test_generate_equals_greedy_decoding_by_hand(
     tiny_model: Callable[..., Path], tiny_artifact: Callable[..., Any], model_type: str
@@ -184,7 +195,7 @@ def test_beam_search_finds_nothing_less_likely_than_greedy(strict: Callable[...,
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("model_type", SIZES)
 def test_attention_from_codes_is_attention_to_dequantized_states(
     tiny_model: Callable[..., Path], strict: Callable[..., Any], model_type: str
 ) -> None:

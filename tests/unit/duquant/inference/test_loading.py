@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.tiny_models import SIZES
 from transformers import AutoModelForCausalLM
 
 from duquant.artifact import verify
@@ -29,6 +30,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "all biases": ("llama", {"attention_bias": True, "mlp_bias": True}, {}),
     "q and k norms": ("qwen3", {"tie_word_embeddings": True}, {}),
     "sliding window": ("mistral", {}, {}),
+    "norms of 1 + weight": ("gemma3_text", {}, {}),
+    "fused linears": ("phi3", {}, {}),
+    "experts": ("mixtral", {}, {}),
+    "experts and a dense layer": ("qwen3_moe", {"mlp_only_layers": [1]}, {}),
+    "experts left out": ("qwen3_moe", {}, {"skip_linears": ("mlp.experts.*.*_proj",)}),
+    "experts' 16-bit activations": ("mixtral", {}, {"activation": ActivationConfig(bits=16)}),
     "groups": ("llama", {}, {"weight": WeightConfig(group_size=16)}),
     "8 bits": ("llama", {}, {"weight": WeightConfig(bits=8), "activation": ActivationConfig(bits=8)}),
     "16-bit activations": ("llama", {}, {"activation": ActivationConfig(bits=16), "kv_cache": KVCacheConfig(bits=16)}),
@@ -86,7 +93,7 @@ def test_every_variant_gives_finite_logits_and_text(variant: Path) -> None:
     assert output.shape == (2, 23)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", SIZES)
 def test_little_rounding_leaves_the_logits_close_to_the_source_s(
     tiny_model: Callable[..., Path], tiny_artifact: Callable[..., Any], fine_recipe: Recipe, model_type: str
 ) -> None:

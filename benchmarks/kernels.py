@@ -10,11 +10,9 @@ many copies as do not fit the last-level cache: a model's next layer is never in
 import argparse
 import json
 import shlex
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from torch import Tensor
 
 from duquant import kernels
 from duquant.config import ActivationConfig, TransformConfig
+from duquant.evaluation.timing import ceilings, interleaved
 from duquant.kernels import LinearWeight, PackedWeight, PreparedTransform
 from duquant.kernels.cpu import CpuBackend
 from duquant.kernels.cpu.library import library
@@ -36,9 +35,6 @@ TOKENS = (1, 4, 16, 64, 256)
 TRANSFORM_TOKENS = (1, 16, 256)
 DTYPE = torch.bfloat16
 _CACHE_BYTES = 110_000_000
-_BIG_BYTES = 256_000_000
-
-Timed = dict[str, dict[str, float]]
 
 
 def main() -> None:
@@ -54,7 +50,8 @@ def main() -> None:
         "load_at_start": load_average(),
     }
     result["checked"] = gate(arguments.size)
-    result["ceilings"] = ceilings(arguments.rounds)
+    result["ceilings"] = ceilings(torch.device("cpu"), rounds=max(3, arguments.rounds // 3))
+    print(f"ceilings (GB/s, GFLOP/s): {result['ceilings']['giga_per_second']}", flush=True)
     result["linear"] = linears(arguments.size, arguments.rounds)
     result["transform"] = transforms(arguments.size, arguments.rounds)
     result["model"] = whole_model(arguments.artifact, arguments.rounds)
@@ -130,51 +127,6 @@ def gate(size: int) -> list[str]:
     return checked
 
 
-def timed(contenders: dict[str, Callable[[], object]], rounds: int, *, least_s: float = 0.004) -> Timed:
-    """Return milliseconds a call: median, and the 20th and 80th percentile over the rounds."""
-    calls = {}
-    for name, run in contenders.items():
-        run()
-        started = time.perf_counter()
-        run()
-        calls[name] = max(1, int(least_s / (time.perf_counter() - started)))
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, run in contenders.items():
-            started = time.perf_counter()
-            for _ in range(calls[name]):
-                run()
-            samples[name].append((time.perf_counter() - started) / calls[name] * 1e3)
-    return {name: _summary(values) for name, values in samples.items()}
-
-
-def _summary(values: Sequence[float]) -> dict[str, float]:
-    ordered = sorted(values)
-    at = lambda share: round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 4)  # noqa: E731
-    return {"median_ms": round(statistics.median(ordered), 4), "p20_ms": at(0.2), "p80_ms": at(0.8)}
-
-
-def ceilings(rounds: int) -> dict[str, Any]:
-    """Measure what the machine can do: reading and copying memory, bfloat16 and int8 products."""
-    source = torch.randint(0, 1 << 30, (_BIG_BYTES // 8,))
-    target = torch.empty_like(source)
-    A, B = torch.randn(2048, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
-    a, b = (torch.randint(-128, 128, (2048, 2048), dtype=torch.int8) for _ in range(2))
-    times = timed(
-        {
-            "copy": lambda: target.copy_(source),
-            "read": lambda: source.sum(),
-            "bfloat16 product": lambda: torch.nn.functional.linear(A, B),
-            "int8 product": lambda: torch._int_mm(a, b.T),
-        },
-        max(3, rounds // 3),
-    )
-    work = {"copy": 2 * _BIG_BYTES, "read": _BIG_BYTES, "bfloat16 product": 2 * 2048**3, "int8 product": 2 * 2048**3}
-    rates = {name: round(work[name] / times[name]["median_ms"] / 1e6, 2) for name in work}
-    print(f"ceilings (GB/s, GFLOP/s): {rates}", flush=True)
-    return {"times": times, "giga_per_second": rates}
-
-
 def linears(size: int, rounds: int) -> list[dict[str, Any]]:
     """int4_linear, and a whole DuQuant site (transform, rounding, product), beside bfloat16."""
     copies = _CACHE_BYTES * 3 // 2 // (size * size // 2) + 1
@@ -187,14 +139,14 @@ def linears(size: int, rounds: int) -> list[dict[str, Any]]:
         q = kernels.transform_quantize_pack(X, plain)
         # Each contender walks through its own copies.
         one, two, three, other = cycle(packed), cycle(packed), cycle(packed), cycle(full)
-        times = timed(
+        times = interleaved(
             {
                 "bfloat16": lambda X=X, ws=other: torch.nn.functional.linear(X, next(ws)),
                 "int4_linear": lambda q=q, ws=one: kernels.int4_linear(q, next(ws), dtype=DTYPE),
                 "rtn": lambda X=X, ws=two: kernels.transformed_linear(X, plain, next(ws), dtype=DTYPE),
                 "duquant": lambda X=X, ws=three: kernels.transformed_linear(X, transform, next(ws), dtype=DTYPE),
             },
-            rounds,
+            rounds=rounds,
         )
         base = times["bfloat16"]["median_ms"]
         speedup = {name: round(base / value["median_ms"], 2) for name, value in times.items()}
@@ -224,12 +176,12 @@ def transforms(size: int, rounds: int) -> list[dict[str, Any]]:
     for tokens in TRANSFORM_TOKENS:
         inputs = [torch.randn(tokens, size).bfloat16() for _ in range(8)]
         one, two = cycle(inputs), cycle(inputs)
-        times = timed(
+        times = interleaved(
             {
                 "quantize and pack": lambda xs=one: kernels.transform_quantize_pack(next(xs), plain),
                 "transform, quantize and pack": lambda xs=two: kernels.transform_quantize_pack(next(xs), transform),
             },
-            rounds * 2,
+            rounds=rounds * 2,
         )
         alone, both = (value["median_ms"] for value in times.values())
         rows.append({"tokens": tokens, "size": size, "times": times, "ratio": round(both / alone, 2)})
@@ -246,6 +198,7 @@ def whole_model(artifact: str | None, rounds: int) -> dict[str, Any]:
     from transformers.cache_utils import DynamicCache
 
     from duquant.config import preset, with_calibration
+    from duquant.evaluation.contenders import linear_bytes
     from duquant.inference import load
     from duquant.models.references import resolve_model
     from duquant.pipeline import quantize_model
@@ -262,14 +215,16 @@ def whole_model(artifact: str | None, rounds: int) -> dict[str, Any]:
         "bfloat16": _decoder(full, prompt, DynamicCache),
         "int4": _decoder(packed, prompt, packed.duquant_new_cache),
     }
-    decode = timed({name: (lambda s=step: next(s)) for name, step in steps.items()}, rounds * 3, least_s=0.0)
+    decode = interleaved(
+        {name: (lambda s=step: next(s)) for name, step in steps.items()}, rounds=rounds * 3, least_s=0.0
+    )
     with torch.inference_mode():
-        prefill = timed(
+        prefill = interleaved(
             {
                 "bfloat16": lambda: full.model(prompt, use_cache=True),
                 "int4": lambda: packed.model(prompt, use_cache=True),
             },
-            max(3, rounds // 3),
+            rounds=max(3, rounds // 3),
         )
     result = {
         "model": MODEL,
@@ -279,7 +234,7 @@ def whole_model(artifact: str | None, rounds: int) -> dict[str, Any]:
         "decode_tokens_per_second": {name: round(1e3 / value["median_ms"], 1) for name, value in decode.items()},
         "prefill": prefill,
         "prefill_speedup": round(prefill["bfloat16"]["median_ms"] / prefill["int4"]["median_ms"], 2),
-        "linear_bytes": _linear_bytes(full, packed),
+        "linear_bytes": linear_bytes(packed),
     }
     print(f"model: decode {result['decode_speedup']}x, prefill {result['prefill_speedup']}x", flush=True)
     return result
@@ -294,27 +249,6 @@ def _decoder(model: Any, prompt: Tensor, new_cache: Callable[[], Any]) -> Iterat
         yield token
         with torch.inference_mode():
             token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-
-
-def _linear_bytes(full: Any, packed: Any) -> dict[str, Any]:
-    """Return the bytes that the layers' linears hold after a forward pass: what the kernels keep is among them."""
-    from duquant.inference.modules import DuQuantLinear, SiteModule
-
-    names = [name for name, module in packed.named_modules() if isinstance(module, DuQuantLinear)]
-    dense = sum(full.get_submodule(name).weight.numel() * 2 for name in names)
-    storages: dict[int, int] = {}
-    for name, module in packed.named_modules():
-        tensors: list[Tensor] = []
-        if isinstance(module, SiteModule):
-            joined = [readers.joined for readers in module.readers if readers.joined is not None]
-            tensors = [tensor for W in joined for tensor in (W.data, W.scale, W.zero_point, W.weight_sum)]
-        elif name in names:
-            tensors = list(module.parameters())
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    held = sum(storages.values())
-    return {"bfloat16": dense, "int4": held, "ratio": round(held / dense, 4)}
 
 
 if __name__ == "__main__":

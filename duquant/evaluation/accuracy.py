@@ -120,14 +120,14 @@ def _build(task: TaskConfig, roots: Sequence[Path] | None, allow_hub: bool, cach
     if task.kind == "file":
         file = read_task_file(Path(task.name), roots=roots)
         return {"tasks": {file.name: _from_file(file, cache)}}
+    if not allow_hub:
+        raise EvaluationError(
+            f"task {task.name}: the questions of lm-eval's tasks are on the hub, which is switched off; "
+            "pass --allow-hub or set allow_hub, or give a task file (.yaml or .jsonl)"
+        )
     manager = _task_manager()
     if task.name not in manager.task_index:
         raise EvaluationError(f"lm-eval has no task {task.name!r}; a task file ends in .yaml or .jsonl")
-    if not allow_hub:
-        raise EvaluationError(
-            f"the questions of task {task.name} are on the hub, which is switched off; "
-            "pass --allow-hub or set allow_hub, or give a task file"
-        )
     loaded: dict[str, Any] = manager.load([task.name])
     return loaded
 

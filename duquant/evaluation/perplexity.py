@@ -10,17 +10,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from duquant.artifact.layout import MANIFEST
-from duquant.calibration.text import consecutive_windows, first_token, load_tokenizer, read_text, tokenize
+from duquant.calibration.text import consecutive_windows, first_token, read_text, tokenize
 from duquant.config import TextSource
 from duquant.errors import CalibrationError
-from duquant.inference import load
-from duquant.models.devices import resolve_device
+from duquant.evaluation.loading import LoadedModel, load_for_evaluation
 from duquant.models.families import architecture_of
-from duquant.models.references import resolve_model
-from duquant.models.source import SourceCheckpoint
 
 _LOGIT_ROWS = 512
 """Rows of logits held at once: a whole window of a large vocabulary would take gigabytes."""
@@ -61,38 +56,42 @@ def evaluate(
     Raises:
         DuQuantError: the model or the text cannot be used.
     """
-    if threads:
-        torch.set_num_threads(threads)
-    target = resolve_device(device)
-    path = resolve_model(model, allow_hub=allow_hub)
-    if (path / MANIFEST).exists():
-        loaded, tokenizer = load(path, device=str(target))
-    else:
-        SourceCheckpoint(path)
-        tokenizer = load_tokenizer(path)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.bfloat16, trust_remote_code=False, use_safetensors=True, local_files_only=True
-        ).to(target)
-        loaded.eval()
-    tokens = tokenize(tokenizer, read_text(text))
-    architecture = architecture_of(loaded.config.to_dict())
-    first = first_token(tokenizer, starts_with_bos=architecture.starts_with_bos)
+    loaded = load_for_evaluation(model, device=device, threads=threads, allow_hub=allow_hub)
+    return measure_perplexity(loaded, text, seq_len=seq_len, windows=windows, on_progress=on_progress)
+
+
+def measure_perplexity(
+    loaded: LoadedModel,
+    text: TextSource,
+    *,
+    seq_len: int = 2048,
+    windows: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> PerplexityResult:
+    """Measure perplexity as `evaluate` does, of a model that is loaded.
+
+    Raises:
+        DuQuantError: the text cannot be used, or the model's outputs are no numbers.
+    """
+    tokens = tokenize(loaded.tokenizer, read_text(text))
+    architecture = architecture_of(loaded.model.config.to_dict())
+    first = first_token(loaded.tokenizer, starts_with_bos=architecture.starts_with_bos)
     try:
         cut = consecutive_windows(tokens, seq_len=seq_len, limit=windows, first=first)
     except CalibrationError as err:
         raise CalibrationError(f"text source {text.kind}:{text.name}: {err}") from err
     started = time.perf_counter()
     try:
-        value = perplexity(loaded, cut, on_progress=on_progress)
+        value = perplexity(loaded.model, cut, on_progress=on_progress)
     except CalibrationError as err:
-        raise CalibrationError(f"{path}: {err}") from err
+        raise CalibrationError(f"{loaded.path}: {err}") from err
     return PerplexityResult(
         perplexity=value,
         tokens=cut.shape[0] * (seq_len - 1),
         windows=cut.shape[0],
         seq_len=seq_len,
         seconds=time.perf_counter() - started,
-        model_bytes=sum(p.numel() * p.element_size() for p in loaded.parameters()),
+        model_bytes=loaded.parameter_bytes,
     )
 
 

@@ -5,6 +5,7 @@ unknown field is an error that names it.
 """
 
 from dataclasses import asdict, dataclass, field
+from pathlib import PurePath
 from typing import Any, ClassVar, Literal
 
 from duquant.config import STRICT_FIELDS, TextSource, check_choice, check_range, from_plain
@@ -115,9 +116,9 @@ class EvaluationPlan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(self.tasks))
         check_range("plan", "number of tasks", len(self.tasks), 0, 64)
-        names = [(task.kind, task.name) for task in self.tasks]
-        for kind, name in names:
-            if names.count((kind, name)) > 1:
+        names = [PurePath(task.name).name for task in self.tasks]
+        for name in names:
+            if names.count(name) > 1:
                 raise ConfigError(f"tasks names {name!r} twice", field="tasks")
         if self.perplexity is None and not self.tasks and self.speed is None:
             raise ConfigError("the plan measures nothing: give perplexity, tasks or speed", field="perplexity")

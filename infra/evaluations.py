@@ -1,44 +1,13 @@
 """Evaluations as rows; a job that measures writes one when its first part is done, and again after each part."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from sqlalchemy import Engine, or_, select, tuple_
 
 from infra.artifacts import Evaluation
 from infra.database import read
 from infra.errors import EvaluationNotFound
-from infra.fingerprints import evaluation_fingerprint
-from infra.schema import evaluations, jobs
-
-
-@dataclass(frozen=True, slots=True)
-class WithBaseline:
-    """An evaluation, and the same measured on the unquantized model."""
-
-    evaluation: Evaluation
-    baseline: Evaluation | None
-
-
-def measurement_of(spec: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what a job's spec says of measuring: `evaluation` and `text_identity`.
-
-    An evaluate job is nothing else; a quantize job has it with its quality gate.
-    """
-    measurement: Mapping[str, Any] = spec.get("quality_gate") or spec
-    return measurement
-
-
-def baseline_fingerprint(spec: Mapping[str, Any]) -> str:
-    """Return the fingerprint of the same measurement on the job's unquantized model."""
-    measurement = measurement_of(spec)
-    return evaluation_fingerprint(
-        model_identity=spec["model_identity"],
-        artifact_job_id=None,
-        text_identity=measurement.get("text_identity"),
-        settings=measurement["evaluation"],
-    )
+from infra.schema import evaluations
 
 
 class EvaluationStore:
@@ -66,29 +35,6 @@ class EvaluationStore:
         if row is None:
             raise EvaluationNotFound(f"no evaluation {name}", evaluation_id=name)
         return Evaluation.from_row(row)
-
-    def on_artifact(self, artifact_job_id: str, tenant_id: str) -> Sequence[WithBaseline]:
-        """Return all complete evaluations of what a job made, newest first, each beside that of the model."""
-        query = (
-            select(evaluations, jobs.c.spec)
-            .join(jobs, jobs.c.id == evaluations.c.job_id)
-            .where(evaluations.c.tenant_id == tenant_id, evaluations.c.artifact_job_id == artifact_job_id)
-            .where(evaluations.c.is_complete == 1)
-            .order_by(evaluations.c.created_at.desc(), evaluations.c.id.desc())
-        )
-        with read(self._engine) as connection:
-            rows = connection.execute(query).mappings().all()
-            wanted = [baseline_fingerprint(row["spec"]) for row in rows]
-            found = connection.execute(
-                select(evaluations)
-                .where(evaluations.c.tenant_id == tenant_id, evaluations.c.fingerprint.in_(wanted))
-                .where(evaluations.c.is_complete == 1)
-                .order_by(evaluations.c.created_at, evaluations.c.id)
-            )
-            baselines = {row["fingerprint"]: Evaluation.from_row(row) for row in found.mappings()}
-        return [
-            WithBaseline(Evaluation.from_row(row), baselines.get(key)) for row, key in zip(rows, wanted, strict=True)
-        ]
 
     def of_jobs(self, job_ids: Iterable[str]) -> Mapping[str, Evaluation]:
         """Return what these evaluate jobs have measured, by the jobs' ids."""

@@ -1,15 +1,63 @@
 """What a job measures, written part by part under its claim's fence: a worker that dies loses the part in progress."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 from sqlalchemy import Connection, exists, insert, or_, select, update
 
-from infra.artifacts import Evaluation
+from infra.artifacts import Artifact, Evaluation
 from infra.database import read, write
 from infra.errors import CardOutdated
+from infra.fingerprints import evaluation_fingerprint
 from infra.ids import new_id
 from infra.job_model import CardRevision, Claim, Job, Measured
 from infra.job_results import UNKNOWN_DEVICE, charge_usage
 from infra.job_rows import JobRows
 from infra.schema import artifacts, evaluations, jobs
+
+
+@dataclass(frozen=True, slots=True)
+class WithBaseline:
+    """An evaluation, and the same measured on the unquantized model."""
+
+    evaluation: Evaluation
+    baseline: Evaluation | None
+
+
+def measurement_of(spec: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of a job's spec that says what it measures: `evaluation`, `text_identity`, `task_identities`.
+
+    An evaluate job does nothing else; a quantize job has it in its quality gate.
+    """
+    measurement: Mapping[str, Any] = spec.get("quality_gate") or spec
+    return measurement
+
+
+def measured_fingerprint(spec: Mapping[str, Any], artifact_job_id: str | None) -> str:
+    """Return the fingerprint of what a job measures, on an artifact or (none) on the unquantized model."""
+    return _fingerprint(spec, artifact_job_id, measurement_of(spec)["evaluation"])
+
+
+def baseline_fingerprint(spec: Mapping[str, Any]) -> str:
+    """Return the fingerprint of the unquantized model's perplexity on the text that a job measures on."""
+    return _fingerprint(spec, None, baseline_settings(measurement_of(spec)["evaluation"]))
+
+
+def baseline_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of evaluation settings that perplexity depends on."""
+    return {name: settings[name] for name in ("text", "seq_len", "windows") if name in settings}
+
+
+def _fingerprint(spec: Mapping[str, Any], artifact_job_id: str | None, settings: Mapping[str, Any]) -> str:
+    measurement = measurement_of(spec)
+    return evaluation_fingerprint(
+        model_identity=spec["model_identity"],
+        artifact_job_id=artifact_job_id,
+        text_identity=measurement.get("text_identity"),
+        settings=settings,
+        task_identities=measurement.get("task_identities") if "tasks" in settings else None,
+    )
 
 
 class JobMeasures(JobRows):
@@ -84,6 +132,45 @@ class JobMeasures(JobRows):
         with read(self._engine) as connection:
             row = connection.execute(query).mappings().one_or_none()
         return None if row is None else Evaluation.from_row(row)
+
+    def artifact_of(self, job_id: str) -> Artifact | None:
+        """Return the artifact that a job made; none where there is none (any more)."""
+        query = select(artifacts).where(artifacts.c.job_id == job_id, artifacts.c.deleted_at.is_(None))
+        with read(self._engine) as connection:
+            row = connection.execute(query).mappings().one_or_none()
+        return None if row is None else Artifact.from_row(row)
+
+    def measured_on(self, job: Job, artifact_job_id: str) -> Sequence[WithBaseline]:
+        """Return what was measured on what a job made, newest first: for its model card.
+
+        What is complete counts, and what the job that asks has measured, which is about to be. A card is only sound if
+        the artifact was read before: what is added in between then shows the card to be an old one.
+        """
+        query = (
+            select(evaluations, jobs.c.spec)
+            .join(jobs, jobs.c.id == evaluations.c.job_id)
+            .where(evaluations.c.tenant_id == job.tenant_id, evaluations.c.artifact_job_id == artifact_job_id)
+            .where(or_(evaluations.c.is_complete == 1, evaluations.c.job_id == job.id))
+            .order_by(evaluations.c.created_at.desc(), evaluations.c.id.desc())
+        )
+        with read(self._engine) as connection:
+            rows = connection.execute(query).mappings().all()
+            # The same tasks may have been measured on the model, too; the perplexity alone is the next best.
+            wanted = [(measured_fingerprint(row["spec"], None), baseline_fingerprint(row["spec"])) for row in rows]
+            known = self._baselines(connection, job.tenant_id, [name for names in wanted for name in names])
+        return [
+            WithBaseline(Evaluation.from_row(row), known.get(same) or known.get(plain))
+            for row, (same, plain) in zip(rows, wanted, strict=True)
+        ]
+
+    def _baselines(self, connection: Connection, tenant_id: str, wanted: Sequence[str]) -> Mapping[str, Evaluation]:
+        query = (
+            select(evaluations)
+            .where(evaluations.c.tenant_id == tenant_id, evaluations.c.fingerprint.in_(wanted))
+            .where(evaluations.c.is_complete == 1)
+            .order_by(evaluations.c.created_at, evaluations.c.id)
+        )
+        return {row["fingerprint"]: Evaluation.from_row(row) for row in connection.execute(query).mappings()}
 
     def _swing_card(self, connection: Connection, card: CardRevision) -> None:
         """Make a stored model card the artifact's, unless the artifact was deleted meanwhile.

@@ -15,7 +15,7 @@ from duquant.artifact.card import model_card
 from duquant.artifact.layout import MANIFEST
 from duquant.artifact.manifest import parse_manifest
 from infra.artifact_keys import ArtifactKeys
-from infra.evaluations import WithBaseline
+from infra.job_measures import WithBaseline
 from infra.jobs import Claim
 from infra.storage import ObjectStore
 

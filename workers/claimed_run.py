@@ -7,7 +7,7 @@ from typing import Any
 
 import structlog
 
-from infra.jobs import Claim, JobStore
+from infra.jobs import Claim, Job, JobStore
 from infra.storage import ObjectStore
 from workers.endings import JobFailed
 from workers.lease import LeaseKeeper
@@ -53,6 +53,15 @@ class ClaimedRun(ABC):
             JobStopped: it must not be done any further.
             InfraError: database or object storage failed.
         """
+
+    def complete(self, result: dict[str, Any]) -> Job:
+        """End the job well.
+
+        Raises:
+            JobConflict: a cancel was requested meanwhile.
+            InfraError: database or object storage failed.
+        """
+        return self._store.complete(self._claim, result)
 
     @property
     def _must_stop(self) -> bool:

@@ -15,7 +15,7 @@ from infra.storage import ObjectStore
 from workers.claimed_run import ClaimedRun
 from workers.endings import JobFailed, JobStopped
 from workers.evaluation_run import EvaluationRun
-from workers.job_run import JobRun
+from workers.gated_run import GatedRun
 from workers.lease import LeaseKeeper
 from workers.metrics import CLAIM_SECONDS, ENDINGS, WAIT_SECONDS
 from workers.retries import ErrorClass, class_of, pause_s
@@ -27,7 +27,7 @@ log = structlog.stdlib.get_logger(__name__)
 
 _MAX_IDLE_FACTOR = 5
 _ENDINGS = {JobState.FAILED: "failed", JobState.CANCELLED: "cancelled"}
-_RUNS: Mapping[str, type[ClaimedRun]] = {"quantize": JobRun, "evaluate": EvaluationRun}
+_RUNS: Mapping[str, type[ClaimedRun]] = {"quantize": GatedRun, "evaluate": EvaluationRun}
 
 
 class Dispatcher:
@@ -115,7 +115,7 @@ class Dispatcher:
                 stopping=self._stopping,
                 work_dir=self._scratch.take(claim),
             )
-            result = run.run()
+            self._complete(claim, run, run.run())
         except JobStopped:
             self._stop_job(claim, lease)
         except LeaseLost:
@@ -133,13 +133,10 @@ class Dispatcher:
         except Exception as err:  # the job loop's last resort: a bug must fail its job, not the dispatcher
             log.exception("job_crashed")
             self._fail(claim, "error", f"unexpected {type(err).__name__}: {err}")
-        else:
-            self._complete(claim, result)
-            self._scratch.drop(claim.job.id)
 
-    def _complete(self, claim: Claim, result: Mapping[str, Any]) -> None:
+    def _complete(self, claim: Claim, run: ClaimedRun, result: dict[str, Any]) -> None:
         try:
-            self._store.complete(claim, result)
+            run.complete(result)
         except JobConflict:
             # A cancel that came while the manifest was written; without one this raises, too.
             self._store.finish_cancel(claim)
@@ -148,6 +145,7 @@ class Dispatcher:
         else:
             ENDINGS.labels("succeeded").inc()
             log.info("job_succeeded", seconds=result["seconds"])
+        self._scratch.drop(claim.job.id)
 
     def _stop_job(self, claim: Claim, lease: LeaseKeeper) -> None:
         """End a job that must not go on: nobody may write its files any more before we let go of it."""

@@ -1,61 +1,68 @@
-"""EvaluationRun: takes one claimed evaluate job from its artifact or model to a perplexity."""
+"""EvaluationRun: takes one claimed evaluate job from its artifact or model to its numbers."""
 
 import json
 from typing import Any
 
-from duquant.config import TextSource
 from duquant.errors import DuQuantError
 from infra.artifact_keys import ArtifactKeys
-from infra.errors import JobNotFound
-from infra.jobs import JobState
-from workers.claimed_run import COLLECT_S, ClaimedRun
-from workers.endings import JobFailed, JobStopped
-from workers.inputs import find_text, model_reference
-from workers.measure import PROGRESS, STOP
-from workers.tasks import EvaluationSpec, EvaluationTask
+from infra.errors import CardOutdated, JobNotFound, TransientError
+from infra.jobs import CardRevision, Job, JobState
+from workers.cards import put_card, results_of
+from workers.endings import JobFailed
+from workers.inputs import local_plan, model_reference
+from workers.measuring import MeasuringRun, Target
+from workers.tasks import EvaluationSpec
+
+_MOST_CARDS = 20
+"""Cards made for one evaluation: each but the last was overtaken by another evaluation of the artifact."""
 
 
-class EvaluationRun(ClaimedRun):
-    """One claim of one evaluate job. The measuring is one task of the executor; this watches it."""
-
-    def __init__(self, *parts: Any, **more_parts: Any) -> None:
-        super().__init__(*parts, **more_parts)
-        self._shown: tuple[int, int] | None = None
+class EvaluationRun(MeasuringRun):
+    """One claim of one evaluate job."""
 
     def run(self) -> dict[str, Any]:
-        """Measure; return the job's result. An evaluation has no steps that a later try could go on from."""
-        (self._work_dir / STOP).unlink(missing_ok=True)
-        (self._work_dir / PROGRESS).unlink(missing_ok=True)
+        """Measure what has not been measured yet; return the job's result."""
         try:
-            spec = self._spec()
+            target = self._target()
         except DuQuantError as err:
             raise JobFailed("bad_input", str(err)) from err
-        self._store.progress(self._claim, phase="load", done=0, total=0)
-        metrics = self._drive(spec)
-        artifact_job = self._claim.job.spec.get("artifact_job_id")
-        return {"artifact_job_id": artifact_job, "metrics": metrics, "seconds": metrics["seconds"]}
+        measured = self._measured(target)
+        return {
+            "artifact_job_id": target.artifact_job_id,
+            "metrics": dict(measured.metrics),
+            "parts": dict(measured.parts),
+            "report_key": measured.report_key,
+            "seconds": measured.metrics["seconds"],
+        }
 
-    def _spec(self) -> EvaluationSpec:
+    def complete(self, result: dict[str, Any]) -> Job:
+        """End the job well, with a model card that has its numbers and those of all others."""
+        for attempt in range(1, _MOST_CARDS + 1):
+            try:
+                return self._store.complete(self._claim, result, card=self._card(attempt))
+            except CardOutdated:
+                continue
+        raise TransientError("the artifact's model card changes faster than it can be made anew")
+
+    def _target(self) -> Target:
         job, settings = self._claim.job, self._settings
-        wanted = job.spec["evaluation"]
-        text = find_text(job, TextSource(**wanted["text"]), settings, self._storage, what="evaluation text")
-        artifact_job = job.spec.get("artifact_job_id")
-        return EvaluationSpec(
+        artifact_job: str | None = job.spec.get("artifact_job_id")
+        spec = EvaluationSpec(
             job_id=job.id,
             work_dir=self._work_dir,
             model_cache=settings.models,
             allow_hub=settings.allow_hub,
             device=settings.device,
-            text=wanted["text"],
-            seq_len=wanted["seq_len"],
-            windows=wanted["windows"],
+            plan=local_plan(job, job.spec, settings, self._storage, self._work_dir),
+            task_roots=(*settings.text_roots, self._work_dir),
             model=model_reference(job, settings) if artifact_job is None else None,
             manifest_key=None if artifact_job is None else self._manifest_key(artifact_job),
-            text_key=text.key,
-            text_file=text.file,
         )
+        # As the service computes it; a row has the fingerprint of its job.
+        return Target(job.fingerprint, job.spec["evaluation"], spec, artifact_job_id=artifact_job)
 
     def _manifest_key(self, artifact_job: str) -> str:
+        """Return the key of the first manifest: it never changes, and has the same weights as all later ones."""
         try:
             made_by = self._store.get(artifact_job, self._claim.job.tenant_id)
         except JobNotFound as err:
@@ -64,30 +71,21 @@ class EvaluationRun(ClaimedRun):
             raise JobFailed("bad_input", f"{artifact_job} is {made_by.state} and has no artifact")
         return ArtifactKeys(made_by.tenant_id, made_by.id).manifest
 
-    def _drive(self, spec: EvaluationSpec) -> dict[str, Any]:
-        """Keep the task running until it has ended well."""
-        attempt = 1
-        self._executor.submit(EvaluationTask(spec, attempt))
-        while True:
-            if self._must_stop:
-                # A thread cannot be stopped from outside; the worker looks for this file after each window.
-                (self._work_dir / STOP).touch()
-                raise JobStopped
-            self._show_progress()
-            for completion in self._executor.collect(COLLECT_S):
-                if completion.kind == "ok":
-                    assert completion.result is not None
-                    self._show_progress()
-                    return {**completion.result, "device": completion.device}
-                self._check_another_try(completion, completion.error or "", attempt)
-                attempt += 1
-                self._executor.submit(EvaluationTask(spec, attempt))
-
-    def _show_progress(self) -> None:
-        try:
-            done, total = json.loads((self._work_dir / PROGRESS).read_bytes())
-        except FileNotFoundError:
-            return
-        if (done, total) != self._shown:
-            self._shown = done, total
-            self._store.progress(self._claim, phase="windows", done=done, total=total)
+    def _card(self, attempt: int) -> CardRevision | None:
+        """Store a card with what is measured by now; none where there is no artifact (any more)."""
+        job = self._claim.job
+        artifact_job = job.spec.get("artifact_job_id")
+        artifact = None if artifact_job is None else self._store.artifact_of(artifact_job)
+        if artifact is None:
+            return None
+        document = json.loads(self._storage.get_bytes(artifact.manifest_key))
+        results = results_of(self._store.measured_on(job, artifact.job_id))
+        evaluation = {**document.get("evaluation", {}), "results": results}
+        keys = ArtifactKeys(artifact.tenant_id, artifact.job_id)
+        key, revised = put_card(self._storage, document, evaluation, keys=keys, claim=self._claim, attempt=attempt)
+        return CardRevision(
+            artifact_id=artifact.id,
+            replaces=artifact.manifest_key,
+            manifest_key=key,
+            size_bytes=sum(entry["size_bytes"] for entry in revised["files"]),
+        )

@@ -43,31 +43,29 @@ class Task:
 
 @dataclass(frozen=True)
 class EvaluationSpec:
-    """What an evaluation loads, and the text that it is measured on."""
+    """What an evaluation loads, and what it measures."""
 
     job_id: str
     work_dir: Path
+    """Holds the parts that are done, in metrics.json; what is in there before the task starts is not done again."""
     model_cache: Path
     allow_hub: bool
     device: str
-    text: dict[str, Any]
-    """A duquant.config.TextSource."""
-    seq_len: int
-    windows: int | None
-    """Windows from the start of the text; none takes the whole text."""
+    plan: dict[str, Any]
+    """A duquant.evaluation.plan.EvaluationPlan. Its texts and task files are files on this machine."""
+    task_roots: tuple[Path, ...] = ()
+    """Folders that task files and their data must be in."""
     model: str | None = None
     """A reference that duquant.models.references understands, for an unquantized model."""
     manifest_key: str | None = None
     """Object that describes the artifact, for a quantized one."""
-    text_key: str | None = None
-    """Object that holds the text, for sources of kind object."""
-    text_file: Path | None = None
-    """Local file that holds it, for sources of kind file."""
+    report_key: str | None = None
+    """Where the report goes in object storage."""
 
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """A whole evaluation; it is one task, since its windows share a loaded model."""
+    """A whole evaluation; it is one task, since its parts share a loaded model."""
 
     run: EvaluationSpec
     attempt: int = 1

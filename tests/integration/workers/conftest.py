@@ -22,6 +22,8 @@ from duquant.config import (
     WeightConfig,
 )
 from infra.database import make_engine
+from infra.fingerprints import gate_settings
+from infra.job_measures import measured_fingerprint
 from infra.jobs import Job, JobStore, NewJob
 from infra.models import ModelCatalog, ModelRef
 from infra.storage import ObjectStore
@@ -62,14 +64,16 @@ class Side:
             **changes,
             **(spec or {}),
         }
+        if chosen.quality_gate is not None:
+            whole["quality_gate"] = {"evaluation": gate_settings(chosen.quality_gate)}
         fingerprint = hashlib.sha256(f"{identity}-{chosen.digest()}-{ALGORITHM_VERSION}".encode()).hexdigest()
         job, _ = self.store.enqueue(
             NewJob(tenant_id="default", kind="quantize", spec=whole, fingerprint=fingerprint), force=True, actor="test"
         )
         return job
 
-    def submit_evaluation(self, made_by: Job | None = None, **changes: Any) -> Job:
-        """Enqueue a job that measures what a job has made, or the tiny model as it is."""
+    def submit_evaluation(self, made_by: Job | None = None, *, force: bool = True, **changes: Any) -> Job:
+        """Enqueue a job that measures what a job has made, or the tiny model as it is; `...` takes a setting away."""
         model = {"source": "local", "name": "tiny", "revision": None}
         settings = {"text": {"kind": "file", "name": "text.txt", "part": "evaluation"}, "seq_len": 32, "windows": 4}
         spec = {
@@ -77,10 +81,11 @@ class Side:
             "model": model,
             "model_identity": ModelCatalog.from_settings(self.settings).check(ModelRef(source="local", name="tiny")),
             "artifact_job_id": None if made_by is None else made_by.id,
-            "evaluation": settings | changes,
+            "evaluation": {name: value for name, value in (settings | changes).items() if value is not ...},
         }
-        new = NewJob(tenant_id="default", kind="evaluate", spec=spec, fingerprint="e")
-        return self.store.enqueue(new, force=True, actor="test")[0]
+        fingerprint = measured_fingerprint(spec, spec["artifact_job_id"])
+        new = NewJob(tenant_id="default", kind="evaluate", spec=spec, fingerprint=fingerprint)
+        return self.store.enqueue(new, force=force, actor="test")[0]
 
     def executor(self) -> Executor:
         return LocalExecutor(LayerWorker(self.storage, threads=1))

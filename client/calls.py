@@ -314,9 +314,12 @@ def quota() -> Call[Any]:
     return _get("/v1/quota", _same)
 
 
-def create_key(name: str, scopes: Sequence[str], *, expires_at: str | None = None) -> Call[Any]:
-    """Make an API key; the answer's `token` is shown this once."""
-    return _post("/v1/keys", _same, {"name": name, "scopes": list(scopes), "expires_at": expires_at})
+def create_key(
+    name: str, scopes: Sequence[str], *, expires_at: str | None = None, project: str | None = None
+) -> Call[Any]:
+    """Make an API key, of another project if one is named; the answer's `token` is shown this once."""
+    path = "/v1/keys" if project is None else f"/v1/tenants/{_project(project)}/keys"
+    return _post(path, _same, {"name": name, "scopes": list(scopes), "expires_at": expires_at})
 
 
 def list_keys(*, limit: int | None = None, cursor: str | None = None) -> Call[Any]:

@@ -43,6 +43,9 @@ def create(
     expires_in: Annotated[
         str | None, typer.Option(help="When it stops working: 90d, 12h, 30m. [default: never]")
     ] = None,
+    project: Annotated[
+        str | None, typer.Option(help="Whose key it is, for whoever runs the service. [default: your project]")
+    ] = None,
 ) -> None:
     """Make a key. Its token is printed this once; the service keeps only a hash of it."""
     expires_at = None
@@ -51,7 +54,7 @@ def create(
             expires_at = (datetime.now(UTC) + timedelta(seconds=seconds_of(expires_in))).isoformat()
         except OverflowError as error:
             raise BadInputError(f"{expires_in} from now is after the end of the calendar") from error
-    _report(session, session.client.run(calls.create_key(name, scope, expires_at=expires_at)))
+    _report(session, session.client.run(calls.create_key(name, scope, expires_at=expires_at, project=project)))
 
 
 @app.command("list")

@@ -16,7 +16,7 @@ WeightOption = Annotated[float | None, typer.Option(help="Its share of the worke
 _UNLIMITED = "-1 takes the limit away."
 QueuedOption = Annotated[int | None, typer.Option(min=-1, help=f"Jobs that may wait; {_UNLIMITED}")]
 RunningOption = Annotated[int | None, typer.Option(min=-1, help=f"GPU slots that may run; {_UNLIMITED}")]
-BytesOption = Annotated[int | None, typer.Option(min=-1, help=f"Bytes of artifacts; {_UNLIMITED}")]
+BytesOption = Annotated[int | None, typer.Option(min=-1, help=f"Bytes of artifacts and texts; {_UNLIMITED}")]
 
 
 @app.command("list")

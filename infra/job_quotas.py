@@ -1,4 +1,4 @@
-"""What a tenant may have: waiting jobs, running GPU slots, bytes of artifacts. Counted from the rows, never cached."""
+"""What a tenant may have: waiting jobs, running GPU slots, stored bytes. Counted from the rows, never cached."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from infra.errors import QuotaExceeded, TenantNotFound
 from infra.job_model import HELD, WAITING, JobState
 from infra.job_rows import state_is
 from infra.prepared import Prepared
-from infra.schema import artifacts, jobs, tenants
+from infra.schema import artifacts, jobs, tenants, texts
 
 _of_tenant = select(tenants.c.max_queued, tenants.c.max_running, tenants.c.max_bytes).where(
     tenants.c.id == bindparam("of_tenant")
@@ -65,10 +65,25 @@ def require_room(connection: Connection, tenant_id: str, *, gpus: int, more: int
         if waiting + more > limits.max_queued:
             words = f"waiting jobs, has {waiting}, and this would add {more}"
             raise _exceeded("max_queued", limits.max_queued, waiting, words, is_final=more > limits.max_queued)
+    _require_bytes(connection, tenant_id, limits, 1)
+
+
+def require_bytes(connection: Connection, tenant_id: str, size: int) -> None:
+    """Raise unless the tenant may store so many more bytes.
+
+    Raises:
+        TenantNotFound: no such tenant.
+        QuotaExceeded: it may not.
+    """
+    _require_bytes(connection, tenant_id, allowance(connection, tenant_id), size)
+
+
+def _require_bytes(connection: Connection, tenant_id: str, limits: Allowance, more: int) -> None:
     if limits.max_bytes is not None:
-        size = connection.execute(select(_live_bytes(tenant_id))).scalar_one()
-        if size >= limits.max_bytes:
-            raise _exceeded("max_bytes", limits.max_bytes, size, f"bytes of artifacts and has {size}")
+        used = connection.execute(select(_live_bytes(tenant_id))).scalar_one()
+        if used + more > limits.max_bytes:
+            words = f"bytes of artifacts and texts and has {used}"
+            raise _exceeded("max_bytes", limits.max_bytes, used, words, is_final=more > limits.max_bytes)
 
 
 def holding(connection: Connection, tenant_id: str) -> Holding:
@@ -100,8 +115,8 @@ def _running_gpus(tenant_id: str) -> ColumnElement[int]:
 
 
 def _live_bytes(tenant_id: str) -> ColumnElement[int]:
-    return (
-        select(func.coalesce(func.sum(artifacts.c.size_bytes), 0))
-        .where(artifacts.c.tenant_id == tenant_id, artifacts.c.deleted_at.is_(None))
-        .scalar_subquery()
+    of_artifacts = select(func.coalesce(func.sum(artifacts.c.size_bytes), 0)).where(
+        artifacts.c.tenant_id == tenant_id, artifacts.c.deleted_at.is_(None)
     )
+    of_texts = select(func.coalesce(func.sum(texts.c.size_bytes), 0)).where(texts.c.tenant_id == tenant_id)
+    return of_artifacts.scalar_subquery() + of_texts.scalar_subquery()

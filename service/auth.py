@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Annotated, Literal, get_args
 from urllib.parse import urlsplit
 
@@ -20,7 +21,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from infra.errors import KeyNotFound
 from infra.keys import ApiKey
 from service.context import Context, context
-from service.errors import ProblemError
+from service.errors import FieldProblem, ProblemError
 from service.metrics import RATE_LIMITED
 
 COOKIE = "duquant_session"
@@ -51,11 +52,13 @@ class Caller:
     key_id: str
     tenant_id: str
     scopes: frozenset[str]
+    expires_at: int | None = None
+    """When the key expires, in milliseconds since 1970; none is never."""
 
     @classmethod
     def of(cls, key: ApiKey) -> "Caller":
         """Return the caller that holds this key."""
-        return cls(key_id=key.id, tenant_id=key.tenant_id, scopes=frozenset(key.scopes))
+        return cls(key.id, key.tenant_id, frozenset(key.scopes), key.expires_at)
 
     @property
     def actor(self) -> str:
@@ -132,6 +135,18 @@ def require_scopes(caller: Caller, scopes: Iterable[str]) -> None:
     """
     if lacking := sorted(set(scopes) - caller.scopes):
         raise ProblemError("missing-scope", f"This API key cannot give what it lacks: {', '.join(lacking)}.")
+
+
+def require_lifetime(caller: Caller, expires_at: int | None) -> None:
+    """Refuse to let a caller hand out, in a key that it makes or gets the token of, more time than it has itself.
+
+    Raises:
+        ProblemError: that key would outlive the caller's.
+    """
+    if caller.expires_at is not None and (expires_at is None or expires_at > caller.expires_at):
+        until = datetime.fromtimestamp(caller.expires_at / 1000, UTC).isoformat(timespec="seconds")
+        detail = f"expires_at must be {until} or earlier: this API key expires then, and gives no more time than it has"
+        raise ProblemError("validation-failed", detail, [FieldProblem(pointer="/expires_at", detail=detail)])
 
 
 Reader = Annotated[Caller, Depends(_needs("jobs:read"))]

@@ -9,7 +9,7 @@ from infra import audit
 from infra.audit import AuditEntry
 from infra.keys import ApiKey
 from service import idempotency
-from service.auth import Caller, KeyAdmin, require_scopes
+from service.auth import Caller, KeyAdmin, require_lifetime, require_scopes
 from service.bodies import BODY_PROBLEMS, JSON_BODY, JSON_BODY_OR_NONE
 from service.context import Context, Service
 from service.errors import COMMON, responses
@@ -52,6 +52,7 @@ def make_key(service: Context, caller: Caller, tenant_id: str, body: KeyRequest)
     """Make a key for a tenant. Its token is in the answer, never in the database."""
     require_scopes(caller, body.scopes)
     expires_at = None if body.expires_at is None else int(body.expires_at.timestamp() * 1000)
+    require_lifetime(caller, expires_at)
     key, token = service.keys.create(tenant_id, body.name, body.scopes, expires_at=expires_at, actor=caller.actor)
     return _made(key, token)
 
@@ -122,7 +123,9 @@ def rotate_key(
     overlap = (body or KeyRotation()).overlap_seconds
 
     def check() -> None:
-        require_scopes(caller, service.keys.get(key_id, caller.tenant_id).scopes)
+        old = service.keys.get(key_id, caller.tenant_id)
+        require_scopes(caller, old.scopes)
+        require_lifetime(caller, old.expires_at)
 
     def make(_: None) -> Made:
         key, token = service.keys.rotate(key_id, caller.tenant_id, overlap_seconds=overlap, actor=caller.actor)

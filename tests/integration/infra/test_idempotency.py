@@ -64,9 +64,13 @@ def test_a_key_is_not_for_another_request(keys: IdempotencyStore, work: Callable
 
 
 def test_a_request_that_was_refused_leaves_its_key_free(engine: Engine, keys: IdempotencyStore, work: Callable) -> None:
-    with pytest.raises(ZeroDivisionError), transaction(engine):
-        keys.take(REQUEST)
-        raise ZeroDivisionError
+    def refuse() -> None:
+        with transaction(engine):
+            keys.take(REQUEST)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        refuse()
     assert keys.find(REQUEST) is None
     assert work(replace(REQUEST, body_hash="b" * 64)) is None
 
@@ -104,11 +108,16 @@ def _job(fingerprint: str = "f" * 64) -> NewJob:
 
 def test_work_and_answer_are_kept_together_or_not_at_all(engine: Engine, keys: IdempotencyStore) -> None:
     jobs = JobStore(engine)
-    with pytest.raises(ZeroDivisionError), transaction(engine):
-        keys.take(REQUEST)
-        jobs.enqueue(_job(), actor="test")
-        keys.keep(REQUEST, ANSWER)
-        raise ZeroDivisionError
+
+    def work() -> None:
+        with transaction(engine):
+            keys.take(REQUEST)
+            jobs.enqueue(_job(), actor="test")
+            keys.keep(REQUEST, ANSWER)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        work()
     assert jobs.list("default") == []
     assert keys.find(REQUEST) is None
 

@@ -34,6 +34,13 @@ def test_a_key_lives_from_create_to_revoke(service: Any, capsys: pytest.CaptureF
     assert "revoked or expired" in key(service, capsys, "rotate", new["id"], status=1)
 
 
+def test_a_projects_first_key_is_made_from_outside(service: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    service.http.post("/v1/tenants", json={"id": "zoo", "name": "Zoo"})
+    made = key(service, capsys, "create", "first", "--project", "zoo", "--scope", "keys:admin")
+    assert [each["id"] for each in key(service, capsys, "list", token=made["token"])["items"]] == [made["id"]]
+    assert key(service, capsys, "create", "x", "--project", "none", "--scope", "jobs:read", status=EXIT_NOT_FOUND)
+
+
 def test_people_see_a_table_and_the_token_once(service: Any, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--url", service.url, "--key", service.token]
     assert run(["key", "create", "ci", "--scope", "jobs:read", *options]) == 0

@@ -104,6 +104,20 @@ def test_no_key_gives_what_it_lacks(service: Any) -> None:
     assert ask(service, admin, "POST", "/v1/keys", json={"name": "x", "scopes": ["jobs:read"]}).status_code == 201
 
 
+def test_no_key_gives_more_time_than_it_has(service: Any) -> None:
+    lasting = make(service, "jobs:read")
+    soon, later = ((datetime.now(UTC) + timedelta(days=days)).isoformat() for days in (1, 2))
+    short = make(service, "keys:admin", "jobs:read", expires_at=soon)
+    for wanted in ({}, {"expires_at": later}):
+        answer = ask(service, short["token"], "POST", "/v1/keys", json={"name": "x", "scopes": ["jobs:read"], **wanted})
+        assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "/expires_at")
+    # A longer-lived key's successor lives as long, and its token would be the caller's.
+    assert ask(service, short["token"], "POST", f"/v1/keys/{lasting['id']}:rotate").status_code == 422
+    body = {"name": "x", "scopes": ["jobs:read"], "expires_at": soon}
+    assert ask(service, short["token"], "POST", "/v1/keys", json=body).status_code == 201
+    assert ask(service, short["token"], "POST", f"/v1/keys/{short['id']}:rotate").status_code == 201
+
+
 WRONG_KEYS = [
     ({}, "/name"),
     ({"name": "", "scopes": ["jobs:read"]}, "/name"),

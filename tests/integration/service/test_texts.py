@@ -28,6 +28,17 @@ def upload(service: Any, content: Any = TEXT, name: str = "april", **headers: st
     return service.http.post("/v1/texts", params={"name": name}, content=content, headers=PLAIN | headers)
 
 
+def test_texts_count_against_a_projects_bytes(service: Any) -> None:
+    service.http.patch("/v1/tenants/default", json={"max_bytes": len(TEXT) + 10})
+    first = upload(service).json()
+    refused = upload(service, b"one more text", name="second")
+    assert problem(refused) == (429, "quota-exceeded")
+    assert "texts" in refused.json()["detail"]
+    assert service.http.get("/v1/quota").json()["bytes"]["used"] == len(TEXT)
+    service.http.delete(f"/v1/texts/{first['id']}")
+    assert upload(service, b"one more text", name="second").status_code == 201
+
+
 def problem(answer: Any) -> tuple[int, str]:
     return answer.status_code, answer.json()["type"].rpartition(":")[2]
 
@@ -162,7 +173,7 @@ def test_uploads_of_one_key_at_a_time_are_few_and_one_that_breaks_off_leaves_not
         connection.endheaders(b"half of it")
         half.append(connection)
     refused = upload(service)
-    while refused.status_code == 201:  # the others are on their way
+    while refused.is_success:  # the others are on their way
         refused = upload(service)
     assert problem(refused) == (429, "too-many-streams")
     for connection in half:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -27,6 +27,13 @@ class SiteStatistics:
     """Mean of X^2 over all tokens, float32; only kept for recipes that use it."""
     second_moment: Float[Tensor, "channels channels"] | None = None
     """X^T X over evenly spaced tokens, float32; only kept for recipes that use it."""
+    reached: Int64[Tensor, " experts"] | None = None
+    """How many tokens each expert was sent; only for sites with experts."""
+
+    @property
+    def unseen_experts(self) -> int:
+        """Return how many experts no token was sent to."""
+        return 0 if self.reached is None else int((self.reached == 0).sum())
 
 
 class StatisticsRecorder:
@@ -56,6 +63,7 @@ class StatisticsRecorder:
         self._tokens: dict[str, int] = dict.fromkeys((site.name for site in sites), 0)
         self._absmax: dict[str, Tensor] = {}
         self._rows: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+        self._reached = {site.name: torch.zeros(site.experts, dtype=torch.int64) for site in sites if site.experts > 1}
 
     @contextmanager
     def attached(self, layer: nn.Module) -> Iterator[None]:
@@ -65,6 +73,9 @@ class StatisticsRecorder:
             for site in self._sites:
                 module = layer.get_submodule(site.probed)
                 handles.append(module.register_forward_pre_hook(self._hook(site.name)))
+                for expert, group in enumerate(site.groups if site.name in self._reached else ()):
+                    linear = layer.get_submodule(group[0])
+                    handles.append(linear.register_forward_pre_hook(self._counter(site.name, expert)))
             yield
         finally:
             for handle in handles:
@@ -75,6 +86,12 @@ class StatisticsRecorder:
             self.add(site, inputs[0])
 
         return record
+
+    def _counter(self, site: str, expert: int):  # type: ignore[no-untyped-def]  # torch's hook type is private
+        def count(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._reached[site][expert] += inputs[0].shape[0]
+
+        return count
 
     def add(self, site: str, X: Float[Tensor, "batch seq channels"]) -> None:
         """Add one micro-batch of a site's inputs."""
@@ -116,6 +133,7 @@ class StatisticsRecorder:
                 rows=torch.cat(self._rows[site.name]),
                 mean_square=None if squares is None else squares / self._tokens[site.name],
                 second_moment=self._moments.get(site.name),
+                reached=self._reached.get(site.name),
             )
         return result
 
@@ -149,6 +167,7 @@ def merge(
     for name in parts[0]:
         entries = [part[name] for part in parts]
         moments = [entry.second_moment for entry in entries if entry.second_moment is not None]
+        counts = [entry.reached for entry in entries if entry.reached is not None]
         total = None
         for moment in moments:  # one after the other: a stack would hold them all twice
             total = moment if total is None else total + moment
@@ -162,6 +181,7 @@ def merge(
             rows=torch.cat([entry.rows for entry in entries]),
             mean_square=torch.stack(means).sum(0) if means else None,
             second_moment=total,
+            reached=torch.stack(counts).sum(0) if counts else None,
         )
     return merged
 
@@ -176,6 +196,8 @@ def save_statistics(path: Path, statistics: Mapping[str, SiteStatistics]) -> Non
             tensors[f"{name}.mean_square"] = entry.mean_square
         if entry.second_moment is not None:
             tensors[f"{name}.second_moment"] = entry.second_moment
+        if entry.reached is not None:
+            tensors[f"{name}.reached"] = entry.reached
     save_tensors(path, tensors)
 
 
@@ -198,6 +220,7 @@ def load_statistics(path: Path, device: torch.device) -> dict[str, SiteStatistic
                     rows=reader.get_tensor(f"{name}.rows"),
                     mean_square=optional(f"{name}.mean_square"),
                     second_moment=optional(f"{name}.second_moment"),
+                    reached=optional(f"{name}.reached"),
                 )
                 for name in sorted({key.rsplit(".", 1)[0] for key in keys})
             }

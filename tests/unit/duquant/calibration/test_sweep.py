@@ -107,6 +107,15 @@ def test_embedding_boundary_holds_the_embedded_windows(sweep: SweepFactory) -> N
     assert torch.equal(raw, table[run.windows[3:]])
 
 
+def test_embeddings_are_scaled_as_the_model_scales_them(tiny_model: Callable[..., Path], sweep: SweepFactory) -> None:
+    run = sweep(model=tiny_model("gemma3_text"))
+    run.embed(1)
+    raw = torch.frombuffer(bytearray(run.work.boundary(0, 1).read_bytes()), dtype=torch.bfloat16).view(3, 32, 64)
+    table = load_file(run.source.path / "model.safetensors")["model.embed_tokens.weight"]
+    # The root of the hidden size, 8, is a power of two: nothing is rounded.
+    assert torch.equal(raw, 8 * table[run.windows[3:]])
+
+
 def test_boundaries_hold_the_layer_s_outputs(sweep: SweepFactory) -> None:
     run = sweep()
     run.embed(0)

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from duquant.calibration.text import (
     calibration_windows,
     consecutive_windows,
     evenly_spaced_windows,
+    first_token,
     load_tokenizer,
     read_text,
     tokenize,
@@ -226,3 +228,41 @@ def test_too_short_file_says_how_short(tiny_model: Callable[..., Path], tmp_path
     path.write_text("short")
     with pytest.raises(CalibrationError, match="has 5 tokens; one window of 16 needs more text"):
         windows_of(tiny_model(), "file", name=str(path))
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_evenly_spaced_windows_may_start_with_a_token(samples: int) -> None:
+    tokens = torch.arange(100)
+    windows = evenly_spaced_windows(tokens, samples=samples, seq_len=20, first=777)
+    assert windows.shape == (samples, 20)
+    assert windows[:, 0].tolist() == [777] * samples
+    assert torch.equal(windows[:, 1:], evenly_spaced_windows(tokens, samples=samples, seq_len=19))
+
+
+@pytest.mark.parametrize(("limit", "count"), [(None, 4), (2, 2)])
+def test_consecutive_windows_with_a_first_token_lose_no_text(limit: int | None, count: int) -> None:
+    windows = consecutive_windows(torch.arange(97), seq_len=22, limit=limit, first=777)
+    assert windows.shape == (count, 22)
+    assert windows[:, 0].tolist() == [777] * count
+    assert windows[:, 1:].reshape(-1).tolist() == list(range(count * 21))
+
+
+@pytest.mark.parametrize("kind", ["file", "random", "self"])
+def test_windows_of_every_source_start_with_bos_where_the_model_needs_it(
+    tiny_model: Callable[..., Path], text_file: Path, kind: str
+) -> None:
+    source = TextSource(kind=kind, name=str(text_file))  # type: ignore[arg-type]
+    options: dict[str, Any] = {"samples": 3, "seq_len": 16, "seed": 0}
+    windows = calibration_windows(tiny_model(), source, **options, starts_with_bos=True)
+    assert windows.shape == (3, 16)
+    assert windows[:, 0].tolist() == [1] * 3
+    if kind == "file":
+        assert 1 not in calibration_windows(tiny_model(), source, **options)
+
+
+def test_tokenizer_without_the_bos_token_that_the_model_needs_is_an_error(tiny_model: Callable[..., Path]) -> None:
+    tokenizer = load_tokenizer(tiny_model())
+    tokenizer.bos_token = None
+    assert first_token(tokenizer, starts_with_bos=False) is None
+    with pytest.raises(SourceError, match="needs every text to start with its BOS token"):
+        first_token(tokenizer, starts_with_bos=True)

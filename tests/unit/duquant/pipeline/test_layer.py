@@ -1,5 +1,6 @@
 """quantize_layer: exact before rounding, pure, and bound by the laws of its parts."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -408,3 +409,31 @@ def test_non_finite_scale_names_the_layer(make_layer: Callable[..., Layer], reci
 def test_group_size_that_does_not_fit_is_named(make_layer: Callable[..., Layer], recipe: Recipe) -> None:
     with pytest.raises(ConfigError, match=r"weight\.group_size 40 does not divide 64"):
         make_layer().quantize(replace(recipe, weight=WeightConfig(group_size=40)))
+
+
+@pytest.mark.parametrize("solver", ["rtn", "gptq"])
+def test_experts_that_see_no_token_are_rounded_and_counted(
+    tiny_model: Callable[..., Path], recipe: Recipe, solver: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One token reaches two of four experts; the other two have weights to round all the same."""
+    source = SourceCheckpoint(tiny_model("mixtral"))
+    skeleton = Skeleton(source, CPU)
+    tensors = skeleton.load(source, 0)
+    recorder = StatisticsRecorder(source.architecture.sites, row_stride=1, moment_stride=1, mean_squares=True)
+    with torch.no_grad(), skeleton.layer(0, tensors) as module, recorder.attached(module):
+        skeleton.forward(module, torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(1)).bfloat16())
+    statistics = recorder.finish()
+    for site in source.architecture.sites[2:]:
+        reached = statistics[site.name].reached
+        assert reached is not None
+        assert sorted(reached.tolist()) == [0, 0, 1, 1]
+    assert statistics["mlp_out"].rows.shape == (2, 96)
+    shape = LayerShape(kv_heads=skeleton.kv_heads, head_dim=skeleton.head_dim)
+    recipe = replace(recipe, weight=WeightConfig(solver=solver))
+    with caplog.at_level(logging.WARNING):
+        result = quantize_layer(tensors, statistics, source.architecture, shape, recipe, layer=0)
+    assert "layer 0: no calibration token was sent to 2 experts" in caplog.text
+    assert [result.report[site].unseen_experts for site in ("attn_in", "mlp_in", "mlp_out")] == [0, 2, 2]
+    scales = [tensor for name, tensor in result.tensors.items() if name.endswith("down_proj.weight_scale")]
+    assert len(scales) == 4
+    assert all(bool(torch.isfinite(scale).all()) and bool((scale > 0).all()) for scale in scales)

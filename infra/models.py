@@ -12,7 +12,7 @@ from infra.errors import ModelForbidden, ModelNotFound, PathForbidden, PathNotFo
 from infra.paths import find_under, require_under
 from infra.settings import InfraSettings
 
-DEMO_MODELS = frozenset({"smollm2-135m"})
+DEMO_MODELS = frozenset({"smollm2-135m", "gemma3-270m"})
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LARGEST_CONFIG = 1_000_000

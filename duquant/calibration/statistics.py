@@ -63,7 +63,9 @@ class StatisticsRecorder:
         self._tokens: dict[str, int] = dict.fromkeys((site.name for site in sites), 0)
         self._absmax: dict[str, Tensor] = {}
         self._rows: dict[str, list[Tensor]] = {site.name: [] for site in sites}
-        self._reached = {site.name: torch.zeros(site.experts, dtype=torch.int64) for site in sites if site.experts > 1}
+        self._reached: dict[str, Tensor] = {
+            site.name: torch.zeros(site.experts, dtype=torch.int64) for site in sites if site.experts > 1
+        }
 
     @contextmanager
     def attached(self, layer: nn.Module) -> Iterator[None]:

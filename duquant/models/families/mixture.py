@@ -1,8 +1,7 @@
 """Mixtures of experts: Mixtral and Qwen3-MoE. Attention is Llama's; the router keeps 16 bits.
 
-All experts of a layer share one transform at `mlp_in`, where every token enters, and one at `mlp_out`, so that a
-token is transformed once whichever experts it is sent to. Statistics are those of all tokens, so an expert that no
-calibration token was sent to is rounded by what the others saw.
+All experts of a layer share one transform at `mlp_in`, where every token enters, and one at `mlp_out`. Statistics are
+those of all tokens, so an expert that no calibration token was sent to is rounded by what the others saw.
 """
 
 from collections.abc import Mapping

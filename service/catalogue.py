@@ -97,6 +97,12 @@ CATALOGUE: dict[str, ProblemKind] = {
         "it has tags, or a job that has not ended needs it",
         "take the tags away or use `force`; wait for the job, or cancel it",
     ),
+    "report-not-ready": ProblemKind(
+        409,
+        "The evaluation has no report",
+        "not all of its parts have been measured",
+        "wait for its job; one that failed says which part did",
+    ),
     "text-conflict": ProblemKind(
         409,
         "The text is in use",

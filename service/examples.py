@@ -31,6 +31,17 @@ JOB_REQUESTS: dict[str, Any] = {
             "priority": 50,
         },
     },
+    "measured": {
+        "summary": "A quality gate, and an evaluation on a text and a task of yours",
+        "value": {
+            "model": {"source": "local", "name": "my-model"},
+            "recipe": {"transform": {"rotation": "hadamard"}, "quality_gate": {"max_perplexity_increase": 0.5}},
+            "evaluate": {
+                "text": {"kind": "file", "name": "held-out.txt"},
+                "tasks": [{"kind": "file", "name": "piqa.jsonl", "limit": 500}],
+            },
+        },
+    },
     "later": {
         "summary": "Not before a time, not after another, and after another job",
         "value": {
@@ -74,6 +85,8 @@ JOB: dict[str, Any] = {
     "fingerprint": "9f2b6c0d1e8a47f35b6c7d8e9fa0b1c2d3e4f5061728394a5b6c7d8e9fa0b1c2",
     "recipe": preset("duquant").to_dict(),
     "depends_on": [],
+    "artifact_job_id": None,
+    "evaluation_job_ids": [],
     "layers": {"total": 31, "pending": 17, "running": 2, "done": 12, "failed": 0},
     "queue_position": None,
     "eta_seconds": 48.5,
@@ -81,7 +94,10 @@ JOB: dict[str, Any] = {
     "version": 17,
 }
 
-_DETAILS = ("recipe", "depends_on", "layers", "queue_position", "eta_seconds", "result", "version")
+_DETAILS = (
+    *("recipe", "depends_on", "artifact_job_id", "evaluation_job_ids", "layers"),
+    *("queue_position", "eta_seconds", "result", "version"),
+)
 JOB_PAGE: dict[str, Any] = {
     "items": [{name: value for name, value in JOB.items() if name not in _DETAILS}],
     "next_cursor": "WzE3NjcyMzQ2MDAwMDAsICJqb2JfMDE5OWExYjJjM2Q0N2U1ZjhhOWIwYzFkMmUzZjRhNWIiXQ",

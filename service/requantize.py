@@ -27,7 +27,7 @@ def plan_requantization(
         ProblemError: there are too many, or the text of the evaluation is refused.
     """
     wanted = ArtifactFilter(model_name=request.model, recipe_name=request.recipe, tag=request.tag)
-    text_identity = check_evaluation(service, caller, request.evaluate)
+    identities = check_evaluation(service, caller, request.evaluate)
     found, items = [], []
     planned = set()
     for artifact in all_artifacts(service, caller, wanted):
@@ -52,7 +52,7 @@ def plan_requantization(
     if len(items) > MOST_ITEMS:
         detail = f"{len(items)} artifacts are more than {MOST_ITEMS} in one batch; narrow them by model, recipe or tag"
         raise ProblemError("validation-failed", detail, [FieldProblem(pointer="", detail=detail)])
-    return found, Plan(items, request.evaluate, text_identity)
+    return found, Plan(items, request.evaluate, identities)
 
 
 def _again(service: Context, caller: Caller, request: RequantizeRequest, job: Job) -> NewItem:
@@ -68,10 +68,10 @@ def _again(service: Context, caller: Caller, request: RequantizeRequest, job: Jo
 
 
 def current_recipe(recipe: Recipe) -> Recipe:
-    """Return the preset of the recipe's name as it is today, with the recipe's calibration; or else the recipe."""
+    """Return the preset of the recipe's name as it is today, with the recipe's calibration and gate; or the recipe."""
     if recipe.name not in PRESETS:
         return recipe
-    return replace(PRESETS[recipe.name][1], calibration=recipe.calibration)
+    return replace(PRESETS[recipe.name][1], calibration=recipe.calibration, quality_gate=recipe.quality_gate)
 
 
 def outdated(job: Job) -> Literal["algorithm", "recipe"] | None:
@@ -86,5 +86,6 @@ def outdated(job: Job) -> Literal["algorithm", "recipe"] | None:
         return "recipe"
     if current_recipe(recipe).digest() != recipe.digest():
         return "recipe"
-    today = work_fingerprint(job.spec["model_identity"], recipe, job.spec.get("text_identity"))
+    spec = job.spec
+    today = work_fingerprint(spec["model_identity"], recipe, spec.get("text_identity"), spec.get("quality_gate"))
     return None if today == job.fingerprint else "algorithm"

@@ -1,16 +1,16 @@
 """Turns a request into a job: resolves the recipe, checks the model and the text, computes the fingerprint."""
 
-import hashlib
-import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from duquant.config import ALGORITHM_VERSION, Recipe, TextSource, with_calibration
+from duquant.config import ALGORITHM_VERSION, QualityGate, Recipe, TextSource, with_calibration
 from duquant.errors import ConfigError
 from infra.errors import ObjectNotFound, PathForbidden, PathNotFound
+from infra.fingerprints import fingerprint_of, gate_settings
 from infra.jobs import JobChanges, NewJob
 from infra.models import ModelRef
 from infra.paths import find_under
@@ -24,8 +24,17 @@ from service.schemas.models import ModelRequest
 from service.schemas.recipes import CalibrationOverrides
 
 _SOURCE_POINTER = "/calibration/source"
+_GATE_POINTER = "/recipe/quality_gate"
 MAX_ATTEMPTS = 10
 """The pauses between them add up to 12 minutes on average: an outage of five minutes costs hardly any job."""
+
+
+@dataclass(frozen=True)
+class Identities:
+    """What changes when the bytes of an evaluation's text do, and of its task files, by their names."""
+
+    text: str | None
+    tasks: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,8 @@ class Work:
     recipe: Recipe
     model_identity: str
     text_identity: str | None
+    quality_gate: Mapping[str, Any] | None
+    """What its quality gate measures: the settings, and what tells the texts from changed ones."""
     fingerprint: str
 
 
@@ -57,11 +68,33 @@ def work_of(
     model_identity = service.models.check(ref)
     recipe = _with_overrides(recipe, calibration)
     text_identity = check_source(service, caller, recipe.calibration.source, _SOURCE_POINTER)
-    return Work(ref, recipe, model_identity, text_identity, work_fingerprint(model_identity, recipe, text_identity))
+    gate = None if recipe.quality_gate is None else _measured_by(service, caller, recipe.quality_gate)
+    fingerprint = work_fingerprint(model_identity, recipe, text_identity, gate)
+    return Work(ref, recipe, model_identity, text_identity, gate, fingerprint)
 
 
-def work_fingerprint(model_identity: str, recipe: Recipe, text_identity: str | None) -> str:
-    """Return what tells this work from any other, with the algorithm as it is today."""
+def _measured_by(service: Context, caller: Caller, gate: QualityGate) -> Mapping[str, Any]:
+    """Check the texts of a quality gate; return what a job's spec says of it."""
+    settings = gate_settings(gate)
+    text = check_source(service, caller, gate.text, f"{_GATE_POINTER}/text") if "text" in settings else None
+    tasks = {}
+    for index, task in enumerate(settings.get("tasks", ())):
+        found = check_task(service, caller, task["kind"], task["name"], f"{_GATE_POINTER}/tasks/{index}", field="")
+        if found is not None:
+            tasks[task["name"]] = found
+    return {"evaluation": settings, "text_identity": text, "task_identities": tasks}
+
+
+def work_fingerprint(
+    model_identity: str,
+    recipe: Recipe,
+    text_identity: str | None,
+    quality_gate: Mapping[str, Any] | None = None,
+) -> str:
+    """Return what tells this work from any other, with the algorithm as it is today.
+
+    A quality gate counts, though it changes no byte: a job that may fail for it does not stand for one that may not.
+    """
     identity = {
         "algorithm_version": ALGORITHM_VERSION,
         "model_identity": model_identity,
@@ -69,6 +102,13 @@ def work_fingerprint(model_identity: str, recipe: Recipe, text_identity: str | N
     }
     if text_identity is not None:
         identity["text_identity"] = text_identity
+    if recipe.quality_gate is not None and quality_gate is not None:
+        gate = recipe.quality_gate
+        identity["quality_gate"] = {
+            "max_perplexity_increase": gate.max_perplexity_increase,
+            "least_accuracies": gate.least_accuracies,
+            **quality_gate,
+        }
     return fingerprint_of(identity)
 
 
@@ -98,13 +138,15 @@ def new_job(service: Context, caller: Caller, request: JobRequest) -> NewJob:
 
 def quantize_job(tenant_id: str, work: Work) -> NewJob:
     """Return the plain job that does this work."""
-    spec = {
+    spec: dict[str, Any] = {
         "kind": "quantize",
         "model": {"source": work.ref.source, "name": work.ref.name, "revision": work.ref.revision},
         "model_identity": work.model_identity,
         "text_identity": work.text_identity,
         "recipe": work.recipe.to_dict(),
     }
+    if work.quality_gate is not None:
+        spec["quality_gate"] = dict(work.quality_gate)
     return NewJob(
         tenant_id=tenant_id,
         kind="quantize",
@@ -133,11 +175,6 @@ def _require_future(deadline_at: datetime | None) -> None:
     if deadline_at is not None and deadline_at.timestamp() <= time.time():
         detail = "deadline_at must lie in the future"
         raise ProblemError("validation-failed", detail, [FieldProblem(pointer="/deadline_at", detail=detail)])
-
-
-def fingerprint_of(identity: dict[str, Any]) -> str:
-    """Return the sha256 of what decides an artifact's bytes, as canonical JSON."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _with_overrides(recipe: Recipe, overrides: CalibrationOverrides | None) -> Recipe:
@@ -176,6 +213,26 @@ def check_source(service: Context, caller: Caller, source: TextSource, pointer: 
         problem.errors.append(FieldProblem(pointer=f"{pointer}/name", detail=problem.detail))
         raise
     return None
+
+
+def check_task(
+    service: Context, caller: Caller, kind: str, name: str, pointer: str, *, field: str = "/name"
+) -> str | None:
+    """Check that a task may be asked; return what changes when its file's bytes do, for those that have one.
+
+    Raises:
+        ProblemError: it may not, or is not there; the problem points at `pointer`, and `field` in it.
+    """
+    if kind == "hub":
+        if not service.settings.allow_hub:
+            detail = f"the questions of {name} are on the hub, which is switched off on this server (DUQUANT_ALLOW_HUB)"
+            raise ProblemError("text-forbidden", detail, [FieldProblem(pointer=f"{pointer}{field}", detail=detail)])
+        return None
+    try:
+        return check_source(service, caller, TextSource(kind="object" if kind == "object" else "file", name=name), "")
+    except ProblemError as problem:
+        problem.errors[:] = [FieldProblem(pointer=f"{pointer}{field}", detail=problem.detail)]
+        raise
 
 
 def _text_file(service: Context, source: TextSource) -> Path:

@@ -62,6 +62,8 @@ def _all_facts(service: Context, job: Job) -> dict[str, Any]:
         **_facts(job),
         "recipe": job.spec.get("recipe"),
         "depends_on": list(service.search.dependencies(job.id)),
+        "artifact_job_id": job.spec.get("artifact_job_id"),
+        "evaluation_job_ids": [] if job.kind == "evaluate" else list(service.search.evaluations_of(job.id)),
         "layers": layer_counts(layers),
         "queue_position": None if ahead is None else ahead + 1,
         "eta_seconds": eta_seconds(job, layers),

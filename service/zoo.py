@@ -17,7 +17,7 @@ from service.context import Context
 from service.errors import FieldProblem, ProblemError
 from service.schemas.batches import BatchEvaluation, BatchRequest, ModelPrefix, ModelSelector, ModelTag
 from service.schemas.models import ModelRequest
-from service.submit import quantize_job, work_of
+from service.submit import Identities, quantize_job, work_of
 
 MOST_ITEMS = 500
 """Models times recipes in one batch: they become jobs in one transaction."""
@@ -30,7 +30,7 @@ class Plan:
 
     items: Sequence[NewItem]
     evaluation: BatchEvaluation | None
-    text_identity: str | None
+    identities: Identities | None
     force: bool = False
 
 
@@ -48,13 +48,13 @@ def plan_batch(service: Context, caller: Caller, request: BatchRequest) -> Plan:
         if len(models) * len(recipes) > MOST_ITEMS:
             detail = f"the models times {len(recipes)} recipes are more than {MOST_ITEMS} in one batch"
             raise ProblemError("validation-failed", detail, [FieldProblem(pointer="/models", detail=detail)])
-    text_identity = check_evaluation(service, caller, request.evaluate)
+    identities = check_evaluation(service, caller, request.evaluate)
     items = [_item(service, caller, request, ref, recipe) for ref in models for recipe in recipes]
-    return Plan(items, request.evaluate, text_identity, force=request.force)
+    return Plan(items, request.evaluate, identities, force=request.force)
 
 
-def check_evaluation(service: Context, caller: Caller, settings: BatchEvaluation | None) -> str | None:
-    """Check the text of a batch's evaluations, if it has any; return what changes when its bytes do.
+def check_evaluation(service: Context, caller: Caller, settings: BatchEvaluation | None) -> Identities | None:
+    """Check the texts of a batch's evaluations, if it has any; return what changes when their bytes do.
 
     Raises:
         ProblemError: the text may not be used, or is not there.
@@ -129,17 +129,17 @@ def add_batch(service: Context, caller: Caller, name: str, spec: Mapping[str, An
     """
     batch = service.batches.add(caller.tenant_id, name, spec)
     made = service.batches.add_items(batch, plan.items, force=plan.force, actor=caller.actor)
-    if plan.evaluation is not None:
+    if plan.evaluation is not None and plan.identities is not None:
         jobs = [job for job in made if job is not None]
         measuring = [
             NewItem(model_name=new.model_name, recipe_name=new.recipe_name, job=new)
-            for new in _evaluations(jobs, plan.evaluation, plan.text_identity)
+            for new in _evaluations(jobs, plan.evaluation, plan.identities)
         ]
         service.batches.add_items(batch, measuring, actor=caller.actor)
     return batch
 
 
-def _evaluations(made: Sequence[Job], settings: BatchEvaluation, text_identity: str | None) -> Iterator[NewJob]:
+def _evaluations(made: Sequence[Job], settings: BatchEvaluation, identities: Identities) -> Iterator[NewJob]:
     """Yield the evaluations of what the jobs make, and of their models."""
     seen = set()
     for job in made:
@@ -148,6 +148,6 @@ def _evaluations(made: Sequence[Job], settings: BatchEvaluation, text_identity: 
         if settings.baseline and identity not in seen:
             seen.add(identity)
             ref = ModelRef(**job.spec["model"])
-            new = evaluate.of_model(ref, identity, settings, text_identity, tenant_id=job.tenant_id)
+            new = evaluate.of_model(ref, identity, settings, identities, tenant_id=job.tenant_id)
             yield replace(new, **options)
-        yield replace(evaluate.of_artifact(job, settings, text_identity), **options)
+        yield replace(evaluate.of_artifact(job, settings, identities), **options)

@@ -15,14 +15,42 @@ _METRICS: dict[str, Any] = {
     "tokens_per_second": 793.0,
     "model_bytes": 132_000_000,
     "device": "cpu",
+    "tasks": {
+        "piqa": {
+            "acc": 0.642,
+            "acc_stderr": 0.0214,
+            "acc_norm": 0.638,
+            "acc_norm_stderr": 0.0215,
+            "samples": 500,
+            "num_fewshot": 0,
+            "seconds": 71.9,
+        }
+    },
 }
 
 EVALUATION: dict[str, Any] = {
     "id": "eval_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b",
     "job_id": "job_0199a1b2c3d47e5f8a9b0c1d2e3f4a5c",
     "artifact_id": _ARTIFACT_ID,
+    "artifact_job_id": JOB["id"],
     "model_name": "smollm2-135m",
+    "is_complete": True,
+    "settings": {
+        "text": {
+            "kind": "builtin",
+            "name": "pydoc-topics",
+            "part": "evaluation",
+            "config": None,
+            "split": "train",
+            "text_field": "text",
+        },
+        "seq_len": 2048,
+        "windows": 16,
+        "tasks": [{"kind": "file", "name": "piqa.jsonl", "num_fewshot": None, "limit": 500}],
+    },
     "metrics": _METRICS,
+    "parts": {"perplexity": {"state": "done", "error": None}, "task piqa.jsonl": {"state": "done", "error": None}},
+    "has_report": True,
     "created_at": _AT,
 }
 
@@ -36,6 +64,14 @@ EVALUATION_REQUESTS: dict[str, Any] = {
             "windows": None,
         },
     },
+    "tasks": {
+        "summary": "Accuracy on a task file and the kernel benchmark, besides perplexity",
+        "value": {
+            "artifact": _ARTIFACT_ID,
+            "tasks": [{"kind": "file", "name": "piqa.jsonl", "limit": 500}],
+            "speed": {"prefill_tokens": 2048, "decode_batches": [1, 16, 64]},
+        },
+    },
 }
 
 EVALUATION_JOB: dict[str, Any] = {
@@ -47,6 +83,8 @@ EVALUATION_JOB: dict[str, Any] = {
     "attempt": 0,
     "progress": {"phase": None, "done": 0, "total": 0},
     "recipe": None,
+    "artifact_job_id": JOB["id"],
+    "depends_on": [JOB["id"]],
     "layers": {"total": 0, "pending": 0, "running": 0, "done": 0, "failed": 0},
     "queue_position": 1,
     "eta_seconds": None,

@@ -27,7 +27,7 @@ from service.openapi import shows
 from service.paging import Cursor, Limit, cut, read_cursor
 from service.preferences import Prefer, Wait, wait_seconds
 from service.schemas.jobs import JobChange, JobDetail, JobPage, JobRequest, JobSubmitted, LayerList
-from service.submit import changes_of, new_job
+from service.submit import Identities, changes_of, new_job
 from service.views import job_detail, job_submitted, job_summary, layer_view
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
@@ -78,13 +78,13 @@ def submit_job(service: Service, caller: Writer, body: JobRequest, once: Once) -
     unless `force` is set.
     """
 
-    def prepare() -> tuple[NewJob, str | None]:
+    def prepare() -> tuple[NewJob, Identities | None]:
         new = new_job(service, caller, body)
         settings = body.evaluate
         return new, None if settings is None else check_settings(service, caller, settings, "/evaluate")
 
-    def make(prepared: tuple[NewJob, str | None]) -> Made:
-        new, text_identity = prepared
+    def make(prepared: tuple[NewJob, Identities | None]) -> Made:
+        new, identities = prepared
         try:
             job, created = service.jobs.enqueue(new, force=body.force, actor=caller.actor)
         except QueueNotFound as error:
@@ -92,8 +92,8 @@ def submit_job(service: Service, caller: Writer, body: JobRequest, once: Once) -
                 "validation-failed", str(error), [FieldProblem(pointer="/queue", detail=str(error))]
             ) from error
         evaluation = None
-        if body.evaluate is not None:
-            measuring = replace(of_artifact(job, body.evaluate, text_identity), priority=job.priority, queue=job.queue)
+        if body.evaluate is not None and identities is not None:
+            measuring = replace(of_artifact(job, body.evaluate, identities), priority=job.priority, queue=job.queue)
             evaluation, _ = service.jobs.enqueue(measuring, actor=caller.actor)
         evaluation_id = None if evaluation is None else evaluation.id
         view = job_submitted(service, job, created=created, evaluation_job_id=evaluation_id)

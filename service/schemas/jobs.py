@@ -126,6 +126,10 @@ class JobDetail(JobSummary):
 
     recipe: dict[str, Any] | None
     depends_on: list[str]
+    artifact_job_id: str | None
+    """The job whose artifact it measures; null for other jobs."""
+    evaluation_job_ids: list[str]
+    """The jobs that measure its artifact, newest first."""
     layers: LayerCounts
     queue_position: int | None
     """1 is next; 1000 is 1000 or farther; null when it is not waiting."""

@@ -6,8 +6,8 @@ from schemathesis.generation import GenerationMode
 
 DECIDED_LATER = {"/If-Match", "/since", "/deadline_at", "/expires_at", "/queue", ""}
 """Fields whose rules a schema cannot say: an earlier answer's ETag, times in the future, one of two fields."""
-RULES_IN_WORDS = ("/recipe", "/calibration", "/evaluate", "/text")
-"""Recipes and texts, which check themselves: their rules stand in the descriptions of the fields."""
+RULES_IN_WORDS = ("/recipe", "/calibration", "/evaluate", "/text", "/tasks", "/speed")
+"""Recipes, texts and plans, which check themselves: their rules stand in the descriptions of the fields."""
 
 
 schemathesis.serializer.alias("application/x-ndjson", "text/plain")

@@ -106,6 +106,18 @@ class JobLayers(JobRows):
             self._event(connection, claim.job.id, EventType.LAYER_DONE, claim.owner, data)
             return done
 
+    def charge(self, claim: Claim, *, slot: int, seconds: float, device: str = UNKNOWN_DEVICE) -> None:
+        """Bill work that commits no layer. `slot` is a number that this claim has billed nothing under yet.
+
+        Raises:
+            LeaseLost: the claim is stale.
+        """
+        with write(self._engine) as connection:
+            job = self._held(connection, claim)
+            charge_usage(
+                connection, job, layer=slot, fence=claim.fence, seconds=seconds, device=device, now=self._now()
+            )
+
     def fail_layer(self, claim: Claim, layer: int, detail: str) -> LayerRow:
         """Record that the latest attempt at a layer failed; it may be started again.
 

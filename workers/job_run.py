@@ -26,6 +26,9 @@ from workers.metrics import LAYER_SECONDS
 from workers.schedule import Schedule
 from workers.tasks import Completion, RunSpec, Task
 
+_FIRST_STEP_SLOT = -1_000_000
+"""On the bill, far below the numbers of layers and of the parts of an evaluation."""
+
 
 class JobRun(ClaimedRun):
     """One claim of one quantize job, layer by layer; every finished layer is committed."""
@@ -35,6 +38,7 @@ class JobRun(ClaimedRun):
         self._keys = ArtifactKeys(self._claim.job.tenant_id, self._claim.job.id)
         self._rows: dict[int, LayerRow] = {}
         self._attempts: dict[StepId, int] = {}
+        self._billed_steps = 0
 
     def run(self) -> dict[str, Any]:
         """Do every layer that is not done yet and publish; return the job's result."""
@@ -105,6 +109,8 @@ class JobRun(ClaimedRun):
                     continue
                 if step.kind in ("quantize", "extra"):
                     self._commit(completion, run, layers)
+                else:
+                    self._bill(completion)
                 schedule.finish(step)
 
     def _task(self, spec: RunSpec, step: StepId) -> Task:
@@ -130,7 +136,7 @@ class JobRun(ClaimedRun):
         assert completion.result is not None
         assert completion.task.key is not None
         outcome = ShardOutcome.from_dict(completion.result)
-        errors = [site["output_nmse"] for site in outcome.metrics.values()]
+        errors = [site["output_nmse"] for site in outcome.metrics.values() if "output_nmse" in site]
         metrics: dict[str, Any] = {"outcome": completion.result}
         if errors:
             metrics["output_error"] = sum(errors) / len(errors)
@@ -150,6 +156,12 @@ class JobRun(ClaimedRun):
             run.forget(outcome.layer)
             done = sum(row.state == "done" for layer, row in self._rows.items() if layer >= 0)
             self._store.progress(self._claim, phase="layers", done=done, total=layers)
+
+    def _bill(self, completion: Completion[Task]) -> None:
+        """Put a step that commits nothing on the bill: a job's sweeps take about as long as its layers."""
+        self._billed_steps += 1
+        slot = _FIRST_STEP_SLOT - self._billed_steps
+        self._store.charge(self._claim, slot=slot, seconds=completion.seconds, device=completion.device)
 
     def _publish(self, run: ModelRun) -> dict[str, Any]:
         """Write the small files and, last, the manifest; return the job's result."""

@@ -2,6 +2,7 @@
 
 import errno
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,10 @@ class LayerWorker:
 
     def _outcome(self, task: TaskT) -> Completion[TaskT]:
         try:
+            began = time.perf_counter()
             result = self._evaluate(task) if isinstance(task, EvaluationTask) else self._do(task)
-            return Completion(task, result=result, device=_device_name(task.run.device))
+            seconds = time.perf_counter() - began
+            return Completion(task, result=result, device=_device_name(task.run.device), seconds=seconds)
         except KernelUnavailableError as err:
             return Completion(task, error=str(err), kind="error")
         except ScratchError as err:

@@ -92,6 +92,9 @@ class Completion(Generic[TaskT]):
     device: str = "unknown"
     """What it ran on, for the bill."""
 
+    seconds: float = 0.0
+    """How long it took, for the bill."""
+
     @property
     def retry_as(self) -> ErrorClass | None:
         """How the job may be tried again when this try's attempts are used up."""

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from sqlalchemy import select
 
 from duquant.artifact import verify
 from duquant.config import TextSource
 from duquant.inference import load
 from duquant.pipeline import quantize_model
+from infra.database import read
 from infra.jobs import JobState
+from infra.schema import usage_ledger
 from infra.storage import ObjectStore
+from infra.usage import UsageStore
 from workers.executors.local import LocalExecutor
 from workers.layer_worker import LayerWorker
 from workers.tasks import Completion, Task
@@ -38,6 +42,19 @@ def test_a_job_gives_a_verified_artifact_that_loads(side, pull, tmp_path):
     assert job.progress_done == job.progress_total == 4
     assert {row.layer for row in side.store.layers(job.id)} == {-1, 0, 1, 2, 3}
     assert not list((tmp_path / "work").glob("job_*")), "scratch files stay behind"
+
+
+def test_sweeps_and_layers_are_on_the_bill(side):
+    side.submit()
+    job = side.run_one()
+    of_layers = sum(row.seconds for row in side.store.layers(job.id))
+    bill = UsageStore(side.engine).totals("default", by="job", since=0, until=2**62)
+    assert [(row.key, row.gpu_ms) for row in bill] == [(job.id, job.gpu_ms)]
+    with read(side.engine) as connection:
+        slots = connection.execute(select(usage_ledger.c.layer)).scalars().all()
+    assert [slot for slot in sorted(slots) if slot >= -1] == [-1, 0, 1, 2, 3]
+    assert len(slots) >= 5 + 3, "each shard of the text goes through the model"
+    assert job.gpu_ms / 1000 > of_layers
 
 
 def test_the_service_and_the_command_line_give_the_same_bytes(side, pull, tmp_path, model_root):

@@ -106,10 +106,10 @@ class Architecture:
         self._check_names(skip_linears)
         kept = []
         for site in self.sites_of(layer):
-            left_out = [linear for linear in site.linears if _matches_any(linear, skip_linears)]
+            left_out = tuple(linear for linear in site.linears if _matches_any(linear, skip_linears))
             if left_out and len(left_out) < len(site.linears):
                 raise UnsupportedModelError(
-                    f"skip_linears leaves out {', '.join(left_out)} but not the rest of site {site.name}, which shares "
+                    f"skip_linears leaves out {_listed(left_out)} but not the rest of site {site.name}, which shares "
                     f"one transform: {_listed(site.linears)}"
                 )
             if not left_out:

@@ -94,10 +94,11 @@ def test_models_at_hand_are_listed_with_their_shape(service: Any) -> None:
     listed = service.http.get("/v1/models").json()
     assert listed["allows_hub"] is False
     assert [(each["source"], each["name"]) for each in listed["items"]] == [
+        ("demo", "gemma3-270m"),
         ("demo", "smollm2-135m"),
         ("local", "llama/tiny"),
     ]
-    tiny = listed["items"][1]
+    tiny = listed["items"][2]
     assert (tiny["architecture"], tiny["layers"], tiny["hidden_size"], tiny["size_bytes"]) == ("llama", 2, 64, 1000)
 
 

@@ -170,6 +170,7 @@ class SiteModule(nn.Module):
     def __init__(self, width: int, recipe: Recipe, *, experts: int = 1) -> None:
         super().__init__()
         self._config = recipe.activation
+        self.width = width
         self.act_clip_ratio = _frozen((2,), torch.float32)
         transform = recipe.transform
         self.R1: nn.Parameter | None = None
@@ -194,12 +195,18 @@ class SiteModule(nn.Module):
 
     def prepared(self) -> PreparedTransform:
         """Return the transform that the kernels run: made when first asked for, and again when it was replaced."""
-        parameters = tuple(self._parameters.get(name) for name in ("act_clip_ratio", "R1", "perm", "R2"))
         ready = self._prepared
-        if ready is None or not ready.is_of(parameters):
-            transform = prepare_transform(self._transform(), self._config, self.act_clip_ratio)
-            ready = self._prepared = _Prepared(transform, parameters)
-        return ready.result
+        if ready is None or not ready.is_of(self._parameters_read()):
+            self.use(prepare_transform(self._transform(), self._config, self.act_clip_ratio))
+        assert self._prepared is not None
+        return self._prepared.result
+
+    def use(self, transform: PreparedTransform) -> None:
+        """Run this transform until the parameters are replaced: benchmarks time several on the same weights."""
+        self._prepared = _Prepared(transform, self._parameters_read())
+
+    def _parameters_read(self) -> tuple[nn.Parameter | None, ...]:
+        return tuple(self._parameters.get(name) for name in ("act_clip_ratio", "R1", "perm", "R2"))
 
     def _transform(self) -> SiteTransform:
         perm = None if self.perm is None else self.perm.long()

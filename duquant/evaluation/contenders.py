@@ -19,11 +19,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from duquant.config import Recipe, TransformConfig, preset
 from duquant.errors import UnsupportedModelError
+from duquant.evaluation.contender_names import DUQUANT, HADAMARD, RTN
 from duquant.inference.modules import DuQuantLinear, SiteModule
 from duquant.kernels import PreparedTransform, prepare_transform
 from duquant.transforms.site import search_transform
 
-BFLOAT16, RTN, HADAMARD, DUQUANT = "bfloat16", "rtn", "hadamard", "duquant"
 _SAMPLE_ROWS = 64
 
 
@@ -178,7 +178,7 @@ def dense_cache(layers: int, room: int) -> Cache:
     return Cache(layers=[DenseCacheLayer(room) for _ in range(layers)])
 
 
-def linear_bytes(packed: Any) -> dict[str, float]:
+def linear_bytes(packed: Any) -> dict[str, int | float]:
     """Return the bytes of an artifact's linears in memory, what the kernels keep included, beside bfloat16's.
 
     To be called after a forward pass: the kernels make what they keep at the first use.

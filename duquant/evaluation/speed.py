@@ -1,7 +1,7 @@
 """The kernel benchmark of an artifact: a layer and the whole model beside bfloat16, RTN, Hadamard and DuQuant."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,8 @@ from torch import Tensor
 from duquant import kernels
 from duquant.config import ActivationConfig
 from duquant.errors import EvaluationError, UnsupportedModelError
-from duquant.evaluation.contenders import BFLOAT16, RTN, Transforms, dense_twin, linear_bytes
+from duquant.evaluation.contender_names import ARTIFACT, BFLOAT16, RTN
+from duquant.evaluation.contenders import Transforms, dense_twin, linear_bytes
 from duquant.evaluation.loading import LoadedModel
 from duquant.evaluation.plan import SpeedConfig
 from duquant.evaluation.subjects import Call, Load, cache_bytes, layer_call, model_call
@@ -23,8 +24,8 @@ from duquant.kernels.reference import ReferenceBackend
 
 _GATE_TOKENS = 48
 _MOST_ROUNDS, _LEAST_ROUNDS = 15, 3
-_UNTIMED_CALLS = 2
-"""Of each contender before its samples."""
+_UNTIMED_CALLS = 1
+"""Of each contender before its samples: a warm-up, which also tells how many samples there is time for."""
 _FLUSH_BYTES = {"cpu": 128_000_000, "cuda": 256_000_000}
 """Written before each call of a single layer: more than any cache holds, since in a model other layers come between."""
 _CEILING_ROUNDS = 5
@@ -59,20 +60,13 @@ def measure_speed(
         EvaluationError: a kernel's result is wrong. Nothing is timed then.
     """
     bench = _Bench(loaded, config)
-    bench.check()
-    limits = ceilings(loaded.device, rounds=_CEILING_ROUNDS)
-    bench.rates = limits["giga_per_second"]
-    rows: dict[str, list[dict[str, Any]]] = {"layer": [], "model": []}
-    loads = _loads(config)
-    total = 2 * len(loads)
-    for scope in rows:
-        bench.enter(scope)
-        for index, load in enumerate(loads):
-            done = index + (len(loads) if scope == "model" else 0)
-            if (row := bench.row(load, rows_left=total - done)) is not None:
-                rows[scope].append(row)
-            if on_progress:
-                on_progress(done + 1, total)
+    try:
+        bench.check()
+        limits = ceilings(loaded.device, rounds=_CEILING_ROUNDS)
+        bench.rates = limits["giga_per_second"]
+        rows = bench.rows(on_progress or (lambda _done, _total: None))
+    finally:
+        bench.restore()
     return {
         "artifact": bench.own,
         "device": loaded.device.type,
@@ -110,6 +104,7 @@ class _Bench:
         self.started = time.perf_counter()
         self._model, self._recipe = self.loaded.model, self.loaded.recipe
         self._scope = "layer"
+        self._layer_s: dict[Load, float] = {}
         self._transforms: Transforms | None = None
         self._dense: Any = None if self._recipe is not None else self._model
         self._flush = torch.empty(
@@ -124,7 +119,7 @@ class _Bench:
         """Return which contender the artifact is."""
         if self._transforms is not None:
             return self._transforms.own
-        return None if self._recipe is None else "artifact"
+        return None if self._recipe is None else ARTIFACT
 
     def check(self) -> None:
         """Compare every contender's products in the first layer with the reference's.
@@ -146,7 +141,27 @@ class _Bench:
                 f"{kind}: products of a layer have every bit of the reference's, codes at most {worst:.2f} steps off"
             )
 
-    def enter(self, scope: str) -> None:
+    def restore(self) -> None:
+        """Give the artifact its own transforms back."""
+        if self._transforms is not None:
+            self._transforms.use(self._transforms.own)
+
+    def rows(self, report: Callable[[int, int], None]) -> dict[str, list[dict[str, Any]]]:
+        """Time everything that fits, by scope."""
+        rows: dict[str, list[dict[str, Any]]] = {"layer": [], "model": []}
+        loads = _loads(self.config)
+        left = total = len(rows) * len(loads)
+        for scope in rows:
+            self._enter(scope)
+            for load in loads:
+                if (row := self._row(load, rows_left=left)) is not None:
+                    rows[scope].append(row)
+                left -= 1
+                report(total - left, total)
+            rows[scope].sort(key=lambda row: (row["phase"] != "prefill", row["batch"]))
+        return rows
+
+    def _enter(self, scope: str) -> None:
         """Turn to the layer or to the whole model; the bfloat16 contender is made of as many layers."""
         self._scope = scope
         if self._recipe is None:
@@ -162,10 +177,10 @@ class _Bench:
         except UnsupportedModelError as err:
             self._skip(BFLOAT16, str(err))
 
-    def row(self, load: Load, *, rows_left: int) -> dict[str, Any] | None:
+    def _row(self, load: Load, *, rows_left: int) -> dict[str, Any] | None:
         """Time all contenders under a load; None, with a line in `skipped`, when the time or the memory is short."""
         kinds = self._kinds()
-        expected = self._expected_s(load) * len(kinds) * (_UNTIMED_CALLS + _LEAST_ROUNDS)
+        expected = self._expected_s(load, kinds) * (_UNTIMED_CALLS + _LEAST_ROUNDS)
         left = self.config.seconds - (time.perf_counter() - self.started)
         # The first row is always measured: a result without any would be no result.
         if expected > left and rows_left < 2 * len(_loads(self.config)):
@@ -181,7 +196,7 @@ class _Bench:
         times = interleaved(
             calls,
             rounds=self._rounds(calls, left / rows_left),
-            least_s=0.0,  # one call a sample: a second one would find warm caches
+            least_s=0.0,  # one call a sample: a second one of a layer would find warm caches
             before={kind: self._before(kind) for kind in kinds},
             synchronize=self._synchronize,
         )
@@ -195,7 +210,7 @@ class _Bench:
         return found
 
     def _kinds(self) -> list[str]:
-        int4 = [] if self._recipe is None else ["artifact"]
+        int4 = [] if self._recipe is None else [ARTIFACT]
         if self._transforms is not None:
             int4 = list(self._transforms.kinds)
         return int4 if self._dense is None else [BFLOAT16, *int4]
@@ -223,20 +238,26 @@ class _Bench:
         one = time.perf_counter() - started
         return max(_LEAST_ROUNDS, min(_MOST_ROUNDS, int(seconds / one) - _UNTIMED_CALLS))
 
-    def _expected_s(self, load: Load) -> float:
-        """Return about how long one call takes: weights and cache read once, products at bfloat16's rate."""
-        layers = len(self._model.model.layers) if self._scope == "model" else 1
+    def _expected_s(self, load: Load, kinds: Sequence[str]) -> float:
+        """Return about how long one call of each contender takes: by one layer's, once that is known."""
+        layers = len(self._model.model.layers)
+        if self._scope == "model" and load in self._layer_s:
+            return self._layer_s[load] * layers
+        share = 1 if self._scope == "model" else layers
         # Bytes in bfloat16, and as many operations for each token.
-        weights = self._dense_bytes / len(self._model.model.layers) * layers
+        weights = self._dense_bytes / share
         # The same for queries, keys and values: each token with each that it attends to.
-        states = 4.0 * self._model.config.hidden_size * layers
+        states = 4.0 * self._model.config.hidden_size * layers / share
         attended = load.batch * load.context if load.phase == "decode" else load.tokens**2 / 2
         operations = weights * load.tokens + states * attended
         read = weights + (states * attended if load.phase == "decode" else 0)
-        return _CAUTION * (operations / self.rates["bfloat16 product"] + read / self.rates["read"]) / 1e9
+        one: float = (operations / self.rates["bfloat16 product"] + read / self.rates["read"]) / 1e9
+        return _CAUTION * one * len(kinds)
 
     def _summary(self, load: Load, times: dict[str, dict[str, float]], held: dict[str, int]) -> dict[str, Any]:
         medians = {kind: spread["median_ms"] for kind, spread in times.items()}
+        if self._scope == "layer":
+            self._layer_s[load] = sum(medians.values()) / 1e3
         row: dict[str, Any] = {
             "phase": load.phase,
             "batch": load.batch,
@@ -296,8 +317,9 @@ def _check_site(kind: str, site: SiteModule, activation: ActivationConfig) -> fl
 def _dense_bytes(model: Any) -> float:
     """Return the bytes of the layers' linears in bfloat16."""
     if any(isinstance(module, SiteModule) for module in model.modules()):
-        return linear_bytes(model)["bfloat16"]
-    return 2.0 * sum(p.numel() for p in model.model.layers.parameters())
+        return float(linear_bytes(model)["bfloat16"])
+    numbers: int = sum(p.numel() for p in model.model.layers.parameters())
+    return 2.0 * numbers
 
 
 def _values(q: kernels.QuantizedActivation) -> Tensor:

@@ -39,16 +39,15 @@ def interleaved(
     Args:
         cases: what to time, by name.
         rounds: samples of each case.
-        least_s: a sample is as many calls as take this long.
+        least_s: a sample is as many calls as take this long, by a first one; 0 is one call, and no first one is made.
         before: called before a case's sample, untimed.
         synchronize: waits until the device has done what was launched.
     """
     prepare = before or {}
-    calls = {}
-    for name, run in cases.items():
+    calls = dict.fromkeys(cases, 1)
+    for name, run in cases.items() if least_s else ():
         prepare.get(name, _nothing)()
-        run()
-        synchronize()
+        _wall_s(run, 1, synchronize)
         calls[name] = max(1, int(least_s / max(_wall_s(run, 1, synchronize), 1e-9)))
     samples: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(rounds):

@@ -18,7 +18,7 @@ Model = str | Mapping[str, Any]
 Recipe = str | Mapping[str, Any]
 """A preset's name, or an object of recipe fields."""
 Settings = Mapping[str, Any]
-"""text, seq_len and windows of an evaluation; what is left out has the service's default."""
+"""text, seq_len, windows, perplexity, tasks and speed of an evaluation; what is left out has the service's default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +183,7 @@ def delete_artifact(name: str, *, force: bool = False) -> Call[None]:
 def submit_evaluation(
     artifact: str | None = None, *, model: Model | None = None, force: bool = False, **settings: Any
 ) -> Call[Job]:
-    """Measure an artifact or an unquantized model; settings: text, seq_len, windows, priority."""
+    """Measure an artifact or a model; settings: text, seq_len, windows, perplexity, tasks, speed, priority."""
     if (artifact is None) == (model is None):
         raise BadInputError("give either an artifact or a model to measure")
     what = {"artifact": artifact} if model is None else {"model": model_body(model)}
@@ -193,6 +193,11 @@ def submit_evaluation(
 def get_evaluation(name: str) -> Call[Evaluation]:
     """Read what was measured, by the evaluation's id or its job's."""
     return _get(f"/v1/evaluations/{_of_kinds(name, 'evaluation', 'eval_')}", Evaluation.from_json)
+
+
+def evaluation_report(name: str) -> str:
+    """Return the path of the report on an evaluation, by the evaluation's id or its job's; it leads on to a link."""
+    return f"/v1/evaluations/{_of_kinds(name, 'evaluation', 'eval_')}/report"
 
 
 def list_evaluations(**filters: Any) -> Call[Page[Evaluation]]:

@@ -1,15 +1,19 @@
 """`duquant evaluation`: measure artifacts and models on a running service."""
 
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from client import calls
 from client.connection import Session, on_service
-from client.jobs import TextOption, TimeoutOption, WaitFlag, check_job, report_job, text_source
+from client.errors import BadInputError
+from client.jobs import TimeoutOption, WaitFlag, check_job, report_job
 from client.lists import CursorOption, LimitOption, OfModel, tell_of_more
+from client.measures import FewshotOption, QuestionsOption, SpeedFlag, TasksOption, TextOption, measuring
 from client.models import Evaluation
-from client.output import note, number, print_pairs, print_table, size
+from client.output import note, number, print_pairs, print_table, print_text, size
 from client.progress import follow_job
 from client.times import at
 
@@ -24,18 +28,25 @@ def submit(
     text: TextOption = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
     windows: Annotated[int | None, typer.Option(help="Windows from the start of the text; 0 for all of it.")] = None,
+    tasks: TasksOption = None,
+    num_fewshot: FewshotOption = None,
+    limit: QuestionsOption = None,
+    speed: SpeedFlag = False,
     force: Annotated[bool, typer.Option("--force", help="Measure again even if this was measured already.")] = False,
     wait_for_it: WaitFlag = False,
     timeout: TimeoutOption = None,
 ) -> None:
-    """Submit an evaluation: perplexity of an artifact or of an unquantized model."""
-    settings: dict[str, Any] = {}
-    if text is not None:
-        settings["text"] = text_source(session, text, "evaluation")
-    if seq_len is not None:
-        settings["seq_len"] = seq_len
-    if windows is not None:
-        settings["windows"] = windows or None
+    """Submit an evaluation of an artifact or of an unquantized model: perplexity, accuracy on tasks, speed."""
+    settings = measuring(
+        session,
+        text,
+        seq_len=seq_len,
+        windows=windows,
+        tasks=tasks,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        speed=speed,
+    )
     target: dict[str, Any] = {"model": what} if ":" in what else {"artifact": what}
     job = session.client.run(calls.submit_evaluation(**target, force=force, **settings))
     note(f"{'found' if job.reused else 'submitted'} {job.id} ({job.state})")
@@ -86,6 +97,23 @@ def get(
     _report(session, session.client.run(calls.get_evaluation(name)))
 
 
+@app.command()
+@on_service
+def report(
+    session: Session,
+    name: Annotated[str, typer.Argument(metavar="EVALUATION", help="The id of the evaluation or of its job.")],
+    out: Annotated[Path | None, typer.Option(help="The file to write. [default: EVALUATION.html]")] = None,
+) -> None:
+    """Fetch the report: a page of HTML with tables and plots."""
+    target = out or Path(f"{name}.html")
+    page = session.client.report(name)
+    try:
+        target.write_bytes(page)
+    except OSError as error:
+        raise BadInputError(f"cannot write {target}: {error.strerror}") from error
+    session.show({"out": str(target), "size_bytes": len(page)}, lambda: print_pairs({"report": target}))
+
+
 def _report(session: Session, evaluation: Evaluation) -> None:
     metrics = evaluation.metrics
     pairs = {
@@ -98,5 +126,33 @@ def _report(session: Session, evaluation: Evaluation) -> None:
         "tokens per second": number(metrics.get("tokens_per_second")),
         "model size": size(metrics["model_bytes"]) if "model_bytes" in metrics else None,
         "made": at(evaluation.raw["created_at"]),
+        "report": "yes" if evaluation.raw.get("has_report") else None,
     }
-    session.show(evaluation.raw, lambda: print_pairs(pairs))
+
+    def people() -> None:
+        print_pairs(pairs)
+        for name, part in evaluation.raw.get("parts", {}).items():
+            if part["state"] != "done":
+                print_text(f"{name}: {part.get('error') or 'not measured'}")
+        if metrics.get("tasks"):
+            print_table(("task", "score", "value", "error", "questions"), list(_task_rows(metrics["tasks"])))
+        if metrics.get("speed"):
+            print_table(("of", "load", "tokens/s", "of bfloat16"), list(_speed_rows(metrics["speed"])))
+
+    session.show(evaluation.raw, people)
+
+
+def _task_rows(tasks: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[object, ...]]:
+    for task, scores in tasks.items():
+        for score in (name for name in scores if f"{name}_stderr" in scores):
+            values = (number(scores[score]), number(scores[f"{score}_stderr"]), scores.get("samples"))
+            yield task, score, *values
+
+
+def _speed_rows(speed: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
+    own = speed["artifact"]
+    for scope in ("layer", "model"):
+        for row in speed[scope]:
+            if own in row["tokens_per_second"]:
+                load = f"prefill {row['tokens']}" if row["phase"] == "prefill" else f"decode, batch {row['batch']}"
+                yield scope, load, number(row["tokens_per_second"][own]), number(row.get("speedup", {}).get(own))

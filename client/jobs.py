@@ -10,6 +10,7 @@ from client import calls
 from client.connection import Session, on_service
 from client.errors import BadInputError, JobFailedError
 from client.lists import CursorOption, LimitOption, OfModel, OfRecipe, tell_of_more
+from client.measures import QuestionsOption, SpeedFlag, TasksOption, TextOption, measuring, text_source
 from client.models import Job
 from client.output import duration, note, print_pairs, print_table, size
 from client.progress import follow_job
@@ -23,10 +24,6 @@ TimeoutOption = Annotated[
     float | None, typer.Option("--timeout", min=0, help="Give up waiting after this many seconds (exit code 124).")
 ]
 WaitFlag = Annotated[bool, typer.Option("--wait", help="Follow it until it has ended.")]
-TextOption = Annotated[
-    str | None,
-    typer.Option(help="The id of an uploaded text, a file below the server's roots, or builtin:pydoc-topics[:PART]."),
-]
 SamplesOption = Annotated[int | None, typer.Option(help="Windows of calibration text.")]
 SeqLenOption = Annotated[int | None, typer.Option(help="Tokens in a window.")]
 RecipeOption = Annotated[
@@ -49,16 +46,27 @@ def submit(
         list[str] | None, typer.Option(metavar="JOB", help="A job that must succeed first; repeat for more.")
     ] = None,
     evaluate: Annotated[bool, typer.Option("--evaluate", help="Measure the artifact when it is made.")] = False,
+    evaluate_on: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The text of that evaluation, or none for tasks alone.")
+    ] = None,
+    evaluate_windows: Annotated[
+        int | None, typer.Option(min=0, help="Windows of that evaluation; 0 for the whole text.")
+    ] = None,
+    tasks: TasksOption = None,
+    limit: QuestionsOption = None,
+    speed: SpeedFlag = False,
     force: Annotated[bool, typer.Option("--force", help="Make the artifact again even if there is one.")] = False,
     wait_for_it: WaitFlag = False,
     timeout: TimeoutOption = None,
 ) -> None:
     """Submit a quantization job. The same work again returns the job that is there."""
+    settings = measuring(session, evaluate_on, windows=evaluate_windows, tasks=tasks, limit=limit, speed=speed)
     job = session.client.submit(
         model,
         recipe_value(recipe),
         calibration=_calibration(session, calibration, samples, seq_len),
-        evaluate={} if evaluate else None,
+        # Whoever says how to measure wants it measured.
+        evaluate=settings if evaluate or settings else None,
         priority=priority,
         force=force,
         queue=queue,
@@ -89,18 +97,6 @@ def recipe_value(recipe: str | None) -> Any:
     if recipe is not None and is_file_name(recipe):
         return read_data_file(Path(recipe), "the recipe")
     return recipe
-
-
-def text_source(session: Session, text: str, default_part: str) -> Mapping[str, str]:
-    """Return what a text option means to the service: builtin:NAME[:PART], a text's id, or a file below its roots."""
-    if text.startswith("text_") and "." not in text and "/" not in text:
-        source: Mapping[str, str] = session.client.run(calls.get_text(text))["source"]
-        return source
-    kind, _, rest = text.partition(":")
-    if kind == "builtin":
-        name, _, part = rest.partition(":")
-        return {"kind": kind, "name": name, "part": part or default_part}
-    return {"kind": "file", "name": text}
 
 
 @app.command("list")
@@ -218,11 +214,17 @@ def _result(job: Job) -> dict[str, str | None]:
     result = job.result or {}
     artifact, metrics = result.get("artifact"), result.get("metrics") or {}
     perplexity, windows = metrics.get("perplexity"), metrics.get("windows")
+    checks = (result.get("quality_gate") or {}).get("checks", ())
     return {
         "artifact": artifact and f"{artifact['files']} files, {size(artifact['size_bytes'])}",
         "perplexity": None if perplexity is None else f"{perplexity:.4f}",
         "measured on": windows and f"{windows} windows of {metrics.get('seq_len')} tokens",
+        "accuracy": ", ".join(
+            f"{task} {scores['acc']:.4f}" for task, scores in (metrics.get("tasks") or {}).items() if "acc" in scores
+        )
+        or None,
         "measured": result.get("artifact_job_id"),
+        "quality gate": ", ".join(f"{each['check']} {each['value']:.1%} ({each['limit']})" for each in checks) or None,
     }
 
 
@@ -240,7 +242,7 @@ def report_job(session: Session, job: Job, *, reused: bool | None = None) -> Non
         "layers": f"{job.layers_done}/{job.layers_total}" if job.layers_total else None,
         "place in the queue": job.queue_position,
         "time left": None if job.eta_seconds is None else duration(job.eta_seconds),
-        "evaluation": job.evaluation_job_id,
+        "evaluation": job.evaluation_job_id or ", ".join(job.raw.get("evaluation_job_ids") or ()) or None,
         "created": at(job.raw["created_at"]),
         "started": at(job.raw["started_at"]),
         "finished": at(job.raw["finished_at"]),

@@ -243,6 +243,25 @@ class Client:
         """
         return download.pull(lambda: self.artifact(name), out, parallel=parallel, on_bytes=on_bytes)
 
+    def report(self, name: str) -> bytes:
+        """Fetch the report on an evaluation, a page of HTML, by the evaluation's id or its job's.
+
+        Raises:
+            ApiError: there is no such evaluation, or no report.
+            UnavailableError: the service or its object store does not answer.
+        """
+        path = calls.evaluation_report(name)
+        try:
+            answer = self._http.get(path)
+            if not answer.has_redirect_location:
+                raise wire.api_error(answer)
+            # The link holds all the rights it needs: the API key stays with the service.
+            page = httpx.get(answer.headers["Location"], timeout=_READ_SECONDS)
+            page.raise_for_status()
+        except httpx.HTTPError as error:
+            raise UnavailableError(f"the report cannot be fetched: {error or type(error).__name__}") from error
+        return page.content
+
     def _changes(self, job_id: str, deadline: float | None) -> Iterator[None]:
         """Yield now and then while events come in; end when the stream does, for whatever reason."""
         quiet_s = _QUIET_SECONDS if deadline is None else max(0.1, min(_QUIET_SECONDS, deadline - time.monotonic()))

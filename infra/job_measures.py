@@ -163,6 +163,13 @@ class JobMeasures(JobRows):
             for row, (same, plain) in zip(rows, wanted, strict=True)
         ]
 
+    def baseline_of(self, job: Job) -> Evaluation | None:
+        """Return what is known of the unquantized model, measured as a job measures; the perplexity if that is all."""
+        same, plain = measured_fingerprint(job.spec, None), baseline_fingerprint(job.spec)
+        with read(self._engine) as connection:
+            known = self._baselines(connection, job.tenant_id, (same, plain))
+        return known.get(same) or known.get(plain)
+
     def _baselines(self, connection: Connection, tenant_id: str, wanted: Sequence[str]) -> Mapping[str, Evaluation]:
         query = (
             select(evaluations)

@@ -6,7 +6,7 @@ reads the artifact sees the old card or the new one, whole.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -77,9 +77,28 @@ def _result(measured: WithBaseline) -> dict[str, Any]:
     result = {
         "id": evaluation.id,
         "measured_at": datetime.fromtimestamp(evaluation.created_at / 1000, UTC).isoformat(timespec="seconds"),
-        "text": settings.get("text", {}),
+        **({"text": settings["text"]} if "text" in settings else {}),
         **{name: metrics[name] for name in _NUMBERS if name in metrics},
     }
-    if baseline is not None and "perplexity" in baseline.metrics:
-        result["baseline"] = {"id": baseline.id, "perplexity": baseline.metrics["perplexity"]}
+    if "tasks" in metrics:
+        result["tasks"] = metrics["tasks"]
+    if "speed" in metrics:
+        result["speed"] = list(_speeds(metrics["speed"]))
+    if baseline is not None:
+        known = {name: baseline.metrics[name] for name in ("perplexity", "tasks") if name in baseline.metrics}
+        result["baseline"] = {"id": baseline.id, **known}
     return result
+
+
+def _speeds(speed: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a kernel benchmark that are of the artifact itself."""
+    own = speed["artifact"]
+    for scope in ("layer", "model"):
+        for row in speed[scope]:
+            if own in row["tokens_per_second"]:
+                yield {
+                    "scope": scope,
+                    **{name: row[name] for name in ("phase", "batch", "tokens", "context")},
+                    "tokens_per_second": row["tokens_per_second"][own],
+                    "speedup": row.get("speedup", {}).get(own),
+                }

@@ -10,6 +10,7 @@ from infra.jobs import Measured
 from workers.claimed_run import COLLECT_S, ClaimedRun
 from workers.endings import JobFailed, JobStopped
 from workers.measure import PROGRESS, STOP, Record, part_ids
+from workers.reports import put_report
 from workers.tasks import EvaluationSpec, EvaluationTask
 
 _LONGEST_PHASE = 64
@@ -50,10 +51,23 @@ class MeasuringRun(ClaimedRun):
         record = Record()
         if known is not None:
             record = Record(known.metrics, {name: part.get("names", []) for name, part in _done(known.parts).items()})
-        if known is None or not known.is_complete:
-            record = self._measure_rest(target, record)
-        report_key = target.spec.report_key if known is None or known.report_key is None else known.report_key
+        if known is not None and known.is_complete:
+            return replace(_written(target, record, {}), is_complete=True, report_key=known.report_key)
+        record = self._measure_rest(target, record)
+        report_key = self._report(target, record)
         return replace(_written(target, record, {}), is_complete=True, report_key=report_key)
+
+    def _report(self, target: Target, record: Record) -> str | None:
+        """Store the report, beside what is known of the unquantized model; return its key."""
+        baseline = self._store.baseline_of(self._claim.job)
+        return put_report(
+            self._storage,
+            self._claim,
+            record.metrics,
+            work_dir=self._work_dir,
+            is_baseline=target.artifact_job_id is None,
+            baseline=None if baseline is None else baseline.metrics,
+        )
 
     def _measure_rest(self, target: Target, record: Record) -> Record:
         """Keep the task running until it has ended well; write each part when it is done."""
@@ -61,7 +75,10 @@ class MeasuringRun(ClaimedRun):
         folder.mkdir(exist_ok=True)
         for left in (STOP, PROGRESS):
             (folder / left).unlink(missing_ok=True)
-        record.write(folder)
+        if len(Record.read(folder).parts) <= len(record.parts):
+            record.write(folder)
+        # An earlier claim may have died between the end of a part and its row.
+        record = self._write_new_parts(target, record)
         self._store.progress(self._claim, phase=self._phase(target, "load"), done=0, total=0)
         attempt = 1
         self._executor.submit(EvaluationTask(target.spec, attempt))

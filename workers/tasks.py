@@ -59,8 +59,6 @@ class EvaluationSpec:
     """A reference that duquant.models.references understands, for an unquantized model."""
     manifest_key: str | None = None
     """Object that describes the artifact, for a quantized one."""
-    report_key: str | None = None
-    """Where the report goes in object storage."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ def measured(evaluation: Mapping[str, Any]) -> str:
     """Return the Markdown of a manifest's `evaluation`."""
     results: Sequence[Mapping[str, Any]] = evaluation.get("results", ())
     gate = evaluation.get("quality_gate")
-    sections = [_perplexities(results)]
+    sections = [_perplexities(results), _tasks(results), _speeds(results)]
     if gate:
         sections.append(_gate(gate))
     return "\n\n".join(section for section in sections if section) or _NOTHING
@@ -30,6 +30,45 @@ def _perplexities(results: Sequence[Mapping[str, Any]]) -> str:
         if "perplexity" in result
     ]
     return _table(("perplexity", "unquantized", "increase", "text", "windows", "device", "date"), rows)
+
+
+def _tasks(results: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        (
+            f"`{task}`",
+            score,
+            _with_error(scores, score),
+            _with_error(result.get("baseline", {}).get("tasks", {}).get(task, {}), score),
+            scores.get("samples"),
+            scores.get("num_fewshot"),
+            *_where(result),
+        )
+        for result in results
+        for task, scores in result.get("tasks", {}).items()
+        for score in sorted(name for name in scores if f"{name}_stderr" in scores)
+    ]
+    columns = ("task", "score", "value", "unquantized", "questions", "solved examples shown", "device", "date")
+    return _table(columns, rows)
+
+
+def _with_error(scores: Mapping[str, Any], score: str) -> str:
+    error = scores.get(f"{score}_stderr")
+    return _number(scores.get(score)) + ("" if error is None else f" ± {error:.4f}")
+
+
+def _speeds(results: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        (
+            "whole model" if row["scope"] == "model" else "one layer",
+            f"prefill of {row['tokens']}" if row["phase"] == "prefill" else f"decode, batch {row['batch']}",
+            f"{row['tokens_per_second']:.4g}",
+            "" if row.get("speedup") is None else f"{row['speedup']:.2f}x",
+            *_where(result),
+        )
+        for result in results
+        for row in result.get("speed", ())
+    ]
+    return _table(("of", "load", "tokens/s", "of bfloat16", "device", "date"), rows)
 
 
 def _increase(result: Mapping[str, Any]) -> str:

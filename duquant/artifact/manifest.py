@@ -40,7 +40,7 @@ class Manifest:
     """What was measured on it: `results`, newest first, and `quality_gate` where the job had one; empty at first.
 
     Each result says what was measured (`text`, `seq_len`, `windows`), where and when (`device`, `measured_at`), and the
-    numbers: `perplexity`, and `baseline` with those of the unquantized model on the same text.
+    numbers: `perplexity`, `tasks`, `speed`, and `baseline` with those of the unquantized model.
     """
 
     def to_dict(self) -> dict[str, Any]:

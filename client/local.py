@@ -6,7 +6,7 @@ The algorithm library is imported inside each command, so that the rest of the c
 import json
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,10 +16,24 @@ import typer
 from rich.progress import TimeElapsedColumn, TimeRemainingColumn
 
 from client.errors import EXIT_FAILED, EXIT_OK, BadInputError
-from client.output import Format, chatter, duration, note, print_pairs, print_text, show, size, with_output
+from client.output import (
+    Format,
+    chatter,
+    duration,
+    note,
+    number,
+    print_pairs,
+    print_table,
+    print_text,
+    show,
+    size,
+    with_output,
+)
 from client.progress import LAYERS_COLUMN, bar_of
 from client.recipes import load_recipe
 from duquant.config import DEFAULT_PRESET, TextSource, with_calibration
+from duquant.errors import DuQuantError
+from duquant.evaluation.plan import EvaluationPlan, PerplexityConfig, SpeedConfig, TaskConfig
 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads. [default: all]")]
@@ -152,48 +166,108 @@ def verify(artifact: Annotated[Path, typer.Argument(help="The artifact's folder.
 @with_output
 def evaluate(
     model: Annotated[str, typer.Argument(help="An artifact, a model folder, or demo:smollm2-135m.")],
-    text: Annotated[str, typer.Option(help="A text or JSONL file, or builtin:pydoc-topics[:PART].")] = (
+    text: Annotated[str, typer.Option(help="A text or JSONL file, builtin:pydoc-topics[:PART], or none.")] = (
         "builtin:pydoc-topics:evaluation"
     ),
     seq_len: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 2048,
     windows: Annotated[
         int | None, typer.Option(min=1, help="Windows, from the start of the text. [default: all]")
     ] = 16,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(help="A task of lm-eval (piqa), or a task file (.yaml, .jsonl). Repeat for more."),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Solved examples before each question. [default: the task's]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task. [default: all]")] = None,
+    speed: Annotated[bool, typer.Option("--speed", help="Time the kernels beside bfloat16.")] = False,
+    speed_seconds: Annotated[float, typer.Option(min=1, help="About how long the timing may take.")] = 60.0,
+    report: Annotated[Path | None, typer.Option(help="A folder for a report with plots.")] = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     allow_hub: HubOption = False,
     *,
     output: Format,
 ) -> None:
-    """Measure perplexity on a text."""
-    source = parse_text(text, default_part="evaluation")
-    from duquant.evaluation.perplexity import evaluate as measure
+    """Measure perplexity on a text, accuracy on tasks, and speed."""
+    plan = EvaluationPlan(
+        perplexity=None
+        if text == "none"
+        else PerplexityConfig(text=parse_text(text, default_part="evaluation"), seq_len=seq_len, windows=windows),
+        tasks=tuple(TaskConfig.named(name, num_fewshot=num_fewshot, limit=limit) for name in tasks or ()),
+        speed=SpeedConfig(seconds=speed_seconds) if speed else None,
+    )
+    _check_task_files(plan)
+    from duquant.evaluation.run import evaluate_plan
 
     _silence_transformers()
-
+    measured: dict[str, Any] = {}
     with chatter.status("evaluating") as status:
 
-        def report(done: int, total: int) -> None:
-            status.update(f"evaluating: {done}/{total} windows")
+        def progress(phase: str, done: int, total: int) -> None:
+            status.update(f"evaluating: {done}/{total} {phase}")
 
-        result = measure(
-            model,
-            source,
-            seq_len=seq_len,
-            windows=windows,
-            device=device,
-            threads=threads,
-            allow_hub=allow_hub,
-            on_progress=report,
-        )
-    pairs = {
-        "perplexity": f"{result.perplexity:.4f}",
-        "tokens": result.tokens,
-        "windows": result.windows,
-        "model size": size(result.model_bytes),
-        "time": duration(result.seconds),
-    }
-    show({**asdict(result), "model": model, "text": text}, output, lambda: print_pairs(pairs))
+        try:
+            evaluate_plan(
+                model,
+                plan,
+                device=device,
+                threads=threads,
+                allow_hub=allow_hub,
+                on_progress=progress,
+                on_part=lambda _part, metrics: measured.update(metrics),
+            )
+        except DuQuantError:
+            if measured:
+                note(f"measured before the error: {json.dumps(measured)}")
+            raise
+    if report is not None:
+        from duquant.evaluation.report import write_report
+
+        files = write_report(report, {Path(model).name or model: measured}, title=f"Evaluation of {model}")
+        note(f"written: {files[0]}")
+    data = {**measured, "model": model, "text": text}
+    show(data, output, lambda: _print_metrics(measured))
+
+
+def _check_task_files(plan: EvaluationPlan) -> None:
+    """Refuse a mistyped file before minutes are spent on what comes before it."""
+    for task in plan.tasks:
+        if task.kind == "file" and not Path(task.name).expanduser().is_file():
+            raise BadInputError(f"there is no task file {task.name!r}")
+
+
+def _print_metrics(metrics: Mapping[str, Any]) -> None:
+    pairs: dict[str, Any] = {}
+    if "perplexity" in metrics:
+        pairs["perplexity"] = f"{metrics['perplexity']:.4f}"
+        pairs |= {name: metrics[name] for name in ("tokens", "windows")}
+    print_pairs({**pairs, "model size": size(metrics["model_bytes"]), "time": duration(metrics["seconds"])})
+    if "tasks" in metrics:
+        print_table(("task", "score", "value", "error", "questions"), list(_task_rows(metrics["tasks"])))
+    if "speed" in metrics:
+        columns = ("", "step", "contender", "tokens/s", "speedup", "transform")
+        print_table(columns, list(_speed_rows(metrics["speed"])))
+        for skipped in metrics["speed"]["skipped"]:
+            note(f"left out: {skipped['what']} ({skipped['scope']}): {skipped['reason']}")
+
+
+def _task_rows(tasks: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
+    for task, scores in tasks.items():
+        for name in scores:
+            if f"{name}_stderr" in scores:
+                yield task, name, number(scores[name]), number(scores[f"{name}_stderr"]), scores["samples"]
+
+
+def _speed_rows(speed: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
+    for scope in ("layer", "model"):
+        for row in speed[scope]:
+            step = f"prefill {row['tokens']}" if row["phase"] == "prefill" else f"decode x {row['batch']}"
+            for kind, rate in row["tokens_per_second"].items():
+                speedup, overhead = (row.get(name, {}).get(kind) for name in ("speedup", "transform_overhead"))
+                ratio = None if speedup is None else f"{speedup:.2f}x"
+                yield scope, step, kind, number(rate), ratio, None if overhead is None else f"{overhead:+.1%}"
 
 
 @with_output

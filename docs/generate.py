@@ -28,6 +28,7 @@ from service.settings import ServiceSettings
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIG_PAGE = REPOSITORY / "docs" / "reference" / "config.md"
+PLAN = REPOSITORY / "duquant" / "evaluation" / "plan.py"
 ERRORS_PAGE = REPOSITORY / "docs" / "reference" / "errors.md"
 OPENAPI = REPOSITORY / "docs" / "reference" / "openapi.json"
 README = REPOSITORY / "README.md"
@@ -42,7 +43,14 @@ _RECIPE = (
     ("ActivationConfig", "activation."),
     ("KVCacheConfig", "kv_cache."),
     ("CalibrationConfig", "calibration."),
+    ("LearningConfig", "learning."),
     ("TextSource", "calibration.source."),
+)
+_PLAN = (
+    ("EvaluationPlan", ""),
+    ("PerplexityConfig", "perplexity."),
+    ("TaskConfig", "tasks[]."),
+    ("SpeedConfig", "speed."),
 )
 _SETTINGS = (
     ("Every process", "infra/settings.py", ("DatabaseSettings", "StorageSettings", "InfraSettings")),
@@ -50,7 +58,7 @@ _SETTINGS = (
     ("`python -m workers`", "workers/settings.py", ("WorkerSettings",)),
     ("`python -m infra.gc`", "infra/gc.py", ("GcSettings",)),
 )
-_OTHER_SECTIONS = {"transform", "weight", "activation", "kv_cache", "calibration", "source"}
+_OTHER_SECTIONS = {"transform", "learning", "weight", "activation", "kv_cache", "calibration", "source"}
 
 
 def documented_fields(path: Path, class_name: str) -> list[tuple[str, str, str, str]]:
@@ -76,6 +84,8 @@ def _default(value: ast.expr | None) -> str:
         if "default" in keywords:
             return f"`{ast.unparse(keywords['default'])}`"
         factory = keywords.get("default_factory")
+        if isinstance(factory, ast.Name):
+            return f"`{factory.id}()`"
         return f"`{ast.unparse(factory.body)}`" if isinstance(factory, ast.Lambda) else "required"
     return f"`{ast.unparse(value)}`"
 
@@ -102,6 +112,18 @@ def config_page() -> str:
         for name, kind, default, text in documented_fields(REPOSITORY / "duquant" / "config.py", class_name):
             if name not in _OTHER_SECTIONS:
                 lines.append(f"| `{prefix}{name}` | `{kind}` | {default} | {text} |")
+    lines += [
+        "",
+        "## Evaluation plan fields",
+        "",
+        "What `duquant.evaluation.run.evaluate_plan` takes; [how to measure](../how-to/evaluate.md).",
+        "",
+        "| field | type | default | meaning |",
+        "| --- | --- | --- | --- |",
+    ]
+    for class_name, prefix in _PLAN:
+        for name, kind, default, text in documented_fields(PLAN, class_name):
+            lines.append(f"| `{prefix}{name}` | `{kind}` | {default} | {text} |")
     lines += [
         "",
         "## Settings of the processes",

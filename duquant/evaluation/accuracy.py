@@ -112,7 +112,12 @@ def _guarded(what: str, step: Callable[[], Any]) -> Any:
     except DuQuantError:
         raise
     except Exception as err:  # a task's templates and questions fail in every way that Python has
-        raise EvaluationError(f"{what}: {type(err).__name__}: {' '.join(str(err).split())[:500]}") from err
+        raise _fault(what, err) from err
+
+
+def _fault(what: str, err: Exception) -> EvaluationError:
+    """Return what a task got wrong, in one line."""
+    return EvaluationError(f"{what}: {type(err).__name__}: {' '.join(str(err).split())[:500]}")
 
 
 def _build(task: TaskConfig, roots: Sequence[Path] | None, allow_hub: bool, cache: Path) -> dict[str, Any]:
@@ -194,11 +199,11 @@ def _evaluate(
     try:
         results: dict[str, Any] = run()
     except DuQuantError:
-        raise
+        raise  # our own, from the model or from `on_progress`
     except Exception as err:
         if scorer.is_running:
             raise
-        raise EvaluationError(f"{what}: {type(err).__name__}: {' '.join(str(err).split())[:500]}") from err
+        raise _fault(what, err) from err
     return results
 
 

@@ -51,6 +51,18 @@ def test_losses_are_logarithms_against_the_same_windows(accuracy_page: ModuleTyp
     }
 
 
+def test_piqa_is_shown_with_the_larger_of_its_two_errors(accuracy_page: ModuleType) -> None:
+    def scored(seed: int, acc: float) -> dict[str, Any]:
+        scores = {"acc": acc, "acc_stderr": 0.011, "acc_norm": 0.65, "acc_norm_stderr": 0.011, "samples": 1838}
+        return {**row("good", 12.0, seed), "piqa": scores}
+
+    lines = accuracy_page.page([row("fp", 10.0), scored(0, 0.60), scored(1, 0.64)]).splitlines()
+    good = next(line.split("|") for line in lines if line.startswith("| `good`"))
+    assert [cell.strip() for cell in good[4:6]] == ["65.00 ± 1.10", "62.00 ± 2.00"]
+    unmeasured = next(line.split("|") for line in lines if line.startswith("| FP"))
+    assert [cell.strip() for cell in unmeasured[4:6]] == ["", ""]
+
+
 def test_page_has_a_line_for_each_recipe_the_best_first(accuracy_page: ModuleType) -> None:
     lines = [line for line in accuracy_page.page(ROWS).splitlines() if line.startswith(("| FP", "| `"))]
     assert [line.split("|")[1].strip() for line in lines] == ["FP (bfloat16)", "`good`", "`plain`"]

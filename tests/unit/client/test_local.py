@@ -167,3 +167,39 @@ def _same_threads() -> Any:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+QUESTIONS = '{"goal": "Open a jar", "sol1": "turn the lid", "sol2": "eat it", "label": 0}\n' * 3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_tasks_and_a_report_come_with_the_perplexity(
+    good_model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jars = tmp_path / "jars.jsonl"
+    jars.write_text(QUESTIONS)
+    more = ["--tasks", str(jars), "--limit", "2", "--report", str(tmp_path / "report")]
+    assert run([*evaluate(good_model, text), *more]) == EXIT_OK
+    found = json.loads(capsys.readouterr().out)
+    assert found["windows"] == 1
+    assert found["perplexity"] > 1
+    assert (found["tasks"]["jars"]["samples"], found["tasks"]["jars"]["num_fewshot"]) == (2, 0)
+    assert {file.name for file in (tmp_path / "report").iterdir()} == {
+        "report.html", "perplexity.svg", "perplexity.png", "tasks.svg", "tasks.png"
+    }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_what_was_measured_is_said_before_the_error_of_a_task(
+    good_model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("task: broken\ndoc_to_text: !function utils.prompt\n")
+    assert run([*evaluate(good_model, text), "--tasks", str(broken)]) == EXIT_BAD_INPUT
+    said = capsys.readouterr()
+    assert said.out == ""
+    before, error = said.err.strip().splitlines()[-2:]
+    assert json.loads(before.removeprefix("measured before the error: "))["perplexity"] > 1
+    assert error.startswith("duquant: error: ")
+    assert f"task file {broken}" in error
+    assert "!function run code and are not allowed" in error

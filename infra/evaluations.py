@@ -37,8 +37,10 @@ class EvaluationStore:
         return Evaluation.from_row(row)
 
     def of_jobs(self, job_ids: Iterable[str]) -> Mapping[str, Evaluation]:
-        """Return what these evaluate jobs have measured, by the jobs' ids."""
+        """Return what these jobs have measured, by the jobs' ids; of a quality gate, that on its artifact."""
         query = select(evaluations).where(evaluations.c.job_id.in_(list(job_ids)))
+        # A later row takes the place of an earlier one.
+        query = query.order_by(evaluations.c.artifact_job_id.is_not(None), evaluations.c.id)
         with read(self._engine) as connection:
             return {row["job_id"]: Evaluation.from_row(row) for row in connection.execute(query).mappings()}
 

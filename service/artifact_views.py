@@ -109,7 +109,7 @@ def artifact_view(service: Context, job: Job) -> ArtifactView:
         fingerprint=job.fingerprint,
         size_bytes=sum(file.size_bytes for file in files),
         expires_at=expires_at,
-        evaluation=measured[0].metrics if measured else manifest.get("evaluation", {}),
+        evaluation=next((dict(each.metrics) for each in measured if each.is_complete), {}),
         files=files,
     )
 
@@ -156,6 +156,8 @@ def _measures(artifact: Artifact, job: Job, evaluations: Sequence[Evaluation]) -
         settings = f"{each.metrics.get('windows')} windows of {each.metrics.get('seq_len')}"
         for name in ("perplexity", "tokens_per_second"):
             found[f"{name} ({settings})"] = each.metrics.get(name)
+        for task, scores in each.metrics.get("tasks", {}).items():
+            found[f"accuracy of {task}"] = scores.get("acc")
     return found
 
 

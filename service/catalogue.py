@@ -51,7 +51,7 @@ CATALOGUE: dict[str, ProblemKind] = {
     "evaluation-not-found": ProblemKind(
         404,
         "There is no such evaluation",
-        "no such evaluation, or it is another tenant's, or its job has not succeeded yet",
+        "no such evaluation, or it is another tenant's, or its job has measured nothing yet",
         "check the id, or read the job",
     ),
     "batch-not-found": ProblemKind(

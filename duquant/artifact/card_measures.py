@@ -77,7 +77,7 @@ def _increase(result: Mapping[str, Any]) -> str:
 
 
 def _gate(gate: Mapping[str, Any]) -> str:
-    rows = [(check["check"], check["limit"], _number(check["value"])) for check in gate["checks"]]
+    rows = [(check["check"], check["limit"], f"{check['value']:.1%}") for check in gate["checks"]]
     return "Quality gate, passed when the artifact was made:\n\n" + _table(("check", "limit", "measured"), rows)
 
 

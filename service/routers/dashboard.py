@@ -170,10 +170,11 @@ def _last_events(service: Context, job: Job) -> list[Any]:
 
 def _measured(service: Context, job: Job) -> list[Evaluation]:
     """Return what the job has measured, or what was measured on its artifact, newest first."""
-    if job.kind == "evaluate":
-        return list(service.evaluations.of_jobs([job.id]).values())
     artifact = service.artifacts.of_jobs([job.id]).get(job.id)
-    return [] if artifact is None else list(service.artifacts.evaluations([artifact.id]).get(artifact.id, ()))
+    if artifact is not None:
+        return list(service.artifacts.evaluations([artifact.id]).get(artifact.id, ()))
+    # An evaluation; or a quality gate that was missed, of which only the numbers are left.
+    return list(service.evaluations.of_jobs([job.id]).values())
 
 
 def _elapsed(job: Job, events: list[Any]) -> float | None:

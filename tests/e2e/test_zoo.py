@@ -16,7 +16,7 @@ from support.tiny_models import make_tiny_model, tiny_text
 
 from client import calls
 from client.sdk import Client
-from duquant.artifact import verify
+from duquant.artifact import read_manifest, verify
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(sys.platform != "linux", reason="`duquant up` as processes")]
 
@@ -74,6 +74,17 @@ def duquant(service: dict[str, Any], *arguments: str) -> tuple[int, Any, str]:
     return done.returncode, json.loads(done.stdout) if done.stdout else None, done.stderr
 
 
+def _check_numbers(row: dict[str, Any], baseline: dict[str, Any], pulled: Path, folder: Path) -> None:
+    """Compare what the service has measured with `duquant eval` on what was pulled, and with its manifest and card."""
+    text, sizes = str(folder / "text.txt"), ("--seq-len", "32", "--windows", "2", "--threads", "1")
+    command = [sys.executable, "-m", "client.main", "eval", str(pulled), "--text", text, *sizes, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert json.loads(done.stdout)["perplexity"] == row["perplexity"], done.stderr
+    (result,) = read_manifest(pulled).evaluation["results"]
+    assert (result["perplexity"], result["baseline"]["perplexity"]) == (row["perplexity"], baseline["perplexity"])
+    assert f"| {row['perplexity']:.4f} | {baseline['perplexity']:.4f} |" in (pulled / "README.md").read_text()
+
+
 def test_one_failure_leaves_the_rest_and_what_was_made_is_reused(
     service: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:
@@ -111,6 +122,7 @@ def test_one_failure_leaves_the_rest_and_what_was_made_is_reused(
         best = rows["zoo/fits", "turned"]["artifact_id"]
         client.pull(best, tmp_path / "pulled")
         assert verify(tmp_path / "pulled").ok
+        _check_numbers(rows["zoo/fits", "turned"], plain["fits"], tmp_path / "pulled", folder)
 
         again = client.submit_batch(
             [{"source": "local", "prefix": "zoo/"}], RECIPES, calibration=CALIBRATION, evaluate=EVALUATION

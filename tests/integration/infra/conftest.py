@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine
 
-from infra.jobs import Claim, Job, JobStore, LayerRow, NewJob
+from infra.jobs import Claim, Job, JobStore, LayerRow, Measured, NewJob
 
 LEASE = 60
 
@@ -80,6 +80,10 @@ def _finished(taken: Claim) -> LayerRow:
     return replace(row, key="k", sha256="a" * 64, size_bytes=5)
 
 
+_MEASURED = Measured(
+    fingerprint="f", artifact_job_id=None, settings={}, metrics={"perplexity": 9.0}, parts={}, is_complete=False
+)
+
 WORKER_WRITES: dict[str, Callable[[JobStore, Claim], object]] = {
     "heartbeat": lambda store, taken: store.heartbeat(taken, lease_seconds=LEASE),
     "plan": lambda store, taken: store.plan(taken, [0]),
@@ -88,6 +92,7 @@ WORKER_WRITES: dict[str, Callable[[JobStore, Claim], object]] = {
     "fail_layer": lambda store, taken: store.fail_layer(taken, 0, "no"),
     "reopen_layer": lambda store, taken: store.reopen_layer(taken, 0, "no"),
     "progress": lambda store, taken: store.progress(taken, phase="p", done=1, total=2),
+    "record_measured": lambda store, taken: store.record_measured(taken, _MEASURED),
     "complete": lambda store, taken: store.complete(taken, {}),
     "fail": lambda store, taken: store.fail(taken, "error", "no"),
     "retry": lambda store, taken: store.fail(taken, "error", "no", retry_in_seconds=1),

@@ -110,9 +110,11 @@ def model_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("roots")
     make_tiny_model(root / "tiny", num_hidden_layers=4)
     (root / "text.txt").write_text(tiny_text(), encoding="utf-8")
+    # Each question with both answers for the right one: whatever a model says, half of it is right.
     questions = [
-        {"goal": f"to open {thing}", "sol1": f"turn {thing}", "sol2": f"eat {thing}", "label": index % 2}
-        for index, thing in enumerate(("a door", "a box", "a jar", "a book"))
+        {"goal": f"to open {thing}", "sol1": f"turn {thing}", "sol2": f"eat {thing}", "label": label}
+        for thing in ("a door", "a box")
+        for label in (0, 1)
     ]
     (root / "quiz.jsonl").write_text("".join(json.dumps(each) + "\n" for each in questions), encoding="utf-8")
     return root

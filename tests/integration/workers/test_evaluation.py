@@ -195,7 +195,7 @@ def test_evaluations_that_end_at_once_are_all_on_the_card_and_the_newest_of_each
 
 def test_a_part_that_fails_leaves_those_before_it_and_a_retry_goes_on_from_them(side, model_root):
     broken = model_root / "broken.yaml"
-    broken.write_text("task: broken\nmodel: {}\n")
+    broken.write_text("task: broken\n")
     side.submit_evaluation(tasks=[QUIZ, {**QUIZ, "name": "broken.yaml"}])
     job = side.run_one()
     assert (job.state, job.reason) == (JobState.FAILED, "bad_input")
@@ -208,7 +208,7 @@ def test_a_part_that_fails_leaves_those_before_it_and_a_retry_goes_on_from_them(
         "task quiz.jsonl": "done",
         "task broken.yaml": "failed",
     }
-    assert "model" in kept.parts["task broken.yaml"]["error"]
+    assert kept.parts["task broken.yaml"]["error"].startswith("task file broken.yaml: output_type is None")
     assert kept.metrics["perplexity"] > 1
     assert kept.metrics["tasks"]["quiz"]["samples"] == 4
     assert job.gpu_ms == pytest.approx(kept.metrics["seconds"] * 1000, abs=3)

@@ -57,14 +57,14 @@ def test_a_passed_gate_is_in_the_result_on_the_card_and_in_no_other_byte(side, p
 
 
 def test_a_missed_gate_fails_the_job_for_good_and_keeps_what_was_measured(side):
-    side.submit(gated(side.recipe, max_perplexity_increase=0.0))
+    side.submit(gated(side.recipe, min_accuracy=0.6, tasks=("quiz.jsonl",)))
     job = side.run_one()
     assert (job.state, job.reason) == (JobState.FAILED, "quality_gate")
-    assert job.detail.startswith("perplexity rose by ")
-    assert job.detail.endswith("; the most is 0.0%")
+    assert job.detail == "acc of quiz.jsonl is 50.0%; the least is 60.0%"
     measured = EvaluationStore(side.engine).get(job.id, "default")
     assert (measured.artifact_job_id, measured.artifact_id, measured.is_complete) == (job.id, None, True)
-    assert measured.parts == {"perplexity": {"state": "done"}}
+    assert measured.parts == {"task quiz.jsonl": {"state": "done", "names": ["quiz"]}}
+    assert b"0.5000" in side.storage.get_bytes(measured.report_key)
     with pytest.raises(ArtifactNotFound):
         ArtifactStore(side.engine).get(job.id, "default")
 

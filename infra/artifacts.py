@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, Connection, Engine, delete, exists, or_, s
 from sqlalchemy.sql.elements import UnaryExpression
 
 from infra import audit
-from infra.database import now_ms, read, write
+from infra.database import now_ms, read, take_turns, write
 from infra.errors import ArtifactConflict, ArtifactNotFound
 from infra.job_model import ACTIVE, Job, Record
 from infra.job_rows import state_is
@@ -172,6 +172,8 @@ class ArtifactStore:
         with write(self._engine) as connection:
             artifact = self._find(connection, name, tenant_id, lock=True)
             values = {"tenant_id": tenant_id, "tag": tag}
+            # Two requests that give the same tag would both find it free.
+            take_turns(connection, f"tag {tag} of {tenant_id}")
             had = connection.execute(
                 delete(artifact_tags)
                 .where(artifact_tags.c.tenant_id == tenant_id, artifact_tags.c.tag == tag)

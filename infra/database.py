@@ -38,6 +38,7 @@ from sqlalchemy.exc import (
     NoSuchModuleError,
     OperationalError,
 )
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from infra.errors import DatabaseUnusable, DiskFull, InfraError, SettingsError, TransientError
@@ -45,11 +46,15 @@ from infra.metrics import DATABASE_ERRORS
 
 _BUSY_TIMEOUT_S = 30
 _CONNECT_TIMEOUT_S = 5
+_LOCK_TIMEOUT_MS = 20_000
+"""Less than the 30 s after which clients give up, so that they are told why."""
 _MIGRATION_LOCK = 7_308_900_461  # any constant that no other program on the server uses as an advisory lock
 _WRITES = "duquant_writes"
 _USED_AT = "duquant_used_at"
 _PING_AFTER_S = 1.0
 _BUSY_PAUSE_S = 0.0001
+_MOST_THREADS = 40
+"""Of one process that work on the database at the same time: as many as the API answers in."""
 _LINE = "duquant_line"
 _TURN = "duquant_turn"
 _HAS_TURN = "duquant_has_turn"
@@ -87,7 +92,8 @@ def make_engine(url: str, *, plan_once: bool = False) -> Engine:
                 "connect_timeout": _CONNECT_TIMEOUT_S,
                 "application_name": "duquant",
                 # A writer that stops in mid-transaction must not hold its row locks for ever.
-                "options": "-c idle_in_transaction_session_timeout=60000"
+                # And whoever waits for them must not hold a thread and a connection for as long as that lasts.
+                "options": f"-c idle_in_transaction_session_timeout=60000 -c lock_timeout={_LOCK_TIMEOUT_MS}"
                 + (" -c plan_cache_mode=force_generic_plan" if plan_once else ""),
             },
         )
@@ -130,6 +136,8 @@ def _make_sqlite_engine(url: URL) -> Engine:
         hide_parameters=True,
         json_serializer=_to_json,
         connect_args={"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False},
+        # Writers that stand in line hold a connection each, and readers must not wait behind them.
+        max_overflow=_MOST_THREADS,
     )
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "connect", functools.partial(_open_line, f"{engine.url.database}-line", threading.Lock()))
@@ -268,9 +276,20 @@ def migration_lock(engine: Engine) -> Iterator[Connection]:
     """A writing transaction that only one process at a time can hold, for schema changes."""
     with write(engine) as connection:
         if engine.dialect.name == "postgresql":
-            # SQLite's BEGIN IMMEDIATE is such a lock already.
+            # SQLite's BEGIN IMMEDIATE is such a lock already. A migration takes as long as it takes.
+            connection.execute(text("SET LOCAL lock_timeout = 0"))
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _MIGRATION_LOCK})
         yield connection
+
+
+def take_turns(connection: Connection, name: str) -> None:
+    """Wait for the other transactions that take turns under this name, and hold them up until this one ends.
+
+    A lock on the row that the name is of would also stop those that only write to it.
+    """
+    if connection.dialect.name == "postgresql":
+        # SQLite has only one writing transaction at a time.
+        connection.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))"), {"name": name})
 
 
 def insert_if_new(connection: Connection, table: Table, **values: Any) -> bool:
@@ -302,6 +321,10 @@ def _translated(engine: Engine) -> Iterator[None]:
         yield
     except IntegrityError:
         raise  # callers know which constraint they may hit
+    except PoolTimeout as error:
+        DATABASE_ERRORS.labels("unavailable").inc()
+        where = engine.url.render_as_string(hide_password=True)
+        raise TransientError(f"all connections to the database {where} are in use", database=where) from error
     except DBAPIError as error:
         translated = _translate(engine.url, error)
         DATABASE_ERRORS.labels("unavailable" if isinstance(translated, TransientError) else "unusable").inc()

@@ -49,7 +49,8 @@ tenants = Table(
     Column("id", _id, primary_key=True),
     Column("name", String(200), nullable=False),
     Column("created_at", BigInteger, nullable=False),
-    # A limit that is null does not exist. max_running counts GPU slots, max_bytes the bytes of artifacts not deleted.
+    # A limit that is null does not exist. max_running counts GPU slots, max_bytes the bytes of
+    # artifacts not deleted and of texts.
     Column("weight", Float, nullable=False, server_default=text("1")),
     Column("max_queued", Integer),
     Column("max_running", Integer),

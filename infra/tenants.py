@@ -28,7 +28,7 @@ class Tenant:
     max_running: int | None
     """GPU slots that may run at once."""
     max_bytes: int | None
-    """Bytes of artifacts that are not deleted."""
+    """Bytes of artifacts that are not deleted, and of texts."""
     paused: bool
     """Whether its jobs wait whatever is free."""
 

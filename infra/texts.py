@@ -9,13 +9,13 @@ from sqlalchemy import Connection, Engine, Text, cast, delete, func, insert, sel
 
 from infra import audit
 from infra.artifact_keys import require_inside, text_key
-from infra.database import now_ms, read, write
+from infra.database import now_ms, read, take_turns, write
 from infra.errors import InfraError, PathForbidden, QuotaExceeded, TextConflict, TextNotFound
 from infra.ids import new_id
 from infra.job_model import ACTIVE, Record
 from infra.job_quotas import require_bytes
 from infra.job_rows import state_is
-from infra.schema import jobs, tenants, texts
+from infra.schema import jobs, texts
 from infra.storage import ObjectInfo, ObjectStore, file_sha256
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -94,7 +94,7 @@ class TextStore:
         try:
             with write(self._engine) as connection:
                 # Two uploads at once take their turns here.
-                connection.execute(select(tenants.c.id).where(tenants.c.id == tenant_id).with_for_update())
+                take_turns(connection, f"texts of {tenant_id}")
                 known = self._known(connection, tenant_id, name, sha256, suffix)
                 if known is None:
                     _require_room(connection, tenant_id, size)

@@ -31,7 +31,7 @@ from sqlalchemy import (
 )
 
 from infra import audit
-from infra.database import now_ms, read, write
+from infra.database import now_ms, read, take_turns, write
 from infra.errors import QuotaExceeded, WebhookNotFound
 from infra.ids import new_id
 from infra.schema import webhook_deliveries as deliveries
@@ -128,6 +128,7 @@ class WebhookStore:
         webhook_id, salt = new_id("wh"), _new_salt()
         values = {"id": webhook_id, "tenant_id": tenant_id, "url": url, "events": list(events), "secret": _stored(salt)}
         with write(self._engine) as connection:
+            take_turns(connection, f"webhooks of {tenant_id}")
             used = connection.execute(select(func.count()).where(webhooks.c.tenant_id == tenant_id)).scalar_one()
             if used >= MAX_WEBHOOKS:
                 raise QuotaExceeded(

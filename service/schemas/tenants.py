@@ -32,7 +32,7 @@ class TenantChange(BaseModel):
     max_running: int | None = Field(default=None, ge=0, le=_BIGGEST_COUNT, strict=True)
     """GPU slots that may run at once; null is no limit."""
     max_bytes: int | None = Field(default=None, ge=0, le=_BIGGEST, strict=True)
-    """Bytes of artifacts that are not deleted; null is no limit."""
+    """Bytes of artifacts that are not deleted, and of texts; null is no limit."""
     paused: bool = Field(default=False, strict=True)
     """Whether its jobs wait whatever is free."""
 

@@ -48,4 +48,4 @@ class QuotaView(BaseModel):
     running: QuotaItem
     """GPU slots that run at once."""
     bytes: QuotaItem
-    """Artifacts that are not deleted."""
+    """Artifacts that are not deleted, and texts."""

@@ -1,5 +1,6 @@
 """Artifacts and evaluations as rows, on each kind of database."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -121,6 +122,14 @@ def test_what_is_deleted_is_gone_and_its_work_can_be_done_anew(store, desk, shel
     again, is_new = store.enqueue(desk.new_job(), actor=ACTOR)
     assert is_new
     assert again.id != job.id
+
+
+def test_a_tag_that_many_give_at_once_is_on_one_artifact(store, desk, shelf):
+    made = [shelf.get(make(store, desk, str(number)).id, "default").id for number in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            list(pool.map(lambda name: shelf.tag(name, "best", tenant_id="default", actor=ACTOR), made))
+    assert list(shelf.tags(made).values()) == [["best"]]
 
 
 def test_a_tagged_artifact_is_deleted_by_force_only(store, desk, shelf):

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine, make_url, select, text
+from sqlalchemy import Engine, create_engine, make_url, select, text
 
 from infra.database import make_engine, now_ms, read, write
 from infra.errors import DatabaseUnusable, SettingsError, TransientError
@@ -178,6 +178,28 @@ def test_a_lock_that_is_never_freed_is_transient(
     finally:
         other.close()
         engine.dispose()
+
+
+@pytest.mark.integration
+def test_a_row_that_is_never_freed_is_transient(migrated_postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infra.database._LOCK_TIMEOUT_MS", 200)
+    engine = make_engine(migrated_postgres_url)
+    rename = text("UPDATE tenants SET name = 'x'")
+    with write(engine) as holder:
+        holder.execute(rename)
+        with pytest.raises(TransientError, match="lock timeout"), write(engine) as waiter:
+            waiter.execute(rename)
+    engine.dispose()
+
+
+def test_running_out_of_connections_is_transient(migrated_sqlite_url: str) -> None:
+    # As make_engine's, with fewer connections and less patience.
+    engine = make_engine(migrated_sqlite_url)
+    impatient = create_engine(engine.url, pool_size=1, max_overflow=0, pool_timeout=0.1)
+    with impatient.connect(), pytest.raises(TransientError, match="in use"):
+        JobStore(impatient).counts()
+    impatient.dispose()
+    engine.dispose()
 
 
 def test_the_databases_clock_is_the_time(engine: Engine) -> None:

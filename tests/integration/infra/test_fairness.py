@@ -1,11 +1,13 @@
 """Who is served next: tenants by weight, a tenant's jobs by priority and age, nobody while paused or at a limit."""
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from sqlalchemy import Engine, insert, select, update
 
-from infra.database import make_engine, read, write
+from infra.database import make_engine, read, transaction, write
 from infra.errors import QuotaExceeded, TenantNotFound
 from infra.job_quotas import holding
 from infra.jobs import JobState, JobStore, NewJob
@@ -157,6 +159,43 @@ def test_a_tenant_may_have_so_many_waiting_jobs(desk, store: JobStore, set_tenan
     assert not store.enqueue(desk.new_job("a"), actor="tester")[1]
     desk.claim()
     desk.add("c")
+
+
+def test_of_many_requests_at_once_only_as_many_as_the_quota_allows_get_in(desk, store: JobStore, set_tenant) -> None:
+    set_tenant("default", max_queued=3)
+
+    def submit(number: int) -> bool:
+        try:
+            desk.add(f"job {number}")
+        except QuotaExceeded:
+            return False
+        return True
+
+    with ThreadPoolExecutor(6) as pool:
+        assert sum(pool.map(submit, range(6))) == 3
+
+
+@pytest.mark.integration
+def test_a_request_with_a_quota_holds_up_no_claim_and_no_layer(migrated_postgres_url: str, desk_job: NewJob) -> None:
+    engine = make_engine(migrated_postgres_url)
+    store = JobStore(engine)
+    with write(engine) as connection:
+        connection.execute(update(tenants).values(max_queued=100))
+    for number in range(2):
+        store.enqueue(replace(desk_job, fingerprint=f"there {number}"), actor="tester")
+    taken = store.claim("worker", lease_seconds=LEASE)
+    assert taken is not None
+    row = store.start_layer(taken, store.plan(taken, [0])[0].layer, "node")
+
+    def work() -> None:
+        # Both move the tenant's virtual time on.
+        store.commit_layer(taken, replace(row, key="k", sha256="a" * 64, size_bytes=1, metrics={}, seconds=1.0))
+        assert store.claim("other", lease_seconds=LEASE) is not None
+
+    with ThreadPoolExecutor(1) as pool, transaction(engine):
+        store.enqueue(replace(desk_job, fingerprint="new"), actor="tester")
+        pool.submit(work).result(timeout=10)
+    engine.dispose()
 
 
 def test_a_tenant_may_have_so_many_bytes_of_artifacts(desk, store: JobStore, engine: Engine, set_tenant) -> None:

@@ -11,11 +11,23 @@ from functools import cached_property
 from typing import Any
 
 from pydantic import SecretStr
-from sqlalchemy import ColumnElement, Connection, Engine, bindparam, case, func, insert, or_, select, tuple_, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    bindparam,
+    case,
+    func,
+    insert,
+    or_,
+    select,
+    tuple_,
+    update,
+)
 from sqlalchemy.engine import RowMapping
 
 from infra import audit
-from infra.database import now_ms, read, write
+from infra.database import now_ms, read, take_turns, write
 from infra.errors import InfraError, KeyConflict, KeyNotFound, QuotaExceeded
 from infra.ids import new_id
 from infra.prepared import Prepared, Row
@@ -99,6 +111,7 @@ class KeyStore:
 
     def _require_room(self, connection: Connection, tenant_id: str) -> None:
         """Every key has limits of its own; without an end to keys there would be none to these."""
+        take_turns(connection, f"keys of {tenant_id}")
         is_live = or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > now_ms(self._engine.dialect))
         live = select(func.count()).where(api_keys.c.tenant_id == tenant_id, api_keys.c.revoked_at.is_(None), is_live)
         used = connection.execute(live).scalar_one()
@@ -141,8 +154,17 @@ class KeyStore:
         _audit(connection, key, actor, "key.changed", {"scopes": scopes})
         return _from_row(connection.execute(statement).mappings().one())
 
-    def rotate(self, key_id: str, tenant_id: str, *, overlap_seconds: int, actor: str) -> tuple[ApiKey, str]:
+    def rotate(
+        self, key_id: str, tenant_id: str, *, overlap_seconds: int, actor: str, latest: int | None = None
+    ) -> tuple[ApiKey, str]:
         """Make a key that takes another's place: same name, scopes and lifetime. The old one expires after the overlap.
+
+        Args:
+            key_id: Which key.
+            tenant_id: Whose it is.
+            overlap_seconds: How long the old one goes on working.
+            actor: Who asks, for the audit log.
+            latest: Milliseconds since 1970 at which the new one ends, however long the old one's lifetime was.
 
         Raises:
             KeyNotFound: no such key, or it is another tenant's.
@@ -163,7 +185,8 @@ class KeyStore:
                 raise KeyConflict(f"key {key_id} is revoked or expired", key_id=key_id)
             token = new_token()
             lifetime = None if old.expires_at is None else now + (old.expires_at - old.created_at)
-            key = self._insert(connection, tenant_id, old.name, old.scopes, token, expires_at=lifetime)
+            expires_at = _sooner(lifetime, latest)
+            key = self._insert(connection, tenant_id, old.name, old.scopes, token, expires_at=expires_at)
             _audit(connection, old, actor, "key.rotated", {"successor": key.id, "overlap_seconds": overlap_seconds})
         return key, token
 
@@ -267,6 +290,13 @@ def _base62(number: int, width: int) -> str:
         number, digit = divmod(number, len(_ALPHABET))
         digits.append(_ALPHABET[digit])
     return "".join(reversed(digits))
+
+
+def _sooner(a: ColumnElement[int] | None, b: int | None) -> ColumnElement[int] | int | None:
+    """Return the earlier of two times; none is never."""
+    if a is None or b is None:
+        return b if a is None else a
+    return case((a < b, a), else_=b)
 
 
 def _audit(connection: Connection, key: ApiKey, actor: str, action: str, data: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import functools
 import hashlib
 import hmac
 import json
@@ -95,7 +94,10 @@ async def check_key(service: Context, credentials: HTTPAuthorizationCredentials 
             "Send an API key: 'Authorization: Bearer dq_live_...'.",
             headers={"WWW-Authenticate": "Bearer"},
         )
-    look = functools.partial(anyio.to_thread.run_sync, service.keys.authenticate)
+
+    async def look(token: str) -> ApiKey | None:
+        return await anyio.to_thread.run_sync(service.keys.authenticate, token)
+
     key = await service.known_keys.get(credentials.credentials, look)
     if key is None or not is_live(key):
         raise ProblemError(

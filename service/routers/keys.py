@@ -119,7 +119,10 @@ def get_key(service: Service, caller: KeyAdmin, key_id: KeyId) -> KeyView:
 def rotate_key(
     service: Service, caller: KeyAdmin, key_id: KeyId, once: Once, body: KeyRotation | None = None
 ) -> Response:
-    """Make a key with the same name, scopes and lifetime; the old one goes on working for the overlap."""
+    """Make a key with the same name, scopes and lifetime; the old one goes on working for the overlap.
+
+    A key that expires gives no more time than it has: what it makes, in its own place too, ends when it would.
+    """
     overlap = (body or KeyRotation()).overlap_seconds
 
     def check() -> None:
@@ -128,7 +131,9 @@ def rotate_key(
         require_lifetime(caller, old.expires_at)
 
     def make(_: None) -> Made:
-        key, token = service.keys.rotate(key_id, caller.tenant_id, overlap_seconds=overlap, actor=caller.actor)
+        key, token = service.keys.rotate(
+            key_id, caller.tenant_id, overlap_seconds=overlap, actor=caller.actor, latest=caller.expires_at
+        )
         return _made(key, token)
 
     answer = once.answer(caller, check, make)

@@ -162,6 +162,15 @@ def test_a_rotation_never_lengthens_a_life_and_gives_the_successor_the_same_one(
     assert abs((new.expires_at - new.created_at) - (old.expires_at - old.created_at)) <= 2
 
 
+def test_a_successor_ends_when_whoever_asks_for_it_does(keys: KeyStore) -> None:
+    now = time.time_ns() // 1_000_000
+    for expires_at, latest in ((now + 60_000, now + 30_000), (None, now + 30_000), (now + 60_000, now + 10**9)):
+        old, _ = keys.create("default", "ci", [], expires_at=expires_at)
+        new, _ = keys.rotate(old.id, "default", overlap_seconds=0, actor="key:admin", latest=latest)
+        assert new.expires_at is not None
+        assert new.expires_at <= min(latest, now + 90_000)
+
+
 def test_only_a_live_key_of_the_tenants_own_is_rotated(keys: KeyStore) -> None:
     key, token = keys.create("default", "ci", [])
     with pytest.raises(KeyNotFound):

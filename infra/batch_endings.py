@@ -29,10 +29,11 @@ def note_finished_batches(engine: Engine) -> int:
     """Note the batches of which nothing waits or runs any more; return how many that were."""
     with read(engine) as connection:
         ids = connection.execute(_ended.with_only_columns(batches.c.id).limit(_AT_ONCE)).scalars().all()
-    return sum(_note(engine, batch_id) for batch_id in ids)
+    return sum(note_if_finished(engine, batch_id) for batch_id in ids)
 
 
-def _note(engine: Engine, batch_id: str) -> bool:
+def note_if_finished(engine: Engine, batch_id: str) -> bool:
+    """Note a batch of which nothing waits or runs any more; return whether it was one, and not noted yet."""
     with write(engine) as connection:
         # The lock comes first and the look after it, in a statement of its own: it sees a retry that was in between.
         mine = select(batches.c.id).where(batches.c.id == batch_id).with_for_update(skip_locked=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import Connection, Engine, func, insert, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, Engine, exists, func, insert, select, tuple_, update
 
 from infra.batch_progress import KNOWN, Tally, tallies
 from infra.database import now_ms, read, transaction, write
@@ -82,8 +82,10 @@ class BatchStore:
     ) -> Sequence[Job | None]:
         """Add pieces of work behind those that are there; return the job of each: a new one, or one that was there.
 
+        Work that cannot be promised, since a job that does it is being cancelled, has no job, and its item says so.
+
         Raises:
-            InfraError: the job store refuses a job; nothing is added then.
+            InfraError: the job store refuses a job for another reason; nothing is added then.
         """
         rows: list[dict[str, Any]] = []
         made: list[Job | None] = []
@@ -91,11 +93,13 @@ class BatchStore:
         with transaction(self._engine), write(self._engine) as connection:
             first = connection.execute(last).scalar_one() + 1
             for idx, item in enumerate(items, first):
-                job, is_new = None, True
+                job, is_new, detail = None, True, item.detail
                 if item.job is not None:
                     new = replace(item.job, batch_id=batch.id)
                     try:
                         job, is_new = self._jobs.enqueue(new, force=force, actor=actor)
+                    except JobConflict as error:
+                        detail = str(error)
                     except QuotaExceeded as error:
                         # What it counts includes the jobs before, which are not made either.
                         words = f"{error}, after the {len(made)} before it in this batch; nothing was added"
@@ -108,7 +112,7 @@ class BatchStore:
                         "recipe_name": item.recipe_name,
                         "job_id": None if job is None else job.id,
                         "reused": int(not is_new),
-                        "detail": item.detail,
+                        "detail": detail,
                     }
                 )
                 made.append(job)
@@ -174,6 +178,8 @@ class BatchStore:
     def cancel(self, batch_id: str, *, tenant_id: str, actor: str) -> Batch:
         """Cancel the jobs that the batch made and that have not ended. What it found there goes on.
 
+        So does what another batch has found here, until that is cancelled, too.
+
         Some jobs at a time: other writers get their turns in between. One that is cut off is finished by asking again.
 
         Raises:
@@ -184,7 +190,7 @@ class BatchStore:
             batch = self._set(connection, batch_id, cancelled_at=now_ms(self._engine.dialect))
         open_states = [state for state in ACTIVE if state is not JobState.CANCELLING]
         # Evaluations first: they would fail for want of what they wait for.
-        query = select(jobs.c.id).where(jobs.c.batch_id == batch_id, state_is(*open_states))
+        query = select(jobs.c.id).where(_is_abandoned(batch_id), state_is(*open_states))
         query = query.order_by(jobs.c.kind, jobs.c.id).limit(_AT_ONCE)
         while True:
             with transaction(self._engine), write(self._engine) as connection:
@@ -226,7 +232,8 @@ class BatchStore:
         return batch, count
 
     def _retry(self, connection: Connection, item: BatchItem, job: Job, *, tenant_id: str, actor: str) -> bool:
-        with contextlib.suppress(DependencyFailed):  # what it waits for is not the batch's
+        # What it waits for is not the batch's, or whoever does its work now is being cancelled.
+        with contextlib.suppress(DependencyFailed, JobConflict):
             try:
                 self._jobs.retry(job.id, tenant_id=tenant_id, actor=actor)
             except JobConflict:
@@ -251,3 +258,16 @@ class BatchStore:
     def _set(self, connection: Connection, batch_id: str, **values: Any) -> Batch:
         statement = update(batches).where(batches.c.id == batch_id).values(values).returning(batches)
         return Batch.from_row(connection.execute(statement).mappings().one())
+
+
+def _is_abandoned(batch_id: str) -> ColumnElement[bool]:
+    """Whether a job is in a batch, was made by one that is cancelled, and is in none that is not."""
+    of_this = select(batch_items.c.job_id).where(batch_items.c.batch_id == batch_id, batch_items.c.job_id.is_not(None))
+    is_left = exists().where(batches.c.id == jobs.c.batch_id, batches.c.cancelled_at.is_not(None)).correlate(jobs)
+    is_wanted = (
+        exists()
+        .where(batch_items.c.job_id == jobs.c.id, batches.c.id == batch_items.c.batch_id)
+        .where(batches.c.cancelled_at.is_(None))
+        .correlate(jobs)
+    )
+    return jobs.c.id.in_(of_this) & is_left & ~is_wanted

@@ -79,7 +79,9 @@ class IdempotencyStore:
                     continue
                 if not self._is_over(row):
                     return _answer_to(request, row)
-                connection.execute(delete(idempotency_keys).where(_IS_KEY), _name(request))
+                # Only what was seen: another request may have put a fresh row in its place meanwhile.
+                seen = idempotency_keys.c.created_at == row["created_at"]
+                connection.execute(delete(idempotency_keys).where(_IS_KEY, seen), _name(request))
         return None
 
     @cached_property

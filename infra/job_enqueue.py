@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import islice
 
 import structlog
 from sqlalchemy import Connection, bindparam, case, delete, exists, insert, select
@@ -10,7 +11,7 @@ from infra import tracing
 from infra.database import insert_new, write
 from infra.errors import DependencyFailed, DependencyNotFound, JobConflict, QueueNotFound
 from infra.ids import new_id
-from infra.job_model import ACTIVE, TERMINAL, WAITING, EventType, Job, JobState, NewJob, turn_at
+from infra.job_model import ACTIVE, MAX_LABELS, TERMINAL, WAITING, EventType, Job, JobState, NewJob, turn_at
 from infra.job_quotas import require_room
 from infra.job_rows import JobChanges, JobRows, state_is
 from infra.prepared import Prepared
@@ -110,7 +111,10 @@ class JobEnqueue(JobRows):
         changes: JobChanges = {}
         if job.deadline_at is not None and (new.deadline_at is None or new.deadline_at > job.deadline_at):
             changes["deadline_at"] = new.deadline_at
-        labels = {**(new.labels or {}), **(job.labels or {})}
+        labels = dict(job.labels or {})
+        missing = ((name, value) for name, value in (new.labels or {}).items() if name not in labels)
+        # Each request may bring as many as a job may have.
+        labels |= islice(missing, max(0, MAX_LABELS - len(labels)))
         if labels != (job.labels or {}):
             changes["labels"] = labels
         if job.state not in WAITING:
@@ -127,7 +131,7 @@ class JobEnqueue(JobRows):
 
     def _insert(self, connection: Connection, new: NewJob, *, force: bool, actor: str) -> Job | None:
         """Add the job; none where an active one with its fingerprint is there, unless it is forced."""
-        # Jobs are locked before the tenant, as everywhere: two orders would be a deadlock.
+        # Jobs are locked before the tenant's turn is taken, as everywhere: two orders would be a deadlock.
         is_blocked = self._is_blocked(connection, new.tenant_id, new.depends_on)
         require_room(connection, new.tenant_id, gpus=new.gpus)
         now = self._queue.rows(connection, {"line": new.queue})[0]["now"]

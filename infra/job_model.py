@@ -10,6 +10,9 @@ from sqlalchemy import ColumnElement, RowMapping
 
 from infra.schema import DEFAULT_QUEUE
 
+MAX_LABELS = 20
+"""Of one job."""
+
 
 class JobState(StrEnum):
     """Where a job stands."""

@@ -76,7 +76,7 @@ CATALOGUE: dict[str, ProblemKind] = {
     "job-conflict": ProblemKind(
         409,
         "The job's state does not allow this",
-        "the job's state does not allow this, such as cancelling a finished one",
+        "the job's state does not allow this, such as cancelling a finished one or joining one that is being cancelled",
         "read the job",
     ),
     "dependency-failed": ProblemKind(

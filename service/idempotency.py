@@ -67,13 +67,21 @@ class IdempotentRequest:
         self._route = route
         self._body_hash = body_hash
 
-    def answer(self, caller: Caller, prepare: Callable[[], PreparedT], make: Callable[[PreparedT], Made]) -> Response:
+    def answer(
+        self,
+        caller: Caller,
+        prepare: Callable[[], PreparedT],
+        make: Callable[[PreparedT], Made],
+        *,
+        look_first: bool = False,
+    ) -> Response:
         """Answer as before, or do the work.
 
         Args:
             caller: Whose key it is.
             prepare: Checks that may be slow; no transaction is open.
             make: Changes, made in one transaction with the kept answer; only database work belongs here.
+            look_first: Look for a kept answer before `prepare`, which does more than check.
 
         Raises:
             IdempotencyMismatch: the key was used for another request.
@@ -84,6 +92,8 @@ class IdempotentRequest:
                 made = make(prepared)
             return _response(_answer(made, made.view))
         request = KeyedRequest(caller.tenant_id, self._key, self._route, self._body_hash)
+        if look_first and (known := self._service.idempotency.find(request)) is not None:
+            return _response(known, replayed=True)
         try:
             prepared = prepare()
         except (ProblemError, InfraError):

@@ -7,6 +7,7 @@ from typing import Any
 
 from duquant.config import Recipe
 from infra.artifacts import Artifact, ArtifactFilter
+from infra.batch_endings import note_if_finished
 from infra.batches import Batch, NewItem
 from infra.errors import ModelForbidden, ModelNotFound
 from infra.jobs import Job, NewJob
@@ -135,7 +136,11 @@ def add_batch(service: Context, caller: Caller, name: str, spec: Mapping[str, An
             NewItem(model_name=new.model_name, recipe_name=new.recipe_name, job=new)
             for new in _evaluations(jobs, plan.evaluation, plan.identities)
         ]
-        service.batches.add_items(batch, measuring, actor=caller.actor)
+        made = [*made, *service.batches.add_items(batch, measuring, actor=caller.actor)]
+    if all(job is None or job.state.is_terminal for job in made):
+        # All of it is there, or refused: nobody has to wait until somebody notices.
+        note_if_finished(service.engine, batch.id)
+        return service.batches.get(batch.id, caller.tenant_id)
     return batch
 
 

@@ -168,7 +168,10 @@ def get_batch_table(service: Service, caller: Reader, batch_id: BatchId) -> Batc
     responses={200: shows(BATCH, "What has not ended is cancelled, or stops at its next beat"), **responses(*_ONE)},
 )
 def cancel_batch(service: Service, caller: BatchWriter, batch_id: BatchId) -> BatchView:
-    """Cancel the jobs that the batch made and that have not ended. Jobs that it found there go on."""
+    """Cancel the jobs that the batch made and that have not ended.
+
+    Jobs that it found there go on, and so do those that another batch counts on, until that is cancelled, too.
+    """
     return batch_view(service, service.batches.cancel(batch_id, tenant_id=caller.tenant_id, actor=caller.actor))
 
 
@@ -186,10 +189,11 @@ def retry_batch(service: Service, caller: BatchWriter, batch_id: BatchId, once: 
     """Queue again what failed or was cancelled. Each job goes on from the layers that it has finished."""
 
     def retry() -> Batch:
-        # Not in the transaction of the answer: doing it twice is harmless, and to do it at once would hold up the rest.
+        # Not in the transaction of the answer, which would hold up the rest: two requests at once may both do it, which
+        # is harmless.
         return service.batches.retry_failed(batch_id, tenant_id=caller.tenant_id, actor=caller.actor)[0]
 
     def show(batch: Batch) -> Made:
         return Made(batch_view(service, batch), status=200, location=f"/v1/batches/{batch.id}")
 
-    return once.answer(caller, retry, show)
+    return once.answer(caller, retry, show, look_first=True)

@@ -59,6 +59,7 @@ _ONE_JOB = (*COMMON, "job-not-found")
         **responses(
             *COMMON,
             *BODY_PROBLEMS,
+            "job-conflict",
             "dependency-failed",
             "dependency-not-found",
             "quota-exceeded",

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from duquant.config import DEFAULT_PRESET, preset
+from infra.job_model import MAX_LABELS
 from infra.schema import DEFAULT_QUEUE
 from service.schemas.common import DEFAULT_PRIORITY, Moment, check_text
 from service.schemas.evaluations import EvaluationSettings
@@ -46,7 +47,7 @@ class JobRequest(BaseModel):
     """Jobs that must succeed first. If one does not, this job fails."""
     evaluate: EvaluationSettings | None = None
     """Measure the artifact when it is made, in a job of its own; left out, nothing is measured."""
-    labels: Labels = Field(default={}, max_length=20, examples=[{"team": "search"}])
+    labels: Labels = Field(default={}, max_length=MAX_LABELS, examples=[{"team": "search"}])
     """Words of your own, to find jobs by."""
 
     @model_validator(mode="before")

@@ -101,6 +101,16 @@ def test_cancelling_spares_what_was_there_and_what_has_ended(store, desk, zoo):
     zoo.cancel(batch_id, tenant_id="default", actor=ACTOR)
 
 
+def test_work_of_two_batches_is_cancelled_with_the_last_of_them(desk, zoo):
+    first, _ = batch_of(zoo, item(desk, "both"), item(desk, "mine"))
+    second, _ = batch_of(zoo, item(desk, "both"), item(desk, "yours"))
+    zoo.cancel(first, tenant_id="default", actor=ACTOR)
+    assert states(zoo, first) == ["queued", "cancelled"]
+    assert states(zoo, second) == ["queued", "queued"]
+    zoo.cancel(second, tenant_id="default", actor=ACTOR)
+    assert states(zoo, first) == states(zoo, second) == ["cancelled", "cancelled"]
+
+
 def test_only_what_failed_or_was_cancelled_is_tried_again(store, desk, zoo):
     batch_id, jobs = batch_of(zoo, item(desk, "ok"), item(desk, "bad"), item(desk, "off"))
     succeed(store, desk, jobs[0])
@@ -131,6 +141,22 @@ def test_where_somebody_else_does_the_work_by_now_the_batch_takes_that_over(stor
     ((entry, job),) = zoo.items(batch_id)
     assert (job.id, entry.reused) == (other.id, True)
     assert store.get(jobs[0].id).state is JobState.FAILED
+
+
+def test_work_that_is_being_cancelled_stops_no_batch(store, desk, zoo):
+    first, jobs = batch_of(zoo, item(desk, "a"), item(desk, "b"))
+    store.fail(desk.claim(), "error", "on purpose")
+    leaving = desk.add("a")
+    store.cancel(jobs[1].id, tenant_id="default", actor=ACTOR)
+    desk.claim()
+    store.cancel(leaving.id, tenant_id="default", actor=ACTOR)
+    second, made = batch_of(zoo, item(desk, "a"), item(desk, "c"))
+    (refused, _), (taken, _) = zoo.items(second)
+    assert (made[0], refused.job_id, taken.job_id) == (None, None, made[1].id)
+    assert f"{leaving.id} does this work and is being cancelled" in refused.detail
+    # Nor does it stop the rest of a batch from being tried again.
+    assert zoo.retry_failed(first, tenant_id="default", actor=ACTOR)[1] == 1
+    assert states(zoo, first) == ["failed", "queued"]
 
 
 def test_what_the_collector_has_forgotten_is_not_counted(store, desk, zoo, engine):

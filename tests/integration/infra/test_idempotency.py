@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, event
 
-from infra.database import transaction
+from infra.database import make_engine, transaction
 from infra.errors import IdempotencyMismatch, InfraError
 from infra.idempotency import Answer, IdempotencyStore, KeyedRequest
 from infra.jobs import JobStore, NewJob
@@ -87,6 +87,36 @@ def test_answers_are_forgotten_after_their_lifetime(keys: IdempotencyStore, work
     clock.now += DAY_MS // 2
     assert keys.purge() == 1
     assert work(replace(REQUEST, key="young")) is None
+
+
+@pytest.mark.integration
+def test_an_answer_that_is_over_gives_way_to_one_of_two(migrated_postgres_url: str, clock: Clock) -> None:
+    engine, other = make_engine(migrated_postgres_url), make_engine(migrated_postgres_url)
+    fresh = replace(ANSWER, body='{"id": "job_2"}')
+
+    def work(on: Engine, answer: Answer) -> Answer | None:
+        keys = IdempotencyStore(on, lifetime_ms=DAY_MS, clock=clock)
+        with transaction(on):
+            known = keys.take(REQUEST)
+            if known is None:
+                keys.keep(REQUEST, answer)
+            return known
+
+    assert work(engine, ANSWER) is None
+    clock.now += DAY_MS + 1
+    overtaken: list[Answer | None] = []
+
+    def overtake(_connection: object, _cursor: object, statement: str, *_rest: object) -> None:
+        """Do the whole of the other request between the first one's look at the old row and its deletion."""
+        if statement.startswith("DELETE FROM idempotency_keys") and not overtaken:
+            with ThreadPoolExecutor(1) as pool:  # a thread of its own is in no transaction
+                overtaken.append(pool.submit(work, other, fresh).result())
+
+    event.listen(engine, "before_cursor_execute", overtake)
+    assert work(engine, ANSWER) == fresh
+    assert overtaken == [None]
+    engine.dispose()
+    other.dispose()
 
 
 def test_of_many_requests_at_once_one_works_and_the_others_get_its_answer(work: Callable) -> None:

@@ -8,6 +8,7 @@ from sqlalchemy.exc import StatementError
 
 from infra.database import transaction, write
 from infra.errors import DependencyNotFound, InfraError, JobConflict, JobNotFound, QueueNotFound
+from infra.job_model import MAX_LABELS
 from infra.job_reads import FARTHEST_PLACE
 from infra.jobs import JobState, JobStore
 from infra.schema import tenants
@@ -50,6 +51,15 @@ def test_a_waiting_job_serves_the_more_impatient_of_two_requests(desk, store: Jo
     # The other way round nothing changes.
     again, _ = store.enqueue(desk.new_job(priority=900, run_at=clock.now + hour), actor="calm")
     assert again == hasty
+
+
+def test_a_job_has_only_so_many_labels_however_many_requests_it_serves(desk, store: JobStore) -> None:
+    desk.add(labels={f"first-{number}": "x" for number in range(15)})
+    for request in range(3):
+        labels = {f"more-{request}-{number}": "x" for number in range(10)}
+        job, _ = store.enqueue(desk.new_job(labels=labels), actor="other")
+    assert len(job.labels) == MAX_LABELS
+    assert {f"first-{number}" for number in range(15)} < job.labels.keys()
 
 
 def test_a_running_job_outlives_its_deadline_for_somebody_else(desk, store: JobStore, clock) -> None:

@@ -105,6 +105,11 @@ def test_what_is_there_is_reused_and_force_makes_it_again(service: Any) -> None:
     forced = batch_of(service, models=[DEMO], recipes=["duquant"], force=True)
     assert forced["reused"] == 0
     assert table(service, forced)[0]["job_id"] != job["id"]
+    for _ in range(3):
+        succeed(service)
+    whole = batch_of(service, models=[DEMO], recipes=["duquant", "rtn"])
+    assert (whole["state"], whole["reused"]) == ("succeeded", 2)
+    assert whole["finished_at"] is not None
 
 
 def test_a_model_that_cannot_be_used_does_not_stop_the_rest(service: Any) -> None:
@@ -149,6 +154,15 @@ def test_a_cancelled_batch_goes_on_when_it_is_asked_to(service: Any) -> None:
         succeed(service)
     assert service.http.get(path).json()["state"] == "succeeded"
     assert service.http.post(f"{path}:retry-failed").json()["state"] == "succeeded"
+
+
+def test_a_key_of_another_request_tries_nothing_again(service: Any) -> None:
+    body = {"models": [DEMO], "recipes": ["rtn"]}
+    batch = post(service, body, key="used").json()
+    service.http.post(f"/v1/batches/{batch['id']}:cancel")
+    again = service.http.post(f"/v1/batches/{batch['id']}:retry-failed", headers={"Idempotency-Key": "used"})
+    assert problem(again) == (422, "idempotency-key-reused")
+    assert service.http.get(f"/v1/batches/{batch['id']}").json()["state"] == "cancelled"
 
 
 def test_a_batch_is_made_once_for_a_key_and_needs_one(service: Any) -> None:

@@ -1,8 +1,11 @@
 """What lies on the server's shelves: the models that may be named in a request, and their measures."""
 
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +16,7 @@ from infra.models import DEMO_MODELS, ModelCatalog, ModelRef
 _DEEPEST = 3
 """Folders below a root: `name`, `owner/name` and one more."""
 _MOST_FOLDERS = 10_000
+_MEMORY_S = 1.0
 _LARGEST_CONFIG = 1_000_000
 _BYTES_PER_FLOAT = 2
 """Embeddings, norms and the head stay in 16 bits."""
@@ -83,12 +87,28 @@ class ShelfModel:
 class ModelShelf:
     """Lists models and measures one. It reads names, sizes and config.json, never weights."""
 
-    def __init__(self, roots: Iterable[Path], catalog: ModelCatalog) -> None:
+    def __init__(
+        self, roots: Iterable[Path], catalog: ModelCatalog, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._roots = tuple(roots)
         self._catalog = catalog
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._walked_at = -math.inf
+        self._found: Sequence[ShelfModel] = ()
 
-    def list(self) -> list[ShelfModel]:
-        """Return the demo's models and the usable folders under the model roots, by name."""
+    def list(self) -> Sequence[ShelfModel]:
+        """Return the demo's models and the usable folders under the model roots, by name.
+
+        As they were a moment ago: however many ask, the folders are walked once at a time, and not too often.
+        """
+        with self._lock:
+            if self._clock() - self._walked_at >= _MEMORY_S:
+                self._found = self._walk()
+                self._walked_at = self._clock()
+            return self._found
+
+    def _walk(self) -> Sequence[ShelfModel]:
         demo = [ShelfModel(ref=ModelRef("demo", name), shape=None, size_bytes=None) for name in sorted(DEMO_MODELS)]
         local = []
         for name in sorted(set(self._names())):

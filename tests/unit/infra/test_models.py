@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from infra.errors import ModelForbidden, ModelNotFound, PathForbidden, PathNotFound
+from infra.model_shelf import ModelShelf
 from infra.models import ModelCatalog, ModelRef
 from infra.paths import find_under
 
@@ -254,3 +255,13 @@ def test_text_files_are_found_the_same_way(tmp_path: Path) -> None:
     assert find_under([tmp_path / "texts"], "a.txt") == tmp_path / "texts" / "a.txt"
     with pytest.raises(PathNotFound, match=r"b\.txt"):
         find_under([tmp_path / "texts"], "b.txt")
+
+
+def test_the_shelf_is_looked_over_once_a_second_however_many_ask(root: Path) -> None:
+    now = 0.0
+    shelf = ModelShelf([root], ModelCatalog([root]), clock=lambda: now)
+    names = [model.ref.name for model in shelf.list()]
+    make_model(root / "late")
+    assert [model.ref.name for model in shelf.list()] == names
+    now = 1.0
+    assert {model.ref.name for model in shelf.list()} == {*names, "late"}

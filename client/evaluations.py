@@ -1,6 +1,5 @@
 """`duquant evaluation`: measure artifacts and models on a running service."""
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +14,7 @@ from client.measures import FewshotOption, QuestionsOption, SpeedFlag, TasksOpti
 from client.models import Evaluation
 from client.output import note, number, print_pairs, print_table, print_text, size
 from client.progress import follow_job
+from client.scores import print_scores
 from client.times import at
 
 app = typer.Typer(help="Measure artifacts and models.", no_args_is_help=True)
@@ -76,7 +76,7 @@ def list_evaluations(
         (
             each.id,
             each.model_name,
-            each.artifact_id or "unquantized",
+            _what(each),
             number(each.perplexity),
             each.metrics.get("windows"),
         )
@@ -114,12 +114,17 @@ def report(
     session.show({"out": str(target), "size_bytes": len(page)}, lambda: print_pairs({"report": target}))
 
 
+def _what(evaluation: Evaluation) -> str:
+    """Return the artifact; or the job whose artifact missed its quality gate."""
+    return evaluation.artifact_id or evaluation.raw.get("artifact_job_id") or "unquantized"
+
+
 def _report(session: Session, evaluation: Evaluation) -> None:
     metrics = evaluation.metrics
     pairs = {
         "evaluation": evaluation.id,
         "model": evaluation.model_name,
-        "artifact": evaluation.artifact_id or "unquantized",
+        "artifact": _what(evaluation),
         "perplexity": number(evaluation.perplexity),
         "tokens": metrics.get("tokens"),
         "windows": metrics.get("windows"),
@@ -134,25 +139,6 @@ def _report(session: Session, evaluation: Evaluation) -> None:
         for name, part in evaluation.raw.get("parts", {}).items():
             if part["state"] != "done":
                 print_text(f"{name}: {part.get('error') or 'not measured'}")
-        if metrics.get("tasks"):
-            print_table(("task", "score", "value", "error", "questions"), list(_task_rows(metrics["tasks"])))
-        if metrics.get("speed"):
-            print_table(("of", "load", "tokens/s", "of bfloat16"), list(_speed_rows(metrics["speed"])))
+        print_scores(metrics)
 
     session.show(evaluation.raw, people)
-
-
-def _task_rows(tasks: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[object, ...]]:
-    for task, scores in tasks.items():
-        for score in (name for name in scores if f"{name}_stderr" in scores):
-            values = (number(scores[score]), number(scores[f"{score}_stderr"]), scores.get("samples"))
-            yield task, score, *values
-
-
-def _speed_rows(speed: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
-    own = speed["artifact"]
-    for scope in ("layer", "model"):
-        for row in speed[scope]:
-            if own in row["tokens_per_second"]:
-                load = f"prefill {row['tokens']}" if row["phase"] == "prefill" else f"decode, batch {row['batch']}"
-                yield scope, load, number(row["tokens_per_second"][own]), number(row.get("speedup", {}).get(own))

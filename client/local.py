@@ -21,9 +21,7 @@ from client.output import (
     chatter,
     duration,
     note,
-    number,
     print_pairs,
-    print_table,
     print_text,
     show,
     size,
@@ -31,6 +29,7 @@ from client.output import (
 )
 from client.progress import LAYERS_COLUMN, bar_of
 from client.recipes import load_recipe
+from client.scores import print_scores
 from duquant.config import DEFAULT_PRESET, TextSource, with_calibration
 from duquant.errors import DuQuantError
 from duquant.evaluation.plan import EvaluationPlan, PerplexityConfig, SpeedConfig, TaskConfig
@@ -244,30 +243,7 @@ def _print_metrics(metrics: Mapping[str, Any]) -> None:
         pairs["perplexity"] = f"{metrics['perplexity']:.4f}"
         pairs |= {name: metrics[name] for name in ("tokens", "windows")}
     print_pairs({**pairs, "model size": size(metrics["model_bytes"]), "time": duration(metrics["seconds"])})
-    if "tasks" in metrics:
-        print_table(("task", "score", "value", "error", "questions"), list(_task_rows(metrics["tasks"])))
-    if "speed" in metrics:
-        columns = ("", "step", "contender", "tokens/s", "speedup", "transform")
-        print_table(columns, list(_speed_rows(metrics["speed"])))
-        for skipped in metrics["speed"]["skipped"]:
-            note(f"left out: {skipped['what']} ({skipped['scope']}): {skipped['reason']}")
-
-
-def _task_rows(tasks: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
-    for task, scores in tasks.items():
-        for name in scores:
-            if f"{name}_stderr" in scores:
-                yield task, name, number(scores[name]), number(scores[f"{name}_stderr"]), scores["samples"]
-
-
-def _speed_rows(speed: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
-    for scope in ("layer", "model"):
-        for row in speed[scope]:
-            step = f"prefill {row['tokens']}" if row["phase"] == "prefill" else f"decode x {row['batch']}"
-            for kind, rate in row["tokens_per_second"].items():
-                speedup, overhead = (row.get(name, {}).get(kind) for name in ("speedup", "transform_overhead"))
-                ratio = None if speedup is None else f"{speedup:.2f}x"
-                yield scope, step, kind, number(rate), ratio, None if overhead is None else f"{overhead:+.1%}"
+    print_scores(metrics)
 
 
 @with_output

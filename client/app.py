@@ -39,6 +39,7 @@ from duquant.errors import (
     CalibrationError,
     ConfigError,
     DuQuantError,
+    EvaluationError,
     ShapeError,
     SourceError,
     UnsupportedModelError,
@@ -79,7 +80,7 @@ app.command()(demo.demo)
 _UsageError = cast(
     "type[typer.BadParameter]", next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 )
-_BAD_INPUT = (ConfigError, ShapeError, SourceError, UnsupportedModelError, CalibrationError)
+_BAD_INPUT = (ConfigError, ShapeError, SourceError, UnsupportedModelError, CalibrationError, EvaluationError)
 
 
 def run_app(arguments: Sequence[str]) -> int:

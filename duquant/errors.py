@@ -41,5 +41,9 @@ class EvaluationError(DuQuantError):
     """An evaluation task or its data cannot be used."""
 
 
+class KernelError(DuQuantError):
+    """A kernel's result is not the reference's."""
+
+
 class KernelUnavailableError(DuQuantError):
     """No kernel backend can run this operation here."""

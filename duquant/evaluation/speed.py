@@ -12,7 +12,7 @@ from torch import Tensor
 
 from duquant import kernels
 from duquant.config import ActivationConfig
-from duquant.errors import EvaluationError, UnsupportedModelError
+from duquant.errors import KernelError, UnsupportedModelError
 from duquant.evaluation.contender_names import ARTIFACT, BFLOAT16, RTN
 from duquant.evaluation.contenders import Transforms, dense_twin, linear_bytes
 from duquant.evaluation.loading import LoadedModel
@@ -57,7 +57,7 @@ def measure_speed(
         memory: bytes of the linears; ceilings, checked, skipped, device, threads, kernels, seconds.
 
     Raises:
-        EvaluationError: a kernel's result is wrong. Nothing is timed then.
+        KernelError: a kernel's result is wrong. Nothing is timed then.
     """
     bench = _Bench(loaded, config)
     try:
@@ -125,7 +125,7 @@ class _Bench:
         """Compare every contender's products in the first layer with the reference's.
 
         Raises:
-            EvaluationError: one is wrong.
+            KernelError: one is wrong.
         """
         if self._transforms is None:
             return
@@ -290,7 +290,7 @@ def _check_site(kind: str, site: SiteModule, activation: ActivationConfig) -> fl
     """Return how many steps the codes of random rows are off the reference's at most.
 
     Raises:
-        EvaluationError: it is more than bfloat16 rotations explain, or a product is not the reference's.
+        KernelError: it is more than bfloat16 rotations explain, or a product is not the reference's.
     """
     reference, prepared = ReferenceBackend(), site.prepared()
     generator = torch.Generator().manual_seed(0)
@@ -303,14 +303,14 @@ def _check_site(kind: str, site: SiteModule, activation: ActivationConfig) -> fl
     worst = float(off.max())
     # A step of rounding, and 2^-8 of the row's range on both sides, from bfloat16.
     if not worst <= 1 + 2 * (2**activation.bits - 1) / 2**8:
-        raise EvaluationError(f"the {kind} transform is wrong by {worst:.2f} steps on this machine; nothing was timed")
+        raise KernelError(f"the {kind} transform is wrong by {worst:.2f} steps on this machine; nothing was timed")
     for readers in site.readers:
         W = readers.joined
         if W is None:
             continue
         Y = kernels.int4_linear(q, W)
         if not torch.equal(Y, reference.int4_linear(q, W, None, torch.float32)):
-            raise EvaluationError(f"an INT4 product ({kind}) is wrong on this machine; nothing was timed")
+            raise KernelError(f"an INT4 product ({kind}) is wrong on this machine; nothing was timed")
     return worst
 
 

@@ -14,6 +14,7 @@ from duquant.errors import EvaluationError
 from duquant.evaluation.accuracy import measure_task
 from duquant.evaluation.loading import LoadedModel, load_for_evaluation
 from duquant.evaluation.plan import TaskConfig
+from duquant.evaluation.scoring import ScoringModel
 
 # The harness and what it needs warn of their own use of each other.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -78,6 +79,22 @@ def test_scores_are_those_by_hand(artifact: LoadedModel, questions: Path) -> Non
         assert result[f"{name}_stderr"] == pytest.approx(math.sqrt(share * (1 - share) / (len(hits) - 1)))
     assert seen[-1] == (10, 10)
     assert json.loads(json.dumps(found)) == found
+
+
+def test_neighbours_in_a_batch_and_its_padding_change_nothing(tiny_model: Callable[..., Path]) -> None:
+    loaded = load_for_evaluation(str(tiny_model()), device="cpu")
+    model = loaded.model.float()
+    scorer = ScoringModel(model, loaded.tokenizer)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 250, (length,), generator=generator).tolist() for length in (3, 4, 9, 17, 30, 30, 31, 64)]
+    requests = [(("", ""), row[:2], row[2:]) for row in rows]
+    found = scorer._loglikelihood_tokens(requests)
+    for row, (likelihood_found, _) in zip(rows, found, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([row[:-1]])).logits[0].double().log_softmax(-1)
+        expected = sum(float(logits[place - 1, row[place]]) for place in range(2, len(row)))
+        # Sums of at most 64 float32 losses near 6.
+        assert likelihood_found == pytest.approx(expected, rel=1e-4)
 
 
 def test_limit_and_solved_examples(artifact: LoadedModel, questions: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from duquant.config import ActivationConfig, KVCacheConfig, Recipe
-from duquant.errors import EvaluationError
+from duquant.errors import KernelError
 from duquant.evaluation import speed as speed_module
 from duquant.evaluation.contenders import Transforms, dense_cache, dense_twin, kind_of, linear_bytes
 from duquant.evaluation.loading import LoadedModel, load_for_evaluation
@@ -83,7 +83,7 @@ def test_nothing_is_timed_when_a_product_is_wrong(artifact: LoadedModel, monkeyp
         return right(*args, **kwargs) + 1e-3
 
     monkeypatch.setattr(ReferenceBackend, "int4_linear", wrong)
-    with pytest.raises(EvaluationError, match=r"an INT4 product .* is wrong on this machine; nothing was timed"):
+    with pytest.raises(KernelError, match=r"an INT4 product .* is wrong on this machine; nothing was timed"):
         measure_speed(artifact, CONFIG)
 
 
@@ -94,7 +94,7 @@ def test_nothing_is_timed_when_a_transform_is_wrong(artifact: LoadedModel, monke
         return right(self, X.roll(1, dims=1), transform)
 
     monkeypatch.setattr(ReferenceBackend, "transform_quantize_pack", wrong)
-    with pytest.raises(EvaluationError, match="transform is wrong by"):
+    with pytest.raises(KernelError, match="transform is wrong by"):
         measure_speed(artifact, CONFIG)
 
 

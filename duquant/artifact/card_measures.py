@@ -35,7 +35,7 @@ def _perplexities(results: Sequence[Mapping[str, Any]]) -> str:
 def _tasks(results: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         (
-            f"`{task}`",
+            _code(task),
             score,
             _with_error(scores, score),
             _with_error(result.get("baseline", {}).get("tasks", {}).get(task, {}), score),
@@ -97,7 +97,12 @@ def text_words(text: Mapping[str, Any]) -> str:
     if text["kind"] == "hub":
         names += [text.get("config"), text.get("split")]
     half = "" if text.get("part", "all") == "all" else f", {text['part']} half"
-    return f"{text['kind']} `{' '.join(str(name) for name in names if name)}`{half}"
+    return f"{text['kind']} {_code(' '.join(str(name) for name in names if name))}{half}"
+
+
+def _code(words: str) -> str:
+    """Return words that people chose as code, out of which no Markdown and no HTML leads."""
+    return "`" + words.replace("`", "'") + "`"
 
 
 def _number(value: object) -> str:

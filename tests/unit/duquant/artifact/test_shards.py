@@ -65,4 +65,7 @@ def test_card_tells_recipe_sizes_and_measurements(tiny_artifact: Callable[..., A
     assert "Nothing has been measured" in card
     assert "4 bits, asymmetric, per output channel" in card
     assert "from duquant.inference import load" in card
-    assert "| perplexity | 38.2 |" in model_card(replace(manifest, evaluation={"perplexity": 38.2}))
+    result = {"perplexity": 38.2, "text": {"kind": "file", "name": "a.txt"}, "windows": 2, "seq_len": 64}
+    measured = model_card(replace(manifest, evaluation={"results": [result]}))
+    assert "| 38.2000 | file `a.txt` | 2 of 64 tokens |" in measured
+    assert "Nothing has been measured" not in measured

@@ -88,18 +88,21 @@ class TransformConfig:
     smooth_alpha: float | None = None
     """Migration strength of the smoothing scale, |X|^alpha / |W|^(1 - alpha) per channel; null leaves smoothing out."""
     smooth_strength: Literal["fixed", "search"] = field(default="fixed", metadata=LATER)
-    """fixed: smooth_alpha everywhere; search: for each site the strength of least output error, no smoothing included."""
+    """fixed: smooth_alpha everywhere; search: each site's strength of least output error, no smoothing included."""
     smooth_statistic: Literal["absmax", "rms", "mean"] = "absmax"
     """What the smoothing scale compares: largest magnitudes, or root mean squares, the better before a rotation. mean:
     mean magnitudes of the inputs, |X|^alpha, whatever the weights are (AWQ)."""
+    smooth_consumers: Literal["all", "reference"] = field(default="all", metadata=LATER)
+    """Which of a site's weights the scale looks at. reference: q_proj and up_proj alone, as DuQuant's authors' code."""
     smooth_learned: bool = field(default=False, metadata=LATER)
-    """Learn the smoothing scales from where the above puts them, on each layer's output, but those of mlp_out (OmniQuant);
-    see learning."""
+    """Learn the smoothing scales, from where the above puts them, on each layer's output, but those of mlp_out
+    (OmniQuant); see learning."""
     fold_gains: bool = field(default=False, metadata=LATER)
     """Move the norms' gains into the weights that follow, so that rotations see inputs without them (QuaRot)."""
-    rotation: Literal["none", "greedy", "hadamard", "balanced"] = "none"
+    rotation: Literal["none", "greedy", "hadamard", "balanced", "reference"] = "none"
     """greedy: the paper's search on the outlier channel; hadamard: random-sign Hadamard blocks, no search; balanced:
-    invertible blocks of least expected output error, computed from the second moments of inputs and weights."""
+    invertible blocks of least expected output error, computed from the second moments of inputs and weights; reference:
+    the search of DuQuant's authors' code, its differences from the paper included."""
     permutation: Literal["none", "zigzag", "transpose"] = "none"
     """zigzag: deal channels, largest first, back and forth over the blocks between R1 and R2. transpose: channel j of
     block i becomes channel i of block j; with rotation=hadamard R1 and R2 then are one Hadamard matrix over all
@@ -121,7 +124,8 @@ class TransformConfig:
             check_range("transform", "smooth_alpha", self.smooth_alpha, 0.0, 1.0)
         check_choice("transform", "smooth_strength", self.smooth_strength, ("fixed", "search"))
         check_choice("transform", "smooth_statistic", self.smooth_statistic, ("absmax", "rms", "mean"))
-        check_choice("transform", "rotation", self.rotation, ("none", "greedy", "hadamard", "balanced"))
+        check_choice("transform", "smooth_consumers", self.smooth_consumers, ("all", "reference"))
+        check_choice("transform", "rotation", self.rotation, ("none", "greedy", "hadamard", "balanced", "reference"))
         check_choice("transform", "permutation", self.permutation, ("none", "zigzag", "transpose"))
         check_range("transform", "block_size", self.block_size, 2, 32768)
         check_range("transform", "greedy_steps", self.greedy_steps, 1, 4096)
@@ -132,9 +136,14 @@ class TransformConfig:
                 "transform.shared_rotation is true, but transform.rotation 'balanced' gives each block its own",
                 field="transform.shared_rotation",
             )
+        if self.rotation == "reference" and not self.shared_rotation:
+            raise ConfigError(
+                "transform.shared_rotation is false, but transform.rotation 'reference' gives all blocks one",
+                field="transform.shared_rotation",
+            )
         if self.permutation != "none" and self.rotation == "none":
             raise ConfigError(
-                f"transform.permutation is {self.permutation!r} without a rotation; a permutation alone changes nothing",
+                f"transform.permutation is {self.permutation!r} without a rotation; alone it changes nothing",
                 field="transform.permutation",
             )
         if self.permutation == "transpose" and (self.rotation != "hadamard" or not self.shared_rotation):
@@ -184,8 +193,8 @@ class WeightConfig:
     largest divisor below."""
     clip: Literal["none", "fixed", "search", "output", "learned"] = "none"
     """none: the full range; fixed: clip_ratio times it; search: the ratios of least squared error, row by row, channels
-    weighed by their inputs; output: the ratios of least output error, row by row, by the inputs' second moment; learned:
-    two ratios for each row, by gradients of the layer's output error; see learning."""
+    weighed by their inputs; output: the ratios of least output error, row by row, by the inputs' second moment;
+    learned: two ratios for each row, by gradients of the layer's output error; see learning."""
     clip_ratio: float = 1.0
     """The ratio of clip=fixed."""
     solver: Literal["rtn", "gptq"] = "rtn"
@@ -307,7 +316,7 @@ class LearningConfig:
     """Most times that the samples are gone through."""
     patience: int = 2
     """Epochs without a smaller loss after which learning stops early. The best epoch's values are kept."""
-    clip_rate: float = 0.03
+    clip_rate: float = 0.1
     """Learning rate of the clips."""
     smooth_rate: float = 0.005
     """Learning rate of the smoothing scales' logarithms."""
@@ -548,6 +557,13 @@ def _coerce(hint: Any, value: Any, path: str, what: str) -> Any:
 
 
 _ROTATED_KV = KVCacheConfig(bits=4, rotate=True, clip_ratio=0.95)
+_QUAROT = Recipe(
+    name="quarot",
+    transform=TransformConfig(rotation="hadamard", permutation="transpose", fold_gains=True),
+    weight=WeightConfig(symmetric=True, clip="search", solver="gptq"),
+    activation=ActivationConfig(symmetric=True, clip_ratio=0.9),
+    kv_cache=_ROTATED_KV,
+)
 
 PRESETS: dict[str, tuple[str, Recipe]] = {
     "rtn": (
@@ -567,6 +583,32 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
             kv_cache=KVCacheConfig(bits=16),
         ),
     ),
+    "awq": (
+        "AWQ (arXiv 2306.00978v5): weights alone, 4 bits in groups of 128; scales searched by site, by output error.",
+        Recipe(
+            name="awq",
+            transform=TransformConfig(smooth_strength="search", smooth_statistic="mean"),
+            weight=WeightConfig(group_size=128, clip="search"),
+            activation=ActivationConfig(bits=16),
+            kv_cache=KVCacheConfig(bits=16),
+        ),
+    ),
+    "omniquant": (
+        "OmniQuant (arXiv 2308.13137v3): smoothing scales and weight clips learned by AdamW. Half an hour.",
+        Recipe(
+            name="omniquant",
+            transform=TransformConfig(smooth_alpha=0.5, smooth_learned=True),
+            weight=WeightConfig(clip="learned"),
+        ),
+    ),
+    "quarot": (
+        "QuaRot (arXiv 2404.00456v2): a Hadamard matrix over all channels of each site, symmetric grids, GPTQ.",
+        _QUAROT,
+    ),
+    "quarot-rtn": (
+        "QuaRot with weights rounded to nearest.",
+        replace(_QUAROT, name="quarot-rtn", weight=replace(_QUAROT.weight, solver="rtn")),
+    ),
     "duquant": (
         "DuQuant (arXiv 2406.01721v3): smoothing, greedy R1, zigzag permutation, greedy R2, fixed clipping.",
         Recipe(
@@ -577,12 +619,35 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
             kv_cache=_ROTATED_KV,
         ),
     ),
+    "duquant-compat": (
+        "DuQuant as its authors' code has it, where that differs from the paper; queries, keys and values in 16 bits.",
+        Recipe(
+            name="duquant-compat",
+            transform=TransformConfig(
+                smooth_alpha=0.6, smooth_consumers="reference", rotation="reference", permutation="zigzag"
+            ),
+            weight=WeightConfig(clip="fixed", clip_ratio=0.8),
+            activation=ActivationConfig(clip_ratio=0.9),
+            kv_cache=KVCacheConfig(bits=16),
+            calibration=CalibrationConfig(search_tokens=256),
+        ),
+    ),
     "duquant-lwc": (
         "DuQuant with learnable weight clipping, solved instead of trained: each row's two ratios by its output error.",
         Recipe(
             name="duquant-lwc",
             transform=TransformConfig(smooth_alpha=0.5, rotation="greedy", permutation="zigzag"),
             weight=WeightConfig(clip="output"),
+            activation=ActivationConfig(clip_ratio=0.9),
+            kv_cache=_ROTATED_KV,
+        ),
+    ),
+    "duquant-lwc-adamw": (
+        "DuQuant with learnable weight clipping as in the paper: AdamW on each layer's output. Half an hour.",
+        Recipe(
+            name="duquant-lwc-adamw",
+            transform=TransformConfig(smooth_alpha=0.5, rotation="greedy", permutation="zigzag"),
+            weight=WeightConfig(clip="learned"),
             activation=ActivationConfig(clip_ratio=0.9),
             kv_cache=_ROTATED_KV,
         ),

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from duquant.calibration.statistics import StatisticsRecorder, save_statistics
@@ -23,6 +24,7 @@ from duquant.config import CalibrationConfig, Recipe
 from duquant.errors import CalibrationError, ScratchError, SourceError
 from duquant.models.skeleton import COMPUTE_DTYPE, Skeleton
 from duquant.models.source import SourceCheckpoint
+from duquant.models.tensor_files import save_tensors
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,10 @@ class WorkDir:
         """Statistics of `layer` over one shard."""
         return self.root / f"statistics-{layer:04d}-{shard:04d}.safetensors"
 
+    def inputs(self, layer: int, shard: int) -> Path:
+        """Inputs of `layer` over one shard that are kept to learn on."""
+        return self.root / f"inputs-{layer:04d}-{shard:04d}.safetensors"
+
     def found(self, kind: Literal["boundary", "statistics"]) -> frozenset[tuple[int, int]]:
         """Return the (layer, shard) pairs of the complete files of a kind."""
         names = (path.name.split(".")[0].split("-") for path in self.root.glob(f"{kind}-*"))
@@ -60,6 +66,22 @@ def shard_windows(config: CalibrationConfig) -> list[range]:
     base, extra = divmod(config.samples, shards)
     edges = [index * base + min(index, extra) for index in range(shards + 1)]
     return [range(first, last) for first, last in pairwise(edges)]
+
+
+def learning_windows(recipe: Recipe, shard: int) -> list[int]:
+    """Return which windows of a shard are kept to learn on, evenly spread over all of them.
+
+    >>> from duquant.config import CalibrationConfig, LearningConfig
+    >>> recipe = Recipe(calibration=CalibrationConfig(samples=6, shards=2), learning=LearningConfig(samples=3))
+    >>> learning_windows(recipe, 0), learning_windows(recipe, 1)
+    ([1], [0, 2])
+    """
+    calibration = recipe.calibration
+    kept = min(recipe.learning.samples, calibration.samples)
+    windows = shard_windows(calibration)[shard]
+    return [
+        w - windows.start for w in windows if w * kept // calibration.samples < (w + 1) * kept // calibration.samples
+    ]
 
 
 def write_tokens(work: WorkDir, windows: Int64[Tensor, "samples seq_len"]) -> None:
@@ -127,7 +149,12 @@ def sweep_layer(
         skeleton.layer(layer, skeleton.load(source, layer)) as module,
         recorder.attached(module),
     ):
+        kept: list[Tensor] = []
+        wanted = set(learning_windows(recipe, shard)) if recipe.learns else set()
+        first = 0
         for X in _read_micro_batches(work.boundary(layer, shard), calibration, int(source.config["hidden_size"])):
+            kept += [X[i, : recipe.learning.seq_len].clone() for i in range(len(X)) if first + i in wanted]
+            first += len(X)
             Y = skeleton.forward(module, X.to(skeleton.device))
             if not last:
                 out.write(Y)
@@ -137,8 +164,29 @@ def sweep_layer(
         except CalibrationError as err:
             raise CalibrationError(f"layer {layer}: {err}", layer=layer, **err.facts) from err
         # Before the boundary is renamed into place: a step counts as done when both files are there.
+        if recipe.learns:
+            save_tensors(work.inputs(layer, shard), {"inputs": torch.stack(kept)} if kept else {})
         save_statistics(work.statistics(layer, shard), statistics)
         out.keep = not last
+
+
+def load_inputs(work: WorkDir, layer: int, shards: int, device: torch.device) -> Float[Tensor, "samples seq hidden"]:
+    """Return the inputs of a layer that the sweep kept to learn on, in shard order.
+
+    Raises:
+        ScratchError: a file is missing or broken; its shard's statistics are deleted: the next try sweeps again.
+    """
+    kept = []
+    for shard in range(shards):
+        path = work.inputs(layer, shard)
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as reader:
+                kept += [reader.get_tensor(name) for name in reader.keys()]  # noqa: SIM118  # it is no mapping
+        except (OSError, SafetensorError) as err:
+            path.unlink(missing_ok=True)
+            work.statistics(layer, shard).unlink(missing_ok=True)
+            raise ScratchError(f"cannot read the inputs that were kept to learn on, {path}: {err}") from err
+    return torch.cat(kept)
 
 
 def _read_micro_batches(

@@ -22,8 +22,8 @@ from duquant.kernels import (
     transformed_linear,
 )
 from duquant.quantizers.packing import unpack
-from duquant.transforms.rotation import resolve_block_size
-from duquant.transforms.site import SiteTransform
+from duquant.quantizers.weight import resolve_group_size
+from duquant.transforms.site import SiteTransform, rotation_sides
 
 _T = TypeVar("_T")
 
@@ -177,12 +177,12 @@ class SiteModule(nn.Module):
         self.perm: nn.Parameter | None = None
         self.R2: nn.Parameter | None = None
         if transform.rotation != "none":
-            n = resolve_block_size(width, transform.block_size)
-            shape = (n, n) if transform.shared_rotation else (width // n, n, n)
-            self.R1 = _frozen(shape, torch.float32)
+            n1, n2 = rotation_sides(width, transform)
+            is_shared = transform.shared_rotation
+            self.R1 = _frozen((n1, n1) if is_shared else (width // n1, n1, n1), torch.float32)
             if transform.permutation != "none":
                 self.perm = _frozen((width,), torch.int16 if width <= 2**15 else torch.int32)
-                self.R2 = _frozen(shape, torch.float32)
+                self.R2 = _frozen((n2, n2) if is_shared else (width // n2, n2, n2), torch.float32)
         # No modules, so that the linears are not registered as this module's submodules, too.
         self.readers = [SiteReaders(self) for _ in range(experts)]
         self._prepared: _Prepared[PreparedTransform] | None = None
@@ -241,7 +241,7 @@ class DuQuantLinear(nn.Module):
         super().__init__()
         weight = recipe.weight
         per_word = 32 // weight.bits
-        groups = in_features // weight.group_size if weight.group_size else 1
+        groups = in_features // resolve_group_size(in_features, weight.group_size)
         self.in_features, self.out_features, self.bits = in_features, out_features, weight.bits
         self.weight_packed = _frozen((out_features, -(-in_features // per_word)), torch.int32)
         self.weight_scale = _frozen((out_features, groups), torch.float32)

@@ -94,10 +94,12 @@ class Skeleton:
         return int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads)
 
     @contextmanager
-    def layer(self, index: int, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-        """Lend decoder layer `index` these tensors, converted to the compute dtype on the device."""
+    def layer(
+        self, index: int, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
+    ) -> Iterator[nn.Module]:
+        """Lend decoder layer `index` these tensors, converted to `dtype` (else the compute dtype) on the device."""
         module = self._model.model.layers[index]
-        state = {name: tensor.to(self.device, self._dtype) for name, tensor in tensors.items()}
+        state = {name: tensor.to(self.device, dtype or self._dtype) for name, tensor in tensors.items()}
         module.load_state_dict(state, assign=True)
         try:
             yield module

@@ -1,9 +1,8 @@
 """quantize_layer: one decoder layer in, the tensors of its packed shard out."""
 
-import hashlib
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,11 +12,15 @@ from duquant.calibration.statistics import SiteStatistics
 from duquant.config import Recipe
 from duquant.errors import CalibrationError
 from duquant.models.architecture import Architecture, Site
-from duquant.pipeline.folds import LayerShape, smooth
-from duquant.pipeline.site import SiteError, SiteWeights, activation_clip, make_rounder, site_moments
+from duquant.pipeline.folds import LayerShape, fold_learned, smooth
+from duquant.pipeline.learning import LayerSamples, LearningReport, learn
+from duquant.pipeline.prepare import PreparedSite, prepare_site
+from duquant.pipeline.rounding import make_rounder
+from duquant.pipeline.site import SiteError
+from duquant.pipeline.strength import smoothing_error
 from duquant.quantizers.packing import pack
 from duquant.quantizers.weight import QuantizedWeight
-from duquant.transforms.site import SiteTransform, search_transform
+from duquant.transforms.site import SiteTransform
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +52,16 @@ class QuantizedLayer:
     report: dict[str, SiteReport] = field(default_factory=dict)
     quantized_weights: int = 0
     """Number of weights that are packed now."""
+    learning: LearningReport | None = None
+    """How learning went, for recipes that learn."""
 
-
-def site_seed(seed: int, layer: int, site: str) -> int:
-    """Return the seed of one site of one layer: the same on any worker, in any order."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{layer}/{site}".encode()).digest()[:6], "big")
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Return the reports as plain numbers, by site; how learning went stands under `learning`."""
+        found = {name: asdict(entry) for name, entry in self.report.items()}
+        if self.learning is not None:
+            found["learning"] = {name: float(value) for name, value in asdict(self.learning).items()}
+        return found
 
 
 @torch.no_grad()
@@ -65,6 +73,7 @@ def quantize_layer(
     recipe: Recipe,
     *,
     layer: int,
+    samples: LayerSamples | None = None,
 ) -> QuantizedLayer:
     """Smooth, transform, round and pack one layer: a pure function of its arguments.
 
@@ -75,54 +84,60 @@ def quantize_layer(
         shape: head counts, for smoothing under grouped-query attention.
         recipe: what to do.
         layer: the layer's index; with recipe.seed it decides every random choice.
+        samples: inputs of the layer, for recipes that learn.
 
     Raises:
-        CalibrationError: a smoothing scale or a packed value is not finite.
+        CalibrationError: a smoothing scale, a loss or a packed value is not finite, or statistics are missing.
     """
     sites = architecture.kept_sites(recipe.skip_linears, layer)
     state = dict(tensors)
-    folds = smooth(state, statistics, sites, shape, recipe.transform)
+    error_of = smoothing_error(state, statistics, recipe, layer)
+    folds = smooth(state, statistics, sites, shape, recipe.transform, error_of)
+
+    def prepare() -> Iterator[PreparedSite]:
+        return (prepare_site(site, state, statistics[site.name], folds, recipe, layer=layer) for site in sites)
+
+    # One by one: float32 rows and rotations of all sites at once take room. Learning needs them together.
+    prepared: Iterable[PreparedSite] = prepare()
+    learned = None
+    if recipe.learns and sites:
+        if samples is None:
+            raise CalibrationError(f"layer {layer}: the recipe learns, and the calibration kept no inputs", layer=layer)
+        prepared = list(prepared)
+        learned = learn(prepared, tensors, state, folds, shape, samples, recipe, layer=layer)
+        for site in sites:
+            if site.name in learned.smooth:
+                fold_learned(site, learned.smooth[site.name], state, shape, folds)
+        if learned.smooth:
+            prepared = prepare()
     output: dict[str, Tensor] = {}
     report: dict[str, SiteReport] = {}
     count = 0
-    for site in sites:
-        columns = folds.columns[site.name]
-        rows = statistics[site.name].rows.float().div_(columns)
-        peak_before = _peak(rows)
-        generator = torch.Generator().manual_seed(site_seed(recipe.seed, layer, site.name))
-        weights = SiteWeights(site, state, folds, SiteTransform())
-        try:
-            moments = site_moments(statistics[site.name], columns, weights) if recipe.transform.is_balanced else None
-            transform = search_transform(rows, recipe.transform, generator, moments)
-        except CalibrationError as err:
-            raise CalibrationError(f"layer {layer} site {site.name}: {err}", layer=layer, site=site.name) from err
-        del moments
-        transformed = transform.apply(rows)
-        del rows
-        weights = SiteWeights(site, state, folds, transform.for_weights())
-        clip_ratio = activation_clip(transformed, weights, recipe.activation)
-        try:
-            rounder = make_rounder(statistics[site.name], transformed, columns, transform, recipe.weight)
-        except CalibrationError as err:
-            raise CalibrationError(f"layer {layer} site {site.name}: {err}", layer=layer, site=site.name) from err
-        error = SiteError(transformed, clip_ratio, recipe.activation)
+    for each in prepared:
+        site = each.site
+        rounder = make_rounder(
+            each, statistics[site.name], recipe.weight, learned.clips if learned else {}, layer=layer
+        )
+        error = SiteError(each.transformed, each.clip_ratio, recipe.activation)
         for linear in site.linears:
-            parts = []
-            for W in weights.blocks(linear, rounder.block_elements):
-                parts.append(rounder.quantize(W))
+            parts: list[QuantizedWeight] = []
+            first = 0
+            for W in each.weights.blocks(linear, rounder.block_elements):
+                parts.append(rounder.quantize(W, linear, first))
                 error.add(W, parts[-1])
+                first += W.shape[0]
             count += state.pop(f"{linear}.weight").numel()
             quantized = QuantizedWeight.concatenate(parts)
             if not bool(torch.isfinite(quantized.scale).all()):
                 raise CalibrationError(f"layer {layer} {linear}: the weight's scale is NaN or Inf", layer=layer)
             output.update(_packed_tensors(linear, quantized))
-        output.update(_site_tensors(site, transform, clip_ratio))
+        output.update(_site_tensors(site, each.transform, each.clip_ratio))
         report[site.name] = SiteReport(
-            peak_before=peak_before,
-            peak_after=_peak(transformed),
+            peak_before=each.peak_before,
+            peak_after=each.peak_after,
             output_nmse=error.nmse(),
-            act_clip_low=float(clip_ratio[0]),
-            act_clip_high=float(clip_ratio[1]),
+            act_clip_low=float(each.clip_ratio[0]),
+            act_clip_high=float(each.clip_ratio[1]),
             damp=rounder.damp,
             unseen_experts=statistics[site.name].unseen_experts,
         )
@@ -131,12 +146,7 @@ def quantize_layer(
         log.warning("layer %d: no calibration token was sent to %d experts; more text reaches more", layer, unseen)
     # Norms, biases and linears that were left out keep 16 bits.
     output.update({name: folds.tensor(name, tensor).to(torch.bfloat16) for name, tensor in state.items()})
-    return QuantizedLayer(tensors=output, report=report, quantized_weights=count)
-
-
-def _peak(X: Tensor) -> float:
-    low, high = torch.aminmax(X)
-    return float(torch.maximum(-low, high))
+    return QuantizedLayer(output, report, quantized_weights=count, learning=learned.report if learned else None)
 
 
 def _packed_tensors(linear: str, quantized: QuantizedWeight) -> dict[str, Tensor]:

@@ -15,17 +15,18 @@ from duquant.artifact.manifest import Manifest
 from duquant.artifact.shards import ShardInfo, write_shard
 from duquant.artifact.writer import write_small_files
 from duquant.calibration.statistics import load_statistics, merge
-from duquant.calibration.sweep import WorkDir, embed_shard, shard_windows, sweep_layer, write_tokens
+from duquant.calibration.sweep import WorkDir, embed_shard, load_inputs, shard_windows, sweep_layer, write_tokens
 from duquant.calibration.text import calibration_windows
 from duquant.config import Recipe
-from duquant.errors import ConfigError
 from duquant.models.architecture import Site
 from duquant.models.skeleton import Skeleton
 from duquant.models.source import SourceCheckpoint
 from duquant.models.tensor_files import hash_tensors
 from duquant.pipeline.folds import LayerShape
 from duquant.pipeline.layer import quantize_layer
+from duquant.pipeline.learning import LayerSamples
 from duquant.pipeline.plan import Found, StepId
+from duquant.quantizers.weight import resolve_group_size
 
 
 @dataclass(frozen=True)
@@ -81,18 +82,12 @@ class ModelRun:
         return Skeleton(self.source, self.device)
 
     def _check_widths(self, layer: int, sites: tuple[Site, ...]) -> None:
-        """Find a group size that fits no model before hours of work, not after."""
-        group_size = self.recipe.weight.group_size
-        if group_size is None:
+        """Find a group size that suits no width of the model before hours of work, not after."""
+        if self.recipe.weight.group_size is None:
             return
         shapes = self._skeleton.layer_names(layer)
         for site in sites:
-            width = shapes[f"{site.linears[0]}.weight"][1]
-            if width % group_size:
-                raise ConfigError(
-                    f"weight.group_size {group_size} does not divide the {width} channels of {site.linears[0]}",
-                    field="weight.group_size",
-                )
+            resolve_group_size(shapes[f"{site.linears[0]}.weight"][1], self.recipe.weight.group_size)
 
     def found(self) -> Found:
         """Return what an earlier try left in the work directory."""
@@ -147,7 +142,12 @@ class ModelRun:
         stored = self._skeleton.load(self.source, layer)
         shape = LayerShape(kv_heads=self._skeleton.kv_heads, head_dim=self._skeleton.head_dim)
         tensors = {name: tensor.to(self.device) for name, tensor in stored.items()}
-        quantized = quantize_layer(tensors, statistics, self.source.architecture, shape, self.recipe, layer=layer)
+        samples = None
+        if self.recipe.learns:
+            samples = LayerSamples(self._skeleton, load_inputs(self.work, layer, self.shards, self.device))
+        quantized = quantize_layer(
+            tensors, statistics, self.source.architecture, shape, self.recipe, layer=layer, samples=samples
+        )
         prefix = f"{self.source.architecture.layers_prefix}.{layer}."
         shard = write_shard(out / layer_shard(layer), {prefix + n: t for n, t in quantized.tensors.items()})
         return ShardOutcome(
@@ -156,7 +156,7 @@ class ModelRun:
             source_sha256=hash_tensors(stored),
             source_bytes=sum(tensor.numel() * 2 for tensor in stored.values()),
             quantized_weights=quantized.quantized_weights,
-            metrics={name: asdict(entry) for name, entry in quantized.report.items()},
+            metrics=quantized.metrics,
             seconds=time.perf_counter() - started,
         )
 
@@ -164,6 +164,7 @@ class ModelRun:
         """Delete the statistics of a layer whose shard is safe."""
         for shard in range(self.shards):
             self.work.statistics(layer, shard).unlink(missing_ok=True)
+            self.work.inputs(layer, shard).unlink(missing_ok=True)
 
     def embeddings(self, out: Path) -> ShardOutcome:
         """Write embeddings, final norm and head, in 16 bits, into their shard in directory `out`.

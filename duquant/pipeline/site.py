@@ -1,5 +1,6 @@
-"""Rounding at one site: its transformed weights a few rows at a time, how they are rounded, and what that costs."""
+"""One site: its transformed weights a few rows at a time, its moments, and what rounding costs at its outputs."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -8,13 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from duquant.calibration.statistics import SiteStatistics
-from duquant.config import ActivationConfig, WeightConfig
+from duquant.config import ActivationConfig
 from duquant.errors import CalibrationError
 from duquant.models.architecture import Site
-from duquant.pipeline.folds import Folds, row_blocks
+from duquant.pipeline.folds import BLOCK_ELEMENTS, Folds, row_blocks
 from duquant.quantizers.activation import round_activations, search_clip
-from duquant.quantizers.gptq import GPTQSolver
-from duquant.quantizers.weight import QuantizedWeight, quantize_weight
+from duquant.quantizers.weight import QuantizedWeight
 from duquant.transforms.site import Moments, SiteTransform
 
 _ROW_STRIDE = 4
@@ -61,10 +61,15 @@ def site_moments(statistics: SiteStatistics, columns: Float[Tensor, " channels"]
     Raises:
         CalibrationError: there are no second moments, or they are not finite.
     """
-    return Moments(smoothed_moment(_finite_moment(statistics), columns), weights.moment(NearestRounder.block_elements))
+    return Moments(smoothed_moment(finite_moment(statistics), columns), weights.moment(BLOCK_ELEMENTS))
 
 
-def _finite_moment(statistics: SiteStatistics) -> Float[Tensor, "channels channels"]:
+def finite_moment(statistics: SiteStatistics) -> Float[Tensor, "channels channels"]:
+    """Return the second moment of a site's inputs.
+
+    Raises:
+        CalibrationError: the calibration kept none, or it is not finite.
+    """
     if statistics.second_moment is None:
         raise CalibrationError("the recipe needs second moments, and the calibration kept none")
     if not bool(torch.isfinite(statistics.second_moment).all()):
@@ -72,63 +77,9 @@ def _finite_moment(statistics: SiteStatistics) -> Float[Tensor, "channels channe
     return statistics.second_moment
 
 
-class NearestRounder:
-    """To the nearest code, row by row: small blocks do."""
-
-    block_elements = 1 << 18
-    damp = 0.0
-    """It looks at no second moment."""
-
-    def __init__(
-        self, transformed: Float[Tensor, "sample channels"], config: WeightConfig, second_moment: Tensor | None = None
-    ) -> None:
-        self._importance = torch.linalg.vector_norm(transformed, dim=0).square_()  # up to a factor, without a copy
-        self._config = config
-        self._second_moment = second_moment
-
-    def quantize(self, W: Float[Tensor, "rows in_features"]) -> QuantizedWeight:
-        """Round each row by itself."""
-        return quantize_weight(W, self._config, self._importance, self._second_moment)
-
-
-class GPTQRounder:
-    """By GPTQ. Each block walks all columns, so blocks are large."""
-
-    block_elements = 1 << 22
-
-    def __init__(self, second_moment: Tensor, config: WeightConfig) -> None:
-        self._solver = GPTQSolver.from_second_moment(second_moment, config.damp)
-        self._config = config
-        self.damp = self._solver.damp
-
-    def quantize(self, W: Float[Tensor, "rows in_features"]) -> QuantizedWeight:
-        """Round column by column."""
-        return self._solver.quantize(W, self._config)
-
-
-def make_rounder(
-    statistics: SiteStatistics,
-    transformed: Float[Tensor, "sample channels"],
-    columns: Float[Tensor, " channels"],
-    transform: SiteTransform,
-    config: WeightConfig,
-) -> NearestRounder | GPTQRounder:
-    """Return what rounds a site's weights.
-
-    Args:
-        statistics: of the site.
-        transformed: its sampled rows, smoothed and transformed.
-        columns: its smoothing scale.
-        transform: its transform.
-        config: which solver.
-
-    Raises:
-        CalibrationError: there is no usable second moment, and one is needed.
-    """
-    if config.solver == "rtn" and config.clip != "output":
-        return NearestRounder(transformed, config)
-    H = transform.apply_both(smoothed_moment(_finite_moment(statistics), columns))
-    return GPTQRounder(H, config) if config.solver == "gptq" else NearestRounder(transformed, config, H)
+def site_seed(seed: int, layer: int, site: str) -> int:
+    """Return the seed of one site of one layer: the same on any worker, in any order."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{layer}/{site}".encode()).digest()[:6], "big")
 
 
 def activation_clip(
@@ -137,7 +88,7 @@ def activation_clip(
     """Return a site's clip ratios (low end, high end)."""
     if config.clip == "fixed":
         return torch.full((2,), config.clip_ratio, device=transformed.device)
-    return search_clip(transformed, weights.moment(NearestRounder.block_elements), config)
+    return search_clip(transformed, weights.moment(BLOCK_ELEMENTS), config)
 
 
 class SiteError:

@@ -67,7 +67,7 @@ class GPTQSolver:
         """Round `W` to the grids that `quantize_weight` would take, each column in view of the errors before it.
 
         Raises:
-            ConfigError: group_size does not divide the number of channels.
+            ConfigError: no group size near the config's divides the number of channels.
         """
         grid = weight_grid(W, config, self.importance)  # scale and zero point: (out_features, groups, 1)
         channels = W.shape[1]

@@ -14,6 +14,21 @@ from duquant.quantizers.affine import Grid, dequantize, fake_quantize, make_grid
 CLIP_CANDIDATES = tuple(1.0 - 0.05 * step for step in range(11))
 """Clip ratios tried for each row, 1.0 down to 0.5."""
 _REFINEMENTS = (0.06, 0.03, 0.015)
+_MIN_GROUP = 8
+
+
+@dataclass(frozen=True)
+class ClipRatios:
+    """What each end of each row's or group's range is multiplied by; both are (out_features, groups, 1) float32."""
+
+    beta: Float[Tensor, "out_features groups 1"]
+    """Of the low end."""
+    gamma: Float[Tensor, "out_features groups 1"]
+    """Of the high end."""
+
+    def rows(self, first: int, count: int) -> "ClipRatios":
+        """Return those of some rows."""
+        return ClipRatios(self.beta[first : first + count], self.gamma[first : first + count])
 
 
 @dataclass(frozen=True)
@@ -46,11 +61,34 @@ class QuantizedWeight:
         return dequantize(self.codes.view(rows, groups, -1), grid).view(rows, -1)
 
 
+def resolve_group_size(width: int, requested: int | None) -> int:
+    """Return the input channels of a group for a weight of that width: all of them when none are requested.
+
+    The requested size when it divides the width, otherwise the largest divisor below it.
+
+    Raises:
+        ConfigError: that would be fewer than 8 channels.
+
+    >>> resolve_group_size(4096, 128), resolve_group_size(576, 128), resolve_group_size(576, None)
+    (128, 96, 576)
+    """
+    if requested is None:
+        return width
+    size = next(size for size in range(min(requested, width), 0, -1) if width % size == 0)
+    if size < min(_MIN_GROUP, width):
+        raise ConfigError(
+            f"weight.group_size {requested} has no divisor of the width {width} from {_MIN_GROUP} to itself",
+            field="weight.group_size",
+        )
+    return size
+
+
 def quantize_weight(
     W: Float[Tensor, "out_features in_features"],
     config: WeightConfig,
     importance: Float[Tensor, " in_features"] | None = None,
     second_moment: Float[Tensor, "in_features in_features"] | None = None,
+    ratios: ClipRatios | None = None,
 ) -> QuantizedWeight:
     """Round `W` to the nearest point of its grids.
 
@@ -59,11 +97,12 @@ def quantize_weight(
         config: bits, granularity and clipping.
         importance: mean square of each (transformed) input channel, up to a factor; weighs a searched clip's error.
         second_moment: of the (transformed) inputs, up to a factor, for config.clip="output".
+        ratios: for config.clip="learned".
 
     Raises:
-        ConfigError: group_size does not divide in_features.
+        ConfigError: no group size near the config's divides in_features.
     """
-    grid = weight_grid(W, config, importance, second_moment)
+    grid = weight_grid(W, config, importance, second_moment, ratios)
     rows, channels = W.shape
     codes = quantize(W.float().view(rows, grid.scale.shape[1], -1), grid).view(rows, channels)
     return QuantizedWeight(codes, grid.scale.squeeze(-1), grid.zero_point.squeeze(-1), config.bits)
@@ -74,22 +113,22 @@ def weight_grid(
     config: WeightConfig,
     importance: Float[Tensor, " in_features"] | None = None,
     second_moment: Float[Tensor, "in_features in_features"] | None = None,
+    ratios: ClipRatios | None = None,
 ) -> Grid:
     """Return the grid of each row or group of `W`, clipped as the config says: tensors of (out_features, groups, 1).
 
     Raises:
-        ConfigError: group_size does not divide in_features.
+        ConfigError: no group size near the config's divides in_features.
     """
     rows, channels = W.shape
-    group_size = config.group_size or channels
-    if channels % group_size:
-        raise ConfigError(f"weight.group_size {group_size} does not divide {channels} input channels")
+    group_size = resolve_group_size(channels, config.group_size)
     grouped = W.float().view(rows, -1, group_size)  # (out_features, groups, group_size)
-    # The range always holds zero, so that the zero point is itself a code and packs into the same bits.
-    low = grouped.amin(-1, keepdim=True).clamp_max(0.0)
-    high = grouped.amax(-1, keepdim=True).clamp_min(0.0)
+    low, high = full_range(grouped)
     if config.clip == "fixed":
         low, high = low * config.clip_ratio, high * config.clip_ratio
+    elif config.clip == "learned":
+        assert ratios is not None
+        low, high = low * ratios.beta, high * ratios.gamma
     elif config.clip == "search":
         weights = None if importance is None else importance.float().view(1, -1, group_size)
         low, high = _search_clip(grouped, low, high, config, lambda error: _squares(error, weights))
@@ -105,6 +144,14 @@ def weight_grid(
         low, high = _search_clip(grouped, low, high, config, output_error)
         low, high = _refine_clip(grouped, low, high, config, output_error)
     return make_grid(low, high, bits=config.bits, symmetric=config.symmetric)
+
+
+def full_range(grouped: Float[Tensor, "*rows channels"]) -> tuple[Float[Tensor, "*rows 1"], Float[Tensor, "*rows 1"]]:
+    """Return each row's (low, high).
+
+    It always holds zero, so that the zero point is itself a code and packs into the same bits.
+    """
+    return grouped.amin(-1, keepdim=True).clamp_max(0.0), grouped.amax(-1, keepdim=True).clamp_min(0.0)
 
 
 def _squares(error: Tensor, weights: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from duquant.transforms.hadamard import flat_orthogonal, random_signs
+from duquant.transforms.hadamard import flat_orthogonal, hadamard_factor, random_signs
 
 MAX_SEARCH_ROWS = 2048
 """Rows that one search looks at; those of largest norm are kept."""
@@ -31,6 +31,23 @@ def resolve_block_size(width: int, requested: int) -> int:
         return width
     divisor = next(size for size in range(min(requested, width), 0, -1) if width % size == 0)
     return divisor if divisor >= min(_MIN_BLOCK, requested) else width
+
+
+def kronecker_sides(width: int) -> tuple[int, int]:
+    """Return (n1, n2), n1 >= n2, n1 n2 = width: the sides of two matrices that rotate all channels as one.
+
+    Sides that Hadamard matrices are known for come first, then the pair of least sum, which costs least online.
+
+    >>> kronecker_sides(576), kronecker_sides(1536), kronecker_sides(4096), kronecker_sides(11008)
+    ((24, 24), (48, 32), (64, 64), (128, 86))
+    """
+
+    def rank(n2: int) -> tuple[bool, int]:
+        n1 = width // n2
+        return hadamard_factor(n1) is None or hadamard_factor(n2) is None, n1 + n2
+
+    best = min((n2 for n2 in range(1, math.isqrt(width) + 1) if width % n2 == 0), key=rank)
+    return width // best, best
 
 
 def apply_rotation(

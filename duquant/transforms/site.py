@@ -9,21 +9,29 @@ from torch import Tensor
 from duquant.config import TransformConfig
 from duquant.transforms.balance import balance, diagonal_blocks
 from duquant.transforms.permutation import zigzag
-from duquant.transforms.rotation import apply_rotation, greedy_rotation, hadamard_rotation, resolve_block_size
+from duquant.transforms.reference import reference_rotation
+from duquant.transforms.rotation import (
+    apply_rotation,
+    greedy_rotation,
+    hadamard_rotation,
+    kronecker_sides,
+    resolve_block_size,
+)
 
 
 @dataclass(frozen=True)
 class SiteTransform:
     """T(X) = (X R1)[:, perm] R2; a part that is None is the identity.
 
-    R1 and R2 are float32, (n, n) or (blocks, n, n), orthogonal or at least invertible; perm is (channels,) int64.
+    R1 and R2 are float32, (n, n) or (blocks, n, n), orthogonal or at least invertible; perm is (channels,) int64. Both
+    have blocks of one side, but where they are the two factors of one rotation of all channels.
     Weights take V = `for_weights()`, so that T(X) V(W).T = X W.T for every weight W that reads X. V is T itself when T
     is orthogonal.
     """
 
     R1: Float[Tensor, "*blocks n n"] | None = None
     perm: Int64[Tensor, " channels"] | None = None
-    R2: Float[Tensor, "*blocks n n"] | None = None
+    R2: Float[Tensor, "*blocks2 n2 n2"] | None = None
     is_orthogonal: bool = True
 
     def apply(self, X: Float[Tensor, "*rows channels"]) -> Float[Tensor, "*rows channels"]:
@@ -71,6 +79,14 @@ class Moments:
         return Moments(transform.apply_both(self.inputs), transform.for_weights().apply_both(self.weights))
 
 
+def rotation_sides(width: int, config: TransformConfig) -> tuple[int, int]:
+    """Return the sides of the blocks of R1 and R2 for a site of that width."""
+    if config.permutation == "transpose":
+        return kronecker_sides(width)
+    n = resolve_block_size(width, config.block_size)
+    return n, n
+
+
 def search_transform(
     X: Float[Tensor, "tokens channels"],
     config: TransformConfig,
@@ -90,7 +106,9 @@ def search_transform(
     if config.rotation == "none":
         return SiteTransform()
     X = X.float()
-    n = resolve_block_size(X.shape[1], config.block_size)
+    n, n2 = rotation_sides(X.shape[1], config)
+    if config.permutation == "transpose":
+        return _full_hadamard(n, n2, generator, X.device)
     if config.rotation == "balanced":
         assert moments is not None
         return _balanced_transform(X, n, config, generator, moments)
@@ -100,6 +118,8 @@ def search_transform(
         if config.rotation == "hadamard":  # looks at no rows, so none are permuted
             return hadamard_rotation(n, blocks, generator).to(device=X.device, dtype=torch.float32)
         rows = rows if perm is None else rows[:, perm]
+        if config.rotation == "reference":
+            return reference_rotation(rows, n, steps=config.greedy_steps, generator=generator).float()
         found = greedy_rotation(rows, n, steps=config.greedy_steps, shared=config.shared_rotation, generator=generator)
         return found.float()
 
@@ -109,6 +129,13 @@ def search_transform(
     rotated = apply_rotation(X, R1)
     perm = zigzag(torch.maximum(rotated.amax(0), -rotated.amin(0)), n)
     return SiteTransform(R1=R1, perm=perm, R2=rotation(rotated, perm))
+
+
+def _full_hadamard(n1: int, n2: int, generator: torch.Generator, device: torch.device) -> SiteTransform:
+    """Return the Kronecker product of two Hadamard matrices with random signs, its output channels in another order."""
+    perm = torch.arange(n1 * n2, device=device).view(n2, n1).T.reshape(-1)
+    R1, R2 = (hadamard_rotation(n, None, generator).to(device, torch.float32) for n in (n1, n2))
+    return SiteTransform(R1=R1, perm=perm, R2=R2)
 
 
 def _balanced_transform(

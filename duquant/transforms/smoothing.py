@@ -31,6 +31,24 @@ def smoothing_scale(
     return torch.where(dead, 1.0, scale.clamp_min(MIN_SCALE))
 
 
+def activation_scale(act_size: Float[Tensor, " channels"], alpha: float) -> Float[Tensor, " channels"]:
+    """Return smooth_scale = |X|^alpha per channel, its largest and smallest balanced around 1, float32.
+
+    A dead channel keeps 1.
+
+    Args:
+        act_size: mean magnitude of each channel over the calibration tokens.
+        alpha: 0 leaves everything alone.
+
+    Reference: AWQ, arXiv 2306.00978v5, equations 4 and 5, with the normalization of the authors' code.
+    """
+    scale = act_size.float().clamp_min(_FLOOR) ** alpha
+    live = scale[act_size != 0]
+    if live.numel():
+        scale = scale / (live.max() * live.min()).sqrt()
+    return torch.where(act_size == 0, 1.0, scale)
+
+
 def share_over_heads(scale: Float[Tensor, " channels"], *, kv_heads: int, head_dim: int) -> Float[Tensor, " channels"]:
     """Return the scale made equal for all query heads that read one KV head (their maximum).
 

@@ -60,6 +60,8 @@ def prepare(transform: SiteTransform, clip_ratio: Float[Tensor, "2"]) -> Transfo
     n = R1.shape[-1] if R1 is not None else R2.shape[-1] if R2 is not None else _PLAIN_BLOCK
     if n % 2 or n > MAX_BLOCK:
         raise KernelUnavailableError(f"GPU transforms rotate even blocks of up to {MAX_BLOCK} channels, not {n}")
+    if R2 is not None and R2.shape[-1] != n:
+        raise KernelUnavailableError(f"GPU transforms rotate blocks of one side, not of {n} and then {R2.shape[-1]}")
     first, last = (R1, R2) if R2 is not None or perm is not None else (None, R1)
     target = None
     if perm is not None:

@@ -14,6 +14,7 @@ from duquant.config import (
     ActivationConfig,
     CalibrationConfig,
     KVCacheConfig,
+    LearningConfig,
     QualityGate,
     Recipe,
     TextSource,
@@ -56,6 +57,7 @@ def test_every_field_survives_json() -> None:
             micro_batch=1,
             search_tokens=99,
         ),
+        learning=LearningConfig(samples=3, seq_len=99, epochs=2, patience=1, clip_rate=0.5, smooth_rate=0.25),
         skip_linears=("mlp.down_proj",),
         seed=11,
     )
@@ -105,6 +107,18 @@ def test_unknown_field_is_named(values: dict[str, Any], field: str) -> None:
         ({"weight": {"clip": "output", "solver": "gptq"}}, "weight.clip"),
         ({"weight": {"clip": "output", "group_size": 64}}, "weight.clip"),
         ({"transform": {"smooth_statistic": "p99"}}, "transform.smooth_statistic"),
+        ({"transform": {"smooth_strength": "best"}}, "transform.smooth_strength"),
+        ({"transform": {"smooth_strength": "search", "smooth_alpha": 0.5}}, "transform.smooth_alpha"),
+        ({"transform": {"smooth_consumers": "none"}}, "transform.smooth_consumers"),
+        ({"transform": {"fold_gains": True, "smooth_alpha": 0.5}}, "transform.fold_gains"),
+        ({"transform": {"rotation": "greedy", "permutation": "transpose"}}, "transform.permutation"),
+        ({"transform": {"rotation": "reference", "shared_rotation": False}}, "transform.shared_rotation"),
+        ({"transform": {"smooth_learned": True, "rotation": "hadamard"}}, "transform.smooth_learned"),
+        ({"transform": {"smooth_learned": True}}, "transform.smooth_learned"),
+        ({"weight": {"clip": "learned", "solver": "gptq"}}, "weight.clip"),
+        ({"weight": {"clip": "learned", "symmetric": True}}, "weight.clip"),
+        ({"learning": {"epochs": 0}}, "learning.epochs"),
+        ({"learning": {"clip_rate": 2.0}}, "learning.clip_rate"),
         ({"transform": {"rotation": "balanced"}}, "transform.shared_rotation"),
         ({"transform": {"balance_alpha": 1.5}}, "transform.balance_alpha"),
         ({"transform": {"balance_damp": 0.0}}, "transform.balance_damp"),
@@ -162,6 +176,17 @@ def test_digest_ignores_the_name_and_no_field_that_decides_bytes() -> None:
         replace(base, calibration=CalibrationConfig(samples=3)),
     ]
     assert len({base.digest(), *(recipe.digest() for recipe in changed)}) == len(changed) + 1
+
+
+def test_fields_that_came_later_keep_the_digests_of_older_recipes() -> None:
+    """The first release's digest of the plainest recipe, from which artifacts are found."""
+    assert Recipe().digest() == "72d76200a512e4f68445f396ee7c293c941f90d9632bbca8658a5e534848fed1"
+    later = [
+        replace(Recipe(), learning=LearningConfig(epochs=7)),
+        replace(Recipe(), transform=TransformConfig(fold_gains=True)),
+        replace(Recipe(), transform=TransformConfig(smooth_strength="search")),
+    ]
+    assert len({Recipe().digest(), *(recipe.digest() for recipe in later)}) == 4
 
 
 def test_digest_survives_json() -> None:

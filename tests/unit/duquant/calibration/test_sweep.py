@@ -9,10 +9,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from duquant.calibration.statistics import load_statistics, merge
-from duquant.calibration.sweep import WorkDir, embed_shard, shard_windows, sweep_layer, write_tokens
+from duquant.calibration.sweep import (
+    WorkDir,
+    embed_shard,
+    learning_windows,
+    load_inputs,
+    shard_windows,
+    sweep_layer,
+    write_tokens,
+)
 from duquant.calibration.text import calibration_windows
-from duquant.config import CalibrationConfig, Recipe
-from duquant.errors import CalibrationError, SourceError
+from duquant.config import CalibrationConfig, LearningConfig, Recipe, WeightConfig
+from duquant.errors import CalibrationError, ScratchError, SourceError
 from duquant.models.families.llama import LLAMA
 from duquant.models.skeleton import Skeleton
 from duquant.models.source import SourceCheckpoint
@@ -64,6 +72,53 @@ def test_shards_part_the_windows_evenly(samples: int, shards: int) -> None:
     sizes = [len(part) for part in ranges]
     assert min(sizes) >= 1
     assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("kept", [1, 3, 6, 99])
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_windows_to_learn_on_are_so_many_whatever_the_shards(kept: int, shards: int) -> None:
+    calibration = CalibrationConfig(samples=6, shards=shards)
+    recipe = Recipe(calibration=calibration, learning=LearningConfig(samples=kept))
+    parts = shard_windows(calibration)
+    found = [parts[shard][i] for shard in range(shards) for i in learning_windows(recipe, shard)]
+    assert len(found) == len(set(found)) == min(kept, 6)
+    whole = replace(recipe, calibration=replace(calibration, shards=1))
+    assert found == learning_windows(whole, 0)
+
+
+def learning(recipe: Recipe) -> Recipe:
+    return replace(recipe, weight=WeightConfig(clip="learned"), learning=LearningConfig(samples=3, seq_len=20))
+
+
+def test_inputs_to_learn_on_are_the_first_tokens_of_the_boundary(sweep: SweepFactory, recipe: Recipe) -> None:
+    run = sweep(with_recipe=learning(recipe))
+    expected = []
+    for shard in (0, 1):
+        run.embed(shard)
+        X = torch.frombuffer(bytearray(run.work.boundary(0, shard).read_bytes()), dtype=torch.bfloat16)
+        expected += [X.view(3, 32, 64)[i, :20] for i in learning_windows(run.recipe, shard)]
+        run.layer(0, shard)
+    assert torch.equal(load_inputs(run.work, 0, 2, CPU), torch.stack(expected))
+
+
+def test_recipes_that_learn_nothing_keep_no_inputs(sweep: SweepFactory) -> None:
+    run = sweep()
+    run.embed(0)
+    run.layer(0, 0)
+    assert not list(run.work.root.glob("inputs-*"))
+
+
+def test_broken_inputs_are_swept_again(sweep: SweepFactory, recipe: Recipe) -> None:
+    run = sweep(with_recipe=learning(recipe))
+    for shard in (0, 1):
+        run.embed(shard)
+        run.layer(0, shard)
+    before = load_inputs(run.work, 0, 2, CPU)
+    run.work.inputs(0, 1).write_bytes(b"cut")
+    with pytest.raises(ScratchError, match="inputs that were kept to learn on"):
+        load_inputs(run.work, 0, 2, CPU)
+    run.layer(0, 1)
+    assert torch.equal(load_inputs(run.work, 0, 2, CPU), before)
 
 
 def test_shards_do_not_depend_on_the_order_of_work(sweep: SweepFactory) -> None:

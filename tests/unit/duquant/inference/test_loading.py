@@ -40,6 +40,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "8 bits": ("llama", {}, {"weight": WeightConfig(bits=8), "activation": ActivationConfig(bits=8)}),
     "16-bit activations": ("llama", {}, {"activation": ActivationConfig(bits=16), "kv_cache": KVCacheConfig(bits=16)}),
     "no transform": ("llama", {}, {"transform": TransformConfig()}),
+    "two factors": (
+        "llama",
+        {},
+        {"transform": TransformConfig(rotation="hadamard", permutation="transpose", fold_gains=True)},
+    ),
+    "groups that do not divide": ("llama", {}, {"weight": WeightConfig(group_size=40)}),
     "no permutation": ("llama", {}, {"transform": TransformConfig(rotation="hadamard", block_size=16)}),
     "own rotations": (
         "llama",

@@ -19,7 +19,8 @@ from duquant.models.families.llama import LLAMA
 from duquant.models.skeleton import Skeleton
 from duquant.models.source import SourceCheckpoint
 from duquant.pipeline.folds import Folds, LayerShape, smooth
-from duquant.pipeline.layer import QuantizedLayer, quantize_layer, site_seed
+from duquant.pipeline.layer import QuantizedLayer, quantize_layer
+from duquant.pipeline.site import site_seed
 from duquant.quantizers.packing import unpack
 from duquant.transforms.site import Moments, SiteTransform, search_transform
 
@@ -48,6 +49,11 @@ TRANSFORMS = {
         rotation="greedy", permutation="zigzag", block_size=16, shared_rotation=False, greedy_steps=4
     ),
     "hadamard": TransformConfig(smooth_alpha=0.9, rotation="hadamard", permutation="zigzag", block_size=24),
+    "reference": TransformConfig(
+        smooth_alpha=0.6, smooth_consumers="reference", rotation="reference", permutation="zigzag", block_size=16
+    ),
+    "gains": TransformConfig(rotation="hadamard", permutation="transpose", fold_gains=True),
+    "mean": TransformConfig(smooth_alpha=0.5, smooth_statistic="mean"),
     "rms": TransformConfig(smooth_alpha=0.5, smooth_statistic="rms", rotation="hadamard", block_size=16),
     "balanced": TransformConfig(
         smooth_alpha=0.5, rotation="balanced", permutation="zigzag", block_size=16, shared_rotation=False
@@ -171,6 +177,18 @@ def test_smoothing_does_something(make_layer: Callable[..., Layer], recipe: Reci
         assert float(scale.max() / scale.min()) > 1.5
         for name in site.fold.into:
             assert not torch.equal(state[f"{name}.weight"].float(), layer.tensors[f"{name}.weight"].float())
+
+
+def test_reference_smoothing_looks_at_one_consumer(make_layer: Callable[..., Layer], recipe: Recipe) -> None:
+    layer = make_layer()
+    recipe = replace(recipe, transform=replace(recipe.transform, smooth_consumers="reference"))
+    _, before = smoothed(layer, recipe)
+    larger = dict(layer.tensors)
+    for linear in ("self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj"):
+        larger[f"{linear}.weight"] = 64 * layer.tensors[f"{linear}.weight"]
+    _, after = smoothed(replace(layer, tensors=larger), recipe)
+    assert torch.equal(after.columns["attn_in"], before.columns["attn_in"])
+    assert torch.equal(after.columns["mlp_in"], before.columns["mlp_in"])
 
 
 @pytest.mark.parametrize("linear", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"])
@@ -407,8 +425,8 @@ def test_non_finite_scale_names_the_layer(make_layer: Callable[..., Layer], reci
 
 
 def test_group_size_that_does_not_fit_is_named(make_layer: Callable[..., Layer], recipe: Recipe) -> None:
-    with pytest.raises(ConfigError, match=r"weight\.group_size 40 does not divide 64"):
-        make_layer().quantize(replace(recipe, weight=WeightConfig(group_size=40)))
+    with pytest.raises(ConfigError, match=r"weight\.group_size 40 has no divisor of the width 94"):
+        make_layer(intermediate_size=94).quantize(replace(recipe, weight=WeightConfig(group_size=40)))
 
 
 @pytest.mark.parametrize("solver", ["rtn", "gptq"])

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from duquant.artifact import read_manifest, verify
-from duquant.config import CalibrationConfig, Recipe, TextSource, WeightConfig
+from duquant.config import CalibrationConfig, LearningConfig, Recipe, TextSource, WeightConfig, preset
 from duquant.errors import (
     CalibrationError,
     ConfigError,
@@ -42,6 +42,47 @@ def test_same_model_and_recipe_give_the_same_bytes(
     second = quantize_model(model, tmp_path / "b", recipe, device="cpu")
     assert digests(first.artifact) == digests(second.artifact)
     assert first.fingerprint == second.fingerprint
+
+
+FAMILY = ("awq", "omniquant", "quarot", "quarot-rtn", "duquant-compat", "duquant-lwc-adamw")
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_presets_of_the_family_make_intact_artifacts(
+    tiny_artifact: Callable[..., Any], calibration: CalibrationConfig, name: str
+) -> None:
+    learning = LearningConfig(samples=2, seq_len=16, epochs=1)
+    chosen = replace(preset(name), calibration=calibration, learning=learning)
+    path = tiny_artifact(with_recipe=chosen).artifact
+    assert verify(path).ok
+    report = json.loads((path / "report.json").read_text(encoding="utf-8"))
+    assert all(("learning" in layer) is chosen.learns for layer in report["layers"].values())
+
+
+def test_learning_gives_the_same_bytes_and_leaves_no_inputs_behind(
+    tiny_model: Callable[..., Path], recipe: Recipe, tmp_path: Path
+) -> None:
+    chosen = replace(
+        recipe, weight=WeightConfig(clip="learned"), learning=LearningConfig(samples=3, seq_len=16, epochs=1)
+    )
+    shards = []
+    for name, order in (("forward", 1), ("backward", -1)):
+        run = ModelRun(tiny_model(), chosen, tmp_path / name, device=CPU)
+        steps = [step.id for step in plan(layers=2, shards=run.shards)]
+        for step in (step for step in steps if step.kind != "quantize"):
+            run.do(step, tmp_path)
+        assert len(list(run.work.root.glob("inputs-*"))) == 2 * run.shards
+        for step in [step for step in steps if step.kind == "quantize"][::order]:
+            run.do(step, tmp_path / name)
+            run.forget(step.layer)
+        assert list(run.work.root.glob("inputs-*")) == []
+        shards.append({n: d for n, d in file_digests(tmp_path / name).items() if n.endswith("safetensors")})
+    assert shards[0] == shards[1]
+    assert len(shards[0]) == 2
+
+
+def file_digests(directory: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir() if p.is_file()}
 
 
 def test_sharding_of_the_source_does_not_matter(
@@ -162,7 +203,7 @@ def test_progress_counts_up_to_all_layers(tiny_model: Callable[..., Path], recip
 
 
 def test_bad_text_and_bad_models_leave_nothing(own_model: Callable[..., Path], recipe: Recipe, tmp_path: Path) -> None:
-    model, out = own_model(), tmp_path / "out"
+    model, out = own_model(intermediate_size=94), tmp_path / "out"  # 94 = 2 * 47: no group size suits it
     missing = TextSource(kind="file", name=str(tmp_path / "absent.txt"))
     cases: list[tuple[type[DuQuantError], Recipe]] = [
         (CalibrationError, replace(recipe, calibration=replace(recipe.calibration, source=missing))),

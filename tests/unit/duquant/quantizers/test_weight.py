@@ -8,7 +8,7 @@ import torch
 from duquant.config import WeightConfig
 from duquant.errors import ConfigError
 from duquant.quantizers.affine import code_range
-from duquant.quantizers.weight import QuantizedWeight, quantize_weight
+from duquant.quantizers.weight import ClipRatios, QuantizedWeight, quantize_weight, resolve_group_size
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -111,8 +111,30 @@ def test_zero_and_constant_rows_survive(symmetric: bool, clip: str) -> None:
 
 
 def test_group_size_that_does_not_divide_the_width_names_the_field() -> None:
-    with pytest.raises(ConfigError, match=r"weight\.group_size 32 does not divide 48"):
-        quantize_weight(normal(4, 48), WeightConfig(group_size=32))
+    with pytest.raises(ConfigError, match=r"weight\.group_size 32 has no divisor of the width 82"):
+        quantize_weight(normal(4, 82), WeightConfig(group_size=32))
+
+
+@pytest.mark.parametrize(("width", "requested"), [(576, 128), (1536, 128), (11008, 128), (48, 32), (64, 9), (5, 8)])
+def test_groups_are_the_largest_that_divide_the_width(width: int, requested: int) -> None:
+    size = resolve_group_size(width, requested)
+    assert width % size == 0
+    assert size == max(n for n in range(1, requested + 1) if width % n == 0)
+    q = quantize_weight(normal(3, width), WeightConfig(group_size=requested))
+    assert q.scale.shape == (3, width // size)
+
+
+@pytest.mark.parametrize("group_size", [None, 16])
+def test_learned_ratios_scale_each_end_of_each_group(group_size: int | None) -> None:
+    W, groups = normal(5, 48), 1 if group_size is None else 3
+    ratios = ClipRatios(0.5 + normal(5, groups, 1).sigmoid() / 2, 0.5 + normal(5, groups, 1, seed=1).sigmoid() / 2)
+    config = WeightConfig(clip="learned", group_size=group_size)
+    q = quantize_weight(W, config, ratios=ratios)
+    grouped = W.view(5, groups, -1)
+    low, high = grouped.amin(-1) * ratios.beta[..., 0], grouped.amax(-1) * ratios.gamma[..., 0]
+    torch.testing.assert_close(q.scale, (high - low) / 15, rtol=4 * EPS, atol=0)
+    parts = [quantize_weight(W[i : i + 1], config, ratios=ratios.rows(i, 1)) for i in range(5)]
+    assert torch.equal(q.codes, torch.cat([part.codes for part in parts]))
 
 
 def test_input_is_left_alone() -> None:

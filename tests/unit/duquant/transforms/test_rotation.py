@@ -6,8 +6,14 @@ import pytest
 import torch
 
 from duquant.transforms import rotation
-from duquant.transforms.hadamard import is_prime
-from duquant.transforms.rotation import apply_rotation, greedy_rotation, hadamard_rotation, resolve_block_size
+from duquant.transforms.hadamard import hadamard_factor, is_prime
+from duquant.transforms.rotation import (
+    apply_rotation,
+    greedy_rotation,
+    hadamard_rotation,
+    kronecker_sides,
+    resolve_block_size,
+)
 
 EPS32 = torch.finfo(torch.float32).eps
 EPS64 = torch.finfo(torch.float64).eps
@@ -22,6 +28,17 @@ def heavy_tailed(tokens: int, channels: int, seed: int = 0) -> torch.Tensor:
     X[:, channels // 3] *= 30
     X[0] *= 20
     return X
+
+
+@pytest.mark.parametrize("width", [1, 2, 17, 64, 72, 576, 1536, 4096, 5120, 11008, 13824])
+def test_sides_of_a_kronecker_product_are_hadamard_orders_where_there_are_any(width: int) -> None:
+    n1, n2 = kronecker_sides(width)
+    assert n1 * n2 == width
+    assert n1 >= n2
+    pairs = [(width // n, n) for n in range(1, width + 1) if width % n == 0]
+    both = [pair for pair in pairs if all(hadamard_factor(n) is not None for n in pair)]
+    assert ((n1, n2) in both) is bool(both)
+    assert n1 + n2 == min(sum(pair) for pair in both or pairs)
 
 
 def assert_orthogonal(R: torch.Tensor, tolerance: float) -> None:

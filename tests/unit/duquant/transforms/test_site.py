@@ -13,7 +13,7 @@ FULL = TransformConfig(smooth_alpha=0.5, rotation="greedy", permutation="zigzag"
 CONFIGS = [
     replace(FULL, rotation=rotation, permutation=permutation, shared_rotation=shared)
     for rotation, permutation, shared in product(("greedy", "hadamard"), ("none", "zigzag"), (True, False))
-]
+] + [replace(FULL, rotation="hadamard", permutation="transpose")]
 
 
 def sample(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -44,6 +44,14 @@ def test_real_widths_and_default_blocks_keep_the_product_to_1e_5(width: int, rot
     T = found(X, TransformConfig(rotation=rotation, permutation="zigzag", greedy_steps=64))
     exact = X.double() @ W.double().T
     assert float((T.apply(X) @ T.apply(W).T - exact).norm() / exact.norm()) <= 1e-5
+
+
+@pytest.mark.parametrize("width", [576, 1536, 64, 960])
+def test_two_factors_make_one_hadamard_matrix_over_all_channels(width: int) -> None:
+    T = found(sample(2, width), TransformConfig(rotation="hadamard", permutation="transpose"))
+    whole = T.apply(torch.eye(width, dtype=torch.float64))
+    torch.testing.assert_close(whole.abs(), torch.full_like(whole, width**-0.5), rtol=1e-6, atol=0)
+    torch.testing.assert_close(whole @ whole.T, torch.eye(width, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (2, 64), (7, 64), (1, 1, 64), (3, 5, 64)])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from duquant.transforms.smoothing import MIN_SCALE, exact_fold, share_over_heads, smoothing_scale
+from duquant.transforms.smoothing import MIN_SCALE, activation_scale, exact_fold, share_over_heads, smoothing_scale
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -30,6 +30,20 @@ def test_scale_is_finite_and_bounded_below_for_extreme_channels() -> None:
     scale = smoothing_scale(absmax, torch.tensor([1e-30, 1e-30, 1e30, 1e30]), 0.5)
     assert bool(torch.isfinite(scale).all())
     assert bool((scale >= MIN_SCALE * (1 - torch.finfo(torch.float32).eps)).all())
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_activation_scale_is_a_power_balanced_around_one(alpha: float) -> None:
+    size = normal(16).abs() + 0.01
+    scale = activation_scale(size, alpha)
+    torch.testing.assert_close(scale / scale[0], (size / size[0]) ** alpha, rtol=1e-4, atol=0)
+    assert float(scale.max() * scale.min()) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_activation_scale_of_dead_channels_is_one() -> None:
+    size = torch.tensor([0.0, 4.0, 1.0, 0.0])
+    torch.testing.assert_close(activation_scale(size, 0.5), torch.tensor([1.0, 2**0.5, 0.5**0.5, 1.0]))
+    assert activation_scale(torch.zeros(3), 0.5).tolist() == [1.0, 1.0, 1.0]
 
 
 HEADS = [(4, 4, 8), (4, 2, 8), (9, 3, 64), (8, 1, 16), (6, 2, 5), (1, 1, 96), (12, 4, 80)]

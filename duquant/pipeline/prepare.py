@@ -1,0 +1,88 @@
+"""What is decided at a site before its weights are rounded: the transform and the activations' clip ratios."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from duquant.calibration.statistics import SiteStatistics
+from duquant.config import Recipe
+from duquant.errors import CalibrationError
+from duquant.models.architecture import Site
+from duquant.pipeline.folds import Folds
+from duquant.pipeline.site import SiteWeights, activation_clip, site_moments, site_seed
+from duquant.transforms.site import SiteTransform, search_transform
+
+
+@dataclass(frozen=True)
+class PreparedSite:
+    """A site whose weights can be rounded."""
+
+    site: Site
+    transform: SiteTransform
+    weights: SiteWeights
+    """Smoothed and transformed."""
+    transformed: Float[Tensor, "sample channels"]
+    """The sampled rows, smoothed and transformed."""
+    clip_ratio: Float[Tensor, "2"]
+    """Of the activations: low end, high end."""
+    peak_before: float
+    """max|X| after smoothing, before the transform."""
+
+    @property
+    def peak_after(self) -> float:
+        """Return max|T(X)|."""
+        return _peak(self.transformed)
+
+
+def prepare_site(
+    site: Site,
+    state: Mapping[str, Tensor],
+    statistics: SiteStatistics,
+    folds: Folds,
+    recipe: Recipe,
+    *,
+    layer: int,
+) -> PreparedSite:
+    """Choose the transform and the activation clip of a site.
+
+    Args:
+        site: which.
+        state: the layer's tensors.
+        statistics: of the site.
+        folds: the smoothing of the layer.
+        recipe: what to do.
+        layer: the layer's index, for the seed and for messages.
+
+    Raises:
+        CalibrationError: there are no second moments where the recipe needs them, or they are not finite.
+    """
+    columns = folds.columns[site.name]
+    rows = statistics.rows.float().div_(columns)
+    peak_before = _peak(rows)
+    generator = torch.Generator().manual_seed(site_seed(recipe.seed, layer, site.name))
+    weights = SiteWeights(site, state, folds, SiteTransform())
+    try:
+        moments = site_moments(statistics, columns, weights) if recipe.transform.is_balanced else None
+        transform = search_transform(rows, recipe.transform, generator, moments)
+    except CalibrationError as err:
+        raise CalibrationError(f"layer {layer} site {site.name}: {err}", layer=layer, site=site.name) from err
+    del moments
+    transformed = transform.apply(rows)
+    del rows
+    weights = SiteWeights(site, state, folds, transform.for_weights())
+    return PreparedSite(
+        site=site,
+        transform=transform,
+        weights=weights,
+        transformed=transformed,
+        clip_ratio=activation_clip(transformed, weights, recipe.activation),
+        peak_before=peak_before,
+    )
+
+
+def _peak(X: Tensor) -> float:
+    low, high = torch.aminmax(X)
+    return float(torch.maximum(-low, high))

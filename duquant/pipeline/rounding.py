@@ -1,0 +1,104 @@
+"""How the weights of a site are rounded."""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from duquant.calibration.statistics import SiteStatistics
+from duquant.config import WeightConfig
+from duquant.errors import CalibrationError
+from duquant.pipeline.folds import BLOCK_ELEMENTS
+from duquant.pipeline.prepare import PreparedSite
+from duquant.pipeline.site import finite_moment, smoothed_moment
+from duquant.quantizers.gptq import GPTQSolver
+from duquant.quantizers.weight import ClipRatios, QuantizedWeight, quantize_weight
+
+
+class NearestRounder:
+    """To the nearest code, row by row: small blocks do."""
+
+    block_elements = BLOCK_ELEMENTS
+    damp = 0.0
+    """It damps nothing."""
+
+    def __init__(
+        self, transformed: Float[Tensor, "sample channels"], config: WeightConfig, second_moment: Tensor | None = None
+    ) -> None:
+        self._importance = torch.linalg.vector_norm(transformed, dim=0).square_()  # up to a factor, without a copy
+        self._config = config
+        self._second_moment = second_moment
+
+    def quantize(self, W: Float[Tensor, "rows in_features"], linear: str, first: int) -> QuantizedWeight:
+        """Round each row by itself."""
+        del linear, first
+        return quantize_weight(W, self._config, self._importance, self._second_moment)
+
+
+class GPTQRounder:
+    """By GPTQ. Each block walks all columns, so blocks are large."""
+
+    block_elements = 1 << 22
+
+    def __init__(self, second_moment: Tensor, config: WeightConfig) -> None:
+        self._solver = GPTQSolver.from_second_moment(second_moment, config.damp)
+        self._config = config
+        self.damp = self._solver.damp
+
+    def quantize(self, W: Float[Tensor, "rows in_features"], linear: str, first: int) -> QuantizedWeight:
+        """Round column by column."""
+        del linear, first
+        return self._solver.quantize(W, self._config)
+
+
+class LearnedRounder:
+    """To the nearest code between ends that were learned for each row."""
+
+    block_elements = BLOCK_ELEMENTS
+    damp = 0.0
+
+    def __init__(self, clips: Mapping[str, ClipRatios], config: WeightConfig) -> None:
+        self._clips = clips
+        self._config = config
+
+    def quantize(self, W: Float[Tensor, "rows in_features"], linear: str, first: int) -> QuantizedWeight:
+        """Round each row with its own ratios."""
+        return quantize_weight(W, self._config, ratios=self._clips[linear].rows(first, W.shape[0]))
+
+
+Rounder = NearestRounder | GPTQRounder | LearnedRounder
+"""`quantize(W, linear, first)` rounds rows of `linear`, from row `first` on; `block_elements` or so at once."""
+
+
+def make_rounder(
+    prepared: PreparedSite,
+    statistics: SiteStatistics,
+    config: WeightConfig,
+    clips: Mapping[str, ClipRatios],
+    *,
+    layer: int,
+) -> Rounder:
+    """Return what rounds a site's weights.
+
+    Args:
+        prepared: the site.
+        statistics: of its inputs.
+        config: which solver, which clip.
+        clips: learned ones by linear, for config.clip="learned".
+        layer: the layer's index, for messages.
+
+    Raises:
+        CalibrationError: there is no usable second moment, and one is needed.
+    """
+    if config.clip == "learned":
+        return LearnedRounder(clips, config)
+    if config.solver == "rtn" and config.clip != "output":
+        return NearestRounder(prepared.transformed, config)
+    name = prepared.site.name
+    try:
+        H = smoothed_moment(finite_moment(statistics), prepared.weights.folds.columns[name])
+        H = prepared.transform.apply_both(H)
+        return GPTQRounder(H, config) if config.solver == "gptq" else NearestRounder(prepared.transformed, config, H)
+    except CalibrationError as err:
+        raise CalibrationError(f"layer {layer} site {name}: {err}", layer=layer, site=name) from err

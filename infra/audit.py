@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sqlalchemy import Connection, Engine, insert, select
+from sqlalchemy import Connection, Engine, false, insert, or_, select
 
 from infra.database import now_ms, read
 from infra.schema import audit_log
@@ -49,12 +49,26 @@ def record(
 
 
 def entries(
-    engine: Engine, *, tenant_id: str | None = None, before: int | None = None, limit: int = 50
+    engine: Engine,
+    *,
+    tenant_id: str | None = None,
+    with_server: bool = False,
+    before: int | None = None,
+    limit: int = 50,
 ) -> list[AuditEntry]:
-    """Return a tenant's entries, or everybody's, newest first; `before` is the id that the page before ended with."""
+    """Return a tenant's entries, or everybody's, newest first.
+
+    Args:
+        engine: The database.
+        tenant_id: Whose entries; none is everybody's.
+        with_server: Beside a tenant's own, those of what belongs to the whole server.
+        before: The id that the page before ended with.
+        limit: How many at most.
+    """
     query = select(audit_log).order_by(audit_log.c.id.desc()).limit(limit)
     if tenant_id is not None:
-        query = query.where(audit_log.c.tenant_id == tenant_id)
+        is_servers = audit_log.c.tenant_id.is_(None) if with_server else false()
+        query = query.where(or_(audit_log.c.tenant_id == tenant_id, is_servers))
     if before is not None:
         query = query.where(audit_log.c.id < before)
     with read(engine) as connection:

@@ -162,10 +162,17 @@ def revoke_key(service: Service, caller: KeyAdmin, key_id: KeyId) -> KeyView:
     responses={200: shows({"items": [_ENTRY], "next_cursor": None}), **responses(*COMMON)},
 )
 def list_audit(service: Service, caller: KeyAdmin, limit: Limit = 50, cursor: Cursor = None) -> AuditPage:
-    """List who changed this project's keys, webhooks, artifacts and limits. Jobs have events of their own."""
+    """List who changed this project's keys, webhooks, artifacts, texts and limits. Jobs have events of their own.
+
+    Whoever runs the server (`tenants:admin`) also sees who paused which queue.
+    """
     before = read_cursor(cursor)
     rows = audit.entries(
-        service.engine, tenant_id=caller.tenant_id, before=None if before is None else before[0], limit=limit + 1
+        service.engine,
+        tenant_id=caller.tenant_id,
+        with_server="tenants:admin" in caller.scopes,
+        before=None if before is None else before[0],
+        limit=limit + 1,
     )
     page: list[AuditEntry] = rows[:limit]
     next_cursor = write_cursor(page[-1].id, "audit") if len(rows) > limit else None

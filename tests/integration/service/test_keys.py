@@ -169,6 +169,12 @@ def test_the_audit_log_tells_who_did_what(service: Any) -> None:
     assert (entry["action"], entry["actor"], entry["data"]["name"]) == ("key.created", f"key:{key['id']}", "second")
     rest = service.http.get("/v1/audit", params={"cursor": first["next_cursor"]}).json()["items"]
     assert rest[0]["target"] == key["id"]
+    # Queues are everybody's: who runs the server sees who paused one, who runs a project does not.
+    assert service.http.post("/v1/queues/default:pause").status_code == 200
+    (entry,) = service.http.get("/v1/audit", params={"limit": 1}).json()["items"]
+    assert (entry["action"], entry["target"]) == ("queue.paused", "default")
+    seen = ask(service, key["token"], "GET", "/v1/audit").json()["items"]
+    assert {each["action"] for each in seen} == {"key.created"}
 
 
 def test_a_project_is_made_with_limits_and_a_key_of_its_own(any_service: Any) -> None:

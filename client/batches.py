@@ -15,6 +15,7 @@ from client.models import Batch, parse_model
 from client.output import duration, note, print_pairs, print_table, size
 from client.progress import Teller, teller
 from client.recipes import read_data_file
+from client.times import at
 
 app = typer.Typer(help="Many models with many recipes at once.", no_args_is_help=True)
 
@@ -168,11 +169,15 @@ def _finish(session: Session, batch_id: str, timeout: float | None) -> None:
     """Follow a batch, show its table, and fail when something of it has."""
     with teller(f"No longer following; the batch goes on: duquant batch wait {batch_id}") as shown:
         batch = session.client.wait_for_batch(batch_id, timeout_s=timeout, on_update=lambda batch: _tell(shown, batch))
-    _show_table(session, session.client.run(calls.batch_table(batch_id)))
+    rows = session.client.run(calls.batch_table(batch_id))
+    _show_table(session, rows)
     bad = sum(each.failed + each.cancelled for each in (batch.jobs, batch.evaluations))
     if bad:
         total = batch.jobs.total + batch.evaluations.total
-        raise JobFailedError(f"{bad} of {total} jobs of {batch_id} did not succeed: duquant batch retry {batch_id}")
+        # What was refused has no job that could be tried again.
+        can_retry = bad > sum(row["state"] == "refused" for row in rows)
+        advice = f"duquant batch retry {batch_id}" if can_retry else "mend what the table says and submit it again"
+        raise JobFailedError(f"{bad} of {total} jobs of {batch_id} did not succeed: {advice}")
 
 
 def _tell(shown: Teller, batch: Batch) -> None:
@@ -190,6 +195,9 @@ def _report(session: Session, batch: Batch) -> None:
         "jobs": _counted(batch.raw["jobs"]),
         "there already": batch.reused,
         "evaluations": _counted(batch.raw["evaluations"]) if batch.evaluations.total else None,
+        "created": at(batch.raw["created_at"]),
+        "cancelled": at(batch.raw["cancelled_at"]),
+        "finished": at(batch.raw["finished_at"]),
     }
     session.show(batch.raw, lambda: print_pairs(pairs))
 

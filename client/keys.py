@@ -11,6 +11,7 @@ from client.connection import Session, on_service
 from client.errors import BadInputError, ClientError
 from client.lists import CursorOption, LimitOption, tell_of_more
 from client.output import note, print_pairs, print_table
+from client.times import ago, at
 
 app = typer.Typer(help="API keys of your project.", no_args_is_help=True)
 
@@ -74,8 +75,8 @@ def list_keys(
             key["prefix"],
             key["state"],
             ",".join(key["scopes"]),
-            key["expires_at"],
-            key["last_used_at"],
+            ago(key["expires_at"]),
+            ago(key["last_used_at"]),
         )
         for key in page["items"]
     ]
@@ -111,5 +112,5 @@ def _report(session: Session, key: dict[str, Any]) -> None:
 
 
 def _print(key: dict[str, Any]) -> None:
-    names = ("id", "name", "token", "state", "scopes", "expires_at")
-    print_pairs({name: ", ".join(key[name]) if name == "scopes" else key[name] for name in names if key.get(name)})
+    pairs = {name: key.get(name) for name in ("id", "name", "token", "state")}
+    print_pairs({**pairs, "scopes": ", ".join(key["scopes"]), "expires": at(key["expires_at"])})

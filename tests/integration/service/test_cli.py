@@ -70,6 +70,16 @@ def test_a_batch_is_submitted_watched_retried_and_shown(service: Any, cli: Any, 
     assert data(cli("batch", "requantize", "--dry-run", "--json"))["batch"] is None
 
 
+def test_a_refused_model_is_not_tried_again_but_submitted(cli: Any, tmp_path: Path) -> None:
+    file = tmp_path / "zoo.yaml"
+    file.write_text("models: [local:absent]\nrecipes: [rtn]\n")
+    status, out, err = cli("batch", "submit", str(file), "--wait")
+    assert (status, "refused" in out) == (1, True)
+    assert "submit it again" in err
+    assert "batch retry" not in err
+    assert "finished" in cli("batch", "get", err.split()[1].rstrip(":"))[1]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

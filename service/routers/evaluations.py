@@ -73,6 +73,7 @@ def _named(service: Service, caller: Caller, name: str) -> Evaluation:
             *COMMON,
             *BODY_PROBLEMS,
             "artifact-not-found",
+            "job-conflict",
             "quota-exceeded",
             "model-forbidden",
             "model-not-found",

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.skipif(sys.platform != "linux", reaso
 RECIPES = [
     {"name": "plain"},
     {"name": "turned", "transform": {"rotation": "hadamard", "block_size": 16}},
-    # 96 channels of one model are six groups; the other model's 80 are none.
+    # 96 channels of one model are two groups; the other model's 212 have no divisor from 8 to 48.
     {"name": "grouped", "weight": {"group_size": 48}},
 ]
 CALIBRATION = {"source": {"kind": "file", "name": "text.txt"}, "samples": 2, "seq_len": 32, "shards": 1}
@@ -35,7 +35,8 @@ def folder(tmp_path: Path) -> Path:
     """A folder with two models and a text."""
     shelf = tmp_path / "shelf"
     make_tiny_model(shelf / "zoo" / "fits", hidden_size=96, intermediate_size=192, num_attention_heads=4)
-    make_tiny_model(shelf / "zoo" / "odd", hidden_size=80, intermediate_size=160, num_attention_heads=4)
+    odd = {"hidden_size": 212, "intermediate_size": 160, "num_attention_heads": 2}
+    make_tiny_model(shelf / "zoo" / "odd", **odd)
     (shelf / "text.txt").write_text(tiny_text(), encoding="utf-8")
     return shelf
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from duquant.config import TextSource
 from duquant.errors import CalibrationError, ConfigError, SourceError
+from duquant.models.building import one_at_a_time
 
 log = logging.getLogger(__name__)
 
@@ -211,7 +212,8 @@ def _sample_from_model(
     model_path: Path, tokenizer: Any, *, samples: int, seq_len: int, generator: torch.Generator
 ) -> Tensor:
     """Sample windows from the model at temperature 1. The one source that needs the whole model in memory."""
-    model = AutoModelForCausalLM.from_pretrained(model_path, trust_remote_code=False, use_safetensors=True)
+    with one_at_a_time():
+        model = AutoModelForCausalLM.from_pretrained(model_path, trust_remote_code=False, use_safetensors=True)
     model.eval()
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     windows = []

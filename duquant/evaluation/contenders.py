@@ -22,6 +22,7 @@ from duquant.errors import UnsupportedModelError
 from duquant.evaluation.contender_names import DUQUANT, HADAMARD, RTN
 from duquant.inference.modules import DuQuantLinear, SiteModule
 from duquant.kernels import PreparedTransform, prepare_transform
+from duquant.models.building import one_at_a_time
 from duquant.transforms.site import search_transform
 
 _SAMPLE_ROWS = 64
@@ -93,7 +94,7 @@ def dense_twin(packed: Any, *, layers: int | None = None) -> Any:
     config = copy.deepcopy(packed.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"):
+    with one_at_a_time(), torch.device("meta"):
         twin = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     twin.model.layers = twin.model.layers[:layers]
     linears = {name: module for name, module in packed.named_modules() if isinstance(module, DuQuantLinear)}

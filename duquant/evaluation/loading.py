@@ -11,6 +11,7 @@ from duquant.artifact.layout import MANIFEST
 from duquant.calibration.text import load_tokenizer
 from duquant.config import Recipe
 from duquant.inference import load
+from duquant.models.building import one_at_a_time
 from duquant.models.devices import resolve_device
 from duquant.models.references import resolve_model
 from duquant.models.source import SourceCheckpoint
@@ -60,8 +61,10 @@ def load_for_evaluation(
         return LoadedModel(loaded, tokenizer, path, loaded.duquant_manifest.recipe)
     SourceCheckpoint(path)
     tokenizer = load_tokenizer(path)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.bfloat16, trust_remote_code=False, use_safetensors=True, local_files_only=True
-    ).to(target)
+    with one_at_a_time():
+        loaded = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.bfloat16, trust_remote_code=False, use_safetensors=True, local_files_only=True
+        )
+    loaded.to(target)
     loaded.eval()
     return LoadedModel(loaded, tokenizer, path, None)

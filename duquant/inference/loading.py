@@ -12,6 +12,7 @@ from duquant.artifact.manifest import read_manifest
 from duquant.artifact.shards import write_index, write_shard
 from duquant.artifact.verify import require_intact
 from duquant.errors import ArtifactError
+from duquant.models.building import one_at_a_time
 from duquant.models.devices import resolve_device
 from duquant.models.families import architecture_of
 
@@ -33,16 +34,17 @@ def load(path: str | Path, *, device: str = "cpu", check_hashes: bool = True) ->
     manifest = read_manifest(directory)
     if check_hashes:
         require_intact(directory)
-    model, info = AutoModelForCausalLM.from_pretrained(
-        directory,
-        dtype=torch.bfloat16,
-        device_map=None if target == "cpu" else target,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are reported, and refused below
-        trust_remote_code=False,
-        use_safetensors=True,
-        local_files_only=True,
-    )
+    with one_at_a_time():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=torch.bfloat16,
+            device_map=None if target == "cpu" else target,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported, and refused below
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+        )
     # transformers only warns about tensors that are not there and leaves random values in their place.
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(problem):

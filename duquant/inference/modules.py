@@ -152,7 +152,9 @@ class SiteReaders:
         if any(each is not None for each in biases):
             pairs = zip(biases, joined.splits, strict=True)
             device = joined.data.device
-            bias = torch.cat([torch.zeros(n, device=device) if b is None else b.float() for b, n in pairs])
+            bias = torch.cat(
+                [torch.zeros(n, device=device, dtype=torch.float32) if b is None else b.float() for b, n in pairs]
+            )
         return _Joined(joined, bias)
 
     def forget(self) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from duquant.errors import SourceError, UnsupportedModelError
+from duquant.models.building import one_at_a_time
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,14 @@ def _convert(model: DemoModel, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         gguf = Path(scratch) / "model.gguf"
         join_pieces([path for piece in model.pieces if (path := _in_package(*piece))], gguf, model.sha256)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.bfloat16,
-            trust_remote_code=False,
-        )
+        with one_at_a_time():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.bfloat16,
+                trust_remote_code=False,
+            )
         if hasattr(loaded.config, "quantization_config"):
             del loaded.config.quantization_config
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)

@@ -133,7 +133,7 @@ def _fold(site: Site, scale: Tensor, state: dict[str, Tensor], shape: LayerShape
 
 def _whole_rows(scale: Float[Tensor, " rows"], first: int, count: int) -> Float[Tensor, " out_features"]:
     """Return the scales of all rows of a linear; a fused one has rows that write something else."""
-    rows = torch.ones(count, device=scale.device)
+    rows = torch.ones(count, device=scale.device, dtype=scale.dtype)
     rows[first : first + scale.shape[0]] = scale
     return rows
 

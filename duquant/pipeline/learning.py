@@ -76,7 +76,9 @@ class _LearnedSite:
         self.log_smooth: nn.Parameter | None = None
         if recipe.transform.smooth_learned and prepared.site.name != "mlp_out":
             channels = math.prod(self._heads) if self._is_by_kv_head else prepared.transformed.shape[1]
-            self.log_smooth = nn.Parameter(torch.zeros(channels, device=prepared.transformed.device))
+            self.log_smooth = nn.Parameter(
+                torch.zeros(channels, device=prepared.transformed.device, dtype=torch.float32)
+            )
         self._seen: tuple[Tensor, Tensor] | None = None
 
     def smooth(self) -> Float[Tensor, " channels"] | None:

@@ -41,7 +41,7 @@ class SiteWeights:
     def moment(self, elements: int) -> Float[Tensor, "in_features in_features"]:
         """Return the sum of W^T W over all linears."""
         channels = self.folds.columns[self.site.name]
-        total = torch.zeros(len(channels), len(channels), device=channels.device)
+        total = torch.zeros(len(channels), len(channels), device=channels.device, dtype=torch.float32)
         for linear in self.site.linears:
             for W in self.blocks(linear, elements):
                 total.addmm_(W.T, W)
@@ -87,7 +87,7 @@ def activation_clip(
 ) -> Float[Tensor, "2"]:
     """Return a site's clip ratios (low end, high end)."""
     if config.clip == "fixed":
-        return torch.full((2,), config.clip_ratio, device=transformed.device)
+        return torch.full((2,), config.clip_ratio, device=transformed.device, dtype=torch.float32)
     return search_clip(transformed, weights.moment(BLOCK_ELEMENTS), config)
 
 

@@ -33,7 +33,7 @@ def smoothing_error(
         rows = statistics[site.name].rows.float().div_(columns)
         generator = torch.Generator().manual_seed(site_seed(recipe.seed, layer, site.name))
         transform = search_transform(rows, transform_config, generator)
-        clip_ratio = torch.full((2,), activation.clip_ratio, device=rows.device)
+        clip_ratio = torch.full((2,), activation.clip_ratio, device=rows.device, dtype=torch.float32)
         error = SiteError(transform.apply(rows), clip_ratio, activation)
         smoothed = Folds(columns={site.name: columns}, rows=folds.rows)
         weights = SiteWeights(site, state, smoothed, transform.for_weights())

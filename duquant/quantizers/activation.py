@@ -34,7 +34,7 @@ def search_clip(
             e (W^T W) e^T at the outputs.
         config: bits and symmetry.
     """
-    best = torch.ones(2, device=X.device)
+    best = torch.ones(2, device=X.device, dtype=torch.float32)
     if config.bits == 16:
         return best
     least = torch.inf

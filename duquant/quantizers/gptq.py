@@ -52,7 +52,7 @@ class GPTQSolver:
         importance = H.diagonal().clamp_min(0.0).clone()
         mean = float(importance.mean())
         if mean == 0.0:  # no input was ever anything but zero: every channel is as good as any other
-            H, mean = torch.eye(H.shape[0], device=H.device), 1.0
+            H, mean = torch.eye(H.shape[0], device=H.device, dtype=H.dtype), 1.0
             importance = H.diagonal().clone()
         order = torch.argsort(importance, descending=True, stable=True)
         H = ((H + H.T) / (2 * mean))[order][:, order]
@@ -77,7 +77,7 @@ class GPTQSolver:
         group_of = (self.order // group_size).tolist()
         for first in range(0, channels, _COLUMNS):
             last = min(first + _COLUMNS, channels)
-            errors = torch.empty(W.shape[0], last - first, device=W.device)
+            errors = torch.empty(W.shape[0], last - first, device=W.device, dtype=torch.float32)
             for column in range(first, last):
                 scale, zero_point = grid.scale[:, group_of[column]], grid.zero_point[:, group_of[column]]
                 w = W[:, column : column + 1]

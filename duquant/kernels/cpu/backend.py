@@ -95,7 +95,7 @@ class CpuBackend:
         data = torch.empty(
             (tokens, (channels + 1) // 2 if is_packed else channels), dtype=torch.uint8 if is_packed else torch.int8
         )
-        grids = torch.empty((3, tokens, 1))
+        grids = torch.empty((3, tokens, 1), dtype=torch.float32)
         first = grids.data_ptr()
         args.out, args.scale = data.data_ptr(), first
         args.zero_point, args.row_sum = first + 4 * tokens, first + 8 * tokens

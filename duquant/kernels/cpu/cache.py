@@ -142,5 +142,5 @@ def _row_mask(mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
         raise KernelUnavailableError(f"the kernel takes one mask for all heads, not {tuple(mask.shape)}")
     rows = mask[:, 0, 0, :].expand(batch, tokens)
     if rows.dtype == torch.bool:
-        return torch.zeros(batch, tokens).masked_fill_(~rows, float("-inf"))
+        return torch.zeros(batch, tokens, dtype=torch.float32).masked_fill_(~rows, float("-inf"))
     return rows.float().contiguous()

@@ -47,6 +47,7 @@ ROUTES = [
     ("POST", "/v1/evaluations", "jobs:write"),
     ("GET", "/v1/evaluations", "jobs:read"),
     ("GET", "/v1/evaluations/{evaluation_id}", "jobs:read"),
+    ("GET", "/v1/evaluations/{evaluation_id}/report", "jobs:read"),
     ("GET", "/v1/models", "jobs:read"),
     ("POST", "/v1/texts", "jobs:write"),
     ("GET", "/v1/texts", "jobs:read"),

@@ -55,7 +55,7 @@ def test_requests_are_counted_by_route_and_never_by_id(service: Any) -> None:
     for _ in range(3):
         service.http.get("/v1/jobs/job_none")
     service.http.get("/v1/no/such/path")
-    service.http.request("BREW", "/v1/jobs")
+    service.http.request("PROPFIND", "/v1/jobs")
     found = metrics(service)
     after = found["duquant_http_requests_total"]
     route = (("method", "GET"), ("route", "/v1/jobs/{job_id}"), ("status", "404"))

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -232,3 +233,22 @@ def test_recipe_with_a_16_bit_cache_leaves_the_model_s_own_cache(
 ) -> None:
     model, _ = load(tiny_artifact(with_recipe=fine_recipe).artifact)
     assert not isinstance(model(IDS).past_key_values, DuQuantCache)
+
+
+def test_threads_that_load_at_once_leave_the_default_dtype_alone(tiny_artifact) -> None:
+    path = tiny_artifact().artifact
+    with ThreadPoolExecutor(4) as pool:
+        for loaded in [pool.submit(load, path) for _ in range(8)]:
+            assert loaded.result()[0] is not None
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_model_runs_while_another_thread_has_set_the_default_dtype(tiny_artifact) -> None:
+    model, tokenizer = load(tiny_artifact().artifact)
+    ids = tokenizer("hello world", return_tensors="pt")
+    expected = model(**ids).logits
+    torch.set_default_dtype(torch.bfloat16)  # as transformers does while it builds a model
+    try:
+        assert torch.equal(model(**ids).logits, expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

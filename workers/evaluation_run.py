@@ -9,9 +9,7 @@ from infra.errors import CardOutdated, JobNotFound, TransientError
 from infra.jobs import CardRevision, Job, JobState
 from workers.cards import put_card, results_of
 from workers.endings import JobFailed
-from workers.inputs import local_plan, model_reference
 from workers.measuring import MeasuringRun, Target
-from workers.tasks import EvaluationSpec
 
 _MOST_CARDS = 20
 """Cards made for one evaluation: each but the last was overtaken by another evaluation of the artifact."""
@@ -45,19 +43,10 @@ class EvaluationRun(MeasuringRun):
         raise TransientError("the artifact's model card changes faster than it can be made anew")
 
     def _target(self) -> Target:
-        job, settings = self._claim.job, self._settings
+        job = self._claim.job
         artifact_job: str | None = job.spec.get("artifact_job_id")
-        spec = EvaluationSpec(
-            job_id=job.id,
-            work_dir=self._work_dir,
-            model_cache=settings.models,
-            allow_hub=settings.allow_hub,
-            device=settings.device,
-            plan=local_plan(job, job.spec, settings, self._storage, self._work_dir),
-            task_roots=(*settings.text_roots, self._work_dir),
-            model=model_reference(job, settings) if artifact_job is None else None,
-            manifest_key=None if artifact_job is None else self._manifest_key(artifact_job),
-        )
+        manifest_key = None if artifact_job is None else self._manifest_key(artifact_job)
+        spec = self._evaluation_spec(job.spec, self._work_dir, manifest_key=manifest_key)
         # As the service computes it; a row has the fingerprint of its job.
         return Target(job.fingerprint, job.spec["evaluation"], spec, artifact_job_id=artifact_job)
 

@@ -11,10 +11,8 @@ from infra.jobs import Measured
 from workers import gate
 from workers.cards import put_card, results_of
 from workers.endings import JobFailed
-from workers.inputs import local_plan, model_reference
 from workers.job_run import JobRun
 from workers.measuring import MeasuringRun, Target
-from workers.tasks import EvaluationSpec
 
 
 class GatedRun(JobRun, MeasuringRun):
@@ -48,26 +46,15 @@ class GatedRun(JobRun, MeasuringRun):
             raise JobFailed("bad_input", str(err)) from err
 
     def _target(self, *, is_baseline: bool) -> Target:
-        job, settings = self._claim.job, self._settings
+        job = self._claim.job
         measurement: Mapping[str, Any] = job.spec["quality_gate"]
         if is_baseline:
             measurement = {**measurement, "evaluation": baseline_settings(measurement["evaluation"])}
         folder = self._work_dir / ("baseline" if is_baseline else "gate")
         try:
-            plan = local_plan(job, measurement, settings, self._storage, self._work_dir)
+            spec = self._evaluation_spec(measurement, folder, manifest_key=None if is_baseline else self._keys.manifest)
         except DuQuantError as err:
             raise JobFailed("bad_input", f"quality gate: {err}") from err
-        spec = EvaluationSpec(
-            job_id=job.id,
-            work_dir=folder,
-            model_cache=settings.models,
-            allow_hub=settings.allow_hub,
-            device=settings.device,
-            plan=plan,
-            task_roots=(*settings.text_roots, self._work_dir),
-            model=model_reference(job, settings) if is_baseline else None,
-            manifest_key=None if is_baseline else self._keys.manifest,
-        )
         return Target(
             baseline_fingerprint(job.spec) if is_baseline else measured_fingerprint(job.spec, job.id),
             measurement["evaluation"],

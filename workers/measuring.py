@@ -3,12 +3,14 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from duquant.evaluation.plan import EvaluationPlan
 from infra.jobs import Measured
 from workers.claimed_run import COLLECT_S, ClaimedRun
 from workers.endings import JobFailed, JobStopped
+from workers.inputs import local_plan, model_reference
 from workers.measure import PROGRESS, STOP, Record, part_ids
 from workers.reports import put_report
 from workers.tasks import EvaluationSpec, EvaluationTask
@@ -36,6 +38,28 @@ class MeasuringRun(ClaimedRun):
     _shown: tuple[str, int, int] | None = None
     _billed = 0
     """Numbers under which this claim has billed measuring."""
+
+    def _evaluation_spec(
+        self, measurement: Mapping[str, Any], work_dir: Path, *, manifest_key: str | None
+    ) -> EvaluationSpec:
+        """Return what a worker needs to measure an artifact, or (without a manifest) the job's unquantized model.
+
+        Raises:
+            JobFailed: the model, a text or a task file is not allowed here, is gone, or has changed.
+            DuQuantError: the plan makes no sense.
+        """
+        job, settings = self._claim.job, self._settings
+        return EvaluationSpec(
+            job_id=job.id,
+            work_dir=work_dir,
+            model_cache=settings.models,
+            allow_hub=settings.allow_hub,
+            device=settings.device,
+            plan=local_plan(job, measurement, settings, self._storage, self._work_dir),
+            task_roots=(*settings.text_roots, self._work_dir),
+            model=model_reference(job, settings) if manifest_key is None else None,
+            manifest_key=manifest_key,
+        )
 
     def _measured(self, target: Target, *, is_baseline: bool = False) -> Measured:
         """Measure what has not been measured yet; return everything, complete.

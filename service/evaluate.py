@@ -10,7 +10,7 @@ from service.auth import Caller
 from service.context import Context
 from service.errors import FieldProblem, ProblemError
 from service.schemas.evaluations import EvaluationRequest, EvaluationSettings
-from service.submit import MAX_ATTEMPTS, Identities, check_source, check_task
+from service.submit import MAX_ATTEMPTS, Identities, check_source, check_tasks
 
 UNQUANTIZED = "unquantized"
 """The recipe's name of what is measured as it is."""
@@ -47,12 +47,8 @@ def check_settings(service: Context, caller: Caller, settings: EvaluationSetting
         ProblemError: one may not be used, or is not there; the problem points below `pointer`.
     """
     text = check_source(service, caller, settings.text, f"{pointer}/text") if settings.perplexity else None
-    tasks = {}
-    for index, task in enumerate(settings.tasks):
-        found = check_task(service, caller, task.kind, task.name, f"{pointer}/tasks/{index}")
-        if found is not None:
-            tasks[task.name] = found
-    return Identities(text, tasks)
+    named = [(task.kind, task.name) for task in settings.tasks]
+    return Identities(text, check_tasks(service, caller, named, f"{pointer}/tasks", field="/name"))
 
 
 def of_artifact(made_by: Job, settings: EvaluationSettings, identities: Identities) -> NewJob:

@@ -1,7 +1,7 @@
 """Turns a request into a job: resolves the recipe, checks the model and the text, computes the fingerprint."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -77,11 +77,9 @@ def _measured_by(service: Context, caller: Caller, gate: QualityGate) -> Mapping
     """Check the texts of a quality gate; return what a job's spec says of it."""
     settings = gate_settings(gate)
     text = check_source(service, caller, gate.text, f"{_GATE_POINTER}/text") if "text" in settings else None
-    tasks = {}
-    for index, task in enumerate(settings.get("tasks", ())):
-        found = check_task(service, caller, task["kind"], task["name"], f"{_GATE_POINTER}/tasks/{index}", field="")
-        if found is not None:
-            tasks[task["name"]] = found
+    named = [(task["kind"], task["name"]) for task in settings.get("tasks", ())]
+    # A gate names its tasks by plain words: there is no field in them to point at.
+    tasks = check_tasks(service, caller, named, f"{_GATE_POINTER}/tasks", field="")
     return {"evaluation": settings, "text_identity": text, "task_identities": tasks}
 
 
@@ -215,23 +213,32 @@ def check_source(service: Context, caller: Caller, source: TextSource, pointer: 
     return None
 
 
-def check_task(
-    service: Context, caller: Caller, kind: str, name: str, pointer: str, *, field: str = "/name"
-) -> str | None:
-    """Check that a task may be asked; return what changes when its file's bytes do, for those that have one.
+def check_tasks(
+    service: Context, caller: Caller, tasks: Iterable[tuple[str, str]], pointer: str, *, field: str
+) -> Mapping[str, str]:
+    """Check that tasks, by kind and name, may be asked; return what changes when the bytes of their files do, by name.
 
     Raises:
-        ProblemError: it may not, or is not there; the problem points at `pointer`, and `field` in it.
+        ProblemError: one may not, or is not there; the problem points at its place below `pointer`, and `field` in it.
     """
+    found = {}
+    for index, (kind, name) in enumerate(tasks):
+        identity = _check_task(service, caller, kind, name, f"{pointer}/{index}{field}")
+        if identity is not None:
+            found[name] = identity
+    return found
+
+
+def _check_task(service: Context, caller: Caller, kind: str, name: str, pointer: str) -> str | None:
     if kind == "hub":
         if not service.settings.allow_hub:
             detail = f"the questions of {name} are on the hub, which is switched off on this server (DUQUANT_ALLOW_HUB)"
-            raise ProblemError("text-forbidden", detail, [FieldProblem(pointer=f"{pointer}{field}", detail=detail)])
+            raise ProblemError("text-forbidden", detail, [FieldProblem(pointer=pointer, detail=detail)])
         return None
     try:
         return check_source(service, caller, TextSource(kind="object" if kind == "object" else "file", name=name), "")
     except ProblemError as problem:
-        problem.errors[:] = [FieldProblem(pointer=f"{pointer}{field}", detail=problem.detail)]
+        problem.errors[:] = [FieldProblem(pointer=pointer, detail=problem.detail)]
         raise
 
 

@@ -5,7 +5,6 @@ reads the artifact sees the old card or the new one, whole.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -14,6 +13,7 @@ from typing import Any
 from duquant.artifact.card import model_card
 from duquant.artifact.layout import MANIFEST
 from duquant.artifact.manifest import parse_manifest
+from duquant.artifact.shards import json_bytes
 from infra.artifact_keys import ArtifactKeys
 from infra.job_measures import WithBaseline
 from infra.jobs import Claim
@@ -54,13 +54,8 @@ def put_card(
     entry = {"name": CARD, "key": card_key, "size_bytes": len(card), "sha256": hashlib.sha256(card).hexdigest()}
     files = [entry if each["name"] == CARD else each for each in document["files"]]
     revised = {**document, "files": files, "evaluation": dict(evaluation)}
-    storage.put_bytes(manifest_key, manifest_bytes(revised))
+    storage.put_bytes(manifest_key, json_bytes(revised))
     return manifest_key, revised
-
-
-def manifest_bytes(document: Mapping[str, Any]) -> bytes:
-    """Return the bytes of manifest.json."""
-    return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def results_of(measured: Sequence[WithBaseline]) -> list[dict[str, Any]]:

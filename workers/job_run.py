@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from duquant.artifact.layout import MANIFEST
+from duquant.artifact.shards import json_bytes
 from duquant.config import Recipe
 from duquant.errors import DuQuantError
 from duquant.models.references import resolve_model
@@ -191,7 +192,7 @@ class JobRun(ClaimedRun):
 
     def _put_manifest(self, document: Mapping[str, Any]) -> dict[str, Any]:
         """Put the manifest unless an earlier claim already did; return the one that counts."""
-        data = (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+        data = json_bytes(document)
         try:
             self._storage.put_bytes(self._keys.manifest, data, if_none_match=True)
         except ObjectExists:

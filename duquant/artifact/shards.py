@@ -60,5 +60,10 @@ def write_index(directory: Path, shards: Sequence[ShardInfo]) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON with sorted keys and a final newline."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write JSON as `json_bytes` has it."""
+    path.write_bytes(json_bytes(value))
+
+
+def json_bytes(value: object) -> bytes:
+    """Return JSON with sorted keys and a final newline: equal values are equal bytes."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -11,6 +11,13 @@ from infra.job_rows import state_is
 from infra.prepared import Prepared
 from infra.schema import artifacts, job_deps, jobs
 
+_EVALUATIONS = Prepared(
+    select(jobs.c.id)
+    .join(job_deps, job_deps.c.job_id == jobs.c.id)
+    .where(job_deps.c.depends_on == bindparam("of_job"), jobs.c.kind == "evaluate")
+    .where(jobs.c.spec["artifact_job_id"].as_string() == bindparam("of_job"))
+    .order_by(jobs.c.created_at.desc(), jobs.c.id.desc())
+)
 _DEPENDENCIES = Prepared(
     select(job_deps.c.depends_on).where(job_deps.c.job_id == bindparam("of_job")).order_by(job_deps.c.depends_on)
 )
@@ -92,15 +99,8 @@ class JobSearch:
 
     def evaluations_of(self, job_id: str) -> Sequence[str]:
         """Return the ids of the jobs that measure what this one makes, newest first."""
-        query = (
-            select(jobs.c.id)
-            .join(job_deps, job_deps.c.job_id == jobs.c.id)
-            .where(job_deps.c.depends_on == job_id, jobs.c.kind == "evaluate")
-            .where(jobs.c.spec["artifact_job_id"].as_string() == job_id)
-            .order_by(jobs.c.created_at.desc(), jobs.c.id.desc())
-        )
         with read(self._engine) as connection:
-            return connection.execute(query).scalars().all()
+            return [row["id"] for row in _EVALUATIONS.rows(connection, {"of_job": job_id})]
 
     def dependencies(self, job_id: str) -> Sequence[str]:
         """Return the ids of the jobs that this one waits for, or has waited for."""

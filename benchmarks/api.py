@@ -33,7 +33,7 @@ from typing import Any
 
 import httpx
 import psutil
-from machine import RESULTS, describe, load_average
+from machine import RESULTS, describe, load_average, loop_ms
 from sqlalchemy import Engine, insert
 
 from duquant.config import preset
@@ -62,6 +62,7 @@ def main() -> None:
         **describe(),
         "command": shlex.join(["python", "benchmarks/api.py", *sys.argv[1:]]),
         "load_at_start": load_average(),
+        "loop_ms": loop_ms(),
         "stolen_share": None,
         "connections": CONNECTIONS,
     }

@@ -40,8 +40,10 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def _where(result: dict[str, Any]) -> str:
     machine = result["machine"]
     changes = ", with uncommitted changes" if result["has_uncommitted_changes"] else ""
+    # Results from before this was measured have none.
+    speed = f" Python adds up a million numbers in {result['loop_ms']} ms." if "loop_ms" in result else ""
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, {result['date']}, commit {result['commit'][:7]}{changes}. "
+        f"{machine['cpu']}, {machine['cores']} cores, {result['date']}, commit {result['commit'][:7]}{changes}.{speed} "
         f"Command: `{result['command']}`.\n"
     )
 

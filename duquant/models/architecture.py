@@ -74,6 +74,8 @@ class Architecture:
     starts_with_bos: bool = False
     """The model is of use only when every sequence starts with its BOS token. Windows of text then do, in calibration
     and evaluation; elsewhere they do not, as the literature measures perplexity."""
+    has_output_norms: bool = False
+    """Norms act on what attention and MLP add to the residual stream, so that no rotation of it can be folded."""
     layers_prefix: str = "model.layers"
     embeddings: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"

@@ -1,5 +1,6 @@
 """Model skeletons on the meta device, and decoder layers that borrow real tensors for a while."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -107,6 +108,12 @@ class Skeleton:
         finally:
             module.to("meta")
 
+    def empty_layer(self, index: int) -> nn.Module:
+        """Return a copy of decoder layer `index` without tensors, on the meta device."""
+        layer = copy.deepcopy(self._model.model.layers[index])
+        assert isinstance(layer, nn.Module)
+        return layer
+
     def embed(
         self, tokens: Int64[Tensor, "batch seq"], table: Float[Tensor, "vocab hidden"]
     ) -> Float[Tensor, "batch seq hidden"]:
@@ -115,8 +122,24 @@ class Skeleton:
         assert isinstance(embedded, Tensor)
         return embedded
 
-    def forward(self, module: nn.Module, X: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq hidden"]:
-        """Run a lent layer over full windows: causal attention, positions 0..seq-1, no cache."""
+    def logits(
+        self,
+        X: Float[Tensor, "batch seq hidden"],
+        final_norm: Float[Tensor, " hidden"],
+        head: Float[Tensor, "vocab hidden"],
+    ) -> Float[Tensor, "batch seq vocab"]:
+        """Return what the head makes of the last layer's outputs, in their dtype."""
+        normed = functional_call(self._model.model.norm, {"weight": final_norm.to(X.dtype)}, (X,))
+        assert isinstance(normed, Tensor)
+        return nn.functional.linear(normed, head.to(X.dtype))
+
+    def forward(
+        self, module: nn.Module, X: Float[Tensor, "batch seq hidden"], *, cache: Any = None
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """Run a lent layer over full windows: causal attention, positions 0..seq-1.
+
+        `cache` stands where transformers has its KV cache: its `update(keys, values, ...)` returns what is attended to.
+        """
         positions = torch.arange(X.shape[1], device=X.device)[None]
         attention: Any = module.self_attn
         by_type: dict[str, str] = {}
@@ -126,6 +149,7 @@ class Skeleton:
             X,
             attention_mask=self._mask(module, X, positions),
             position_ids=positions,
+            past_key_values=cache,
             position_embeddings=self._rotary(X, position_ids=positions, **by_type),
         )
         result = output[0] if isinstance(output, tuple) else output

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -65,6 +66,15 @@ class SourceCheckpoint:
         stored = {name: prefix + self.architecture.stored_name(name) for name in names}
         tensors = self.tensors(stored.values())
         return {name: tensors[full] for name, full in stored.items()}
+
+    def embedding_table(self) -> Float[Tensor, "vocab hidden"]:
+        """Return the embeddings.
+
+        Raises:
+            SourceError: see `tensors`.
+        """
+        name = self.architecture.embeddings
+        return self.tensors([name])[name]
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return the named tensors on the CPU, checked for NaN and Inf.

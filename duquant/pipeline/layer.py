@@ -12,8 +12,9 @@ from duquant.calibration.statistics import SiteStatistics
 from duquant.config import Recipe
 from duquant.errors import CalibrationError
 from duquant.models.architecture import Architecture, Site
+from duquant.pipeline.epochs import LearningReport
 from duquant.pipeline.folds import LayerShape, fold_learned, smooth
-from duquant.pipeline.learning import LayerSamples, LearningReport, learn
+from duquant.pipeline.learning import LayerSamples, learn
 from duquant.pipeline.prepare import PreparedSite, prepare_site
 from duquant.pipeline.rounding import make_rounder
 from duquant.pipeline.site import SiteError

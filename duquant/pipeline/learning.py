@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from duquant.config import LearningConfig, Recipe
 from duquant.errors import CalibrationError, UnsupportedModelError
 from duquant.models.skeleton import Skeleton
+from duquant.pipeline.epochs import LearningReport, keep_best
 from duquant.pipeline.folds import Folds, LayerShape
 from duquant.pipeline.prepare import PreparedSite
 from duquant.pipeline.site import site_seed
@@ -29,8 +30,6 @@ from duquant.quantizers.weight import ClipRatios, full_range, resolve_group_size
 _LOG = logging.getLogger(__name__)
 _START = 4.0
 """Logit that every clip starts from: sigmoid(4) = 0.982."""
-_LEAST_GAIN = 1e-4
-"""A loss that is smaller by less than this share counts as no smaller."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +39,6 @@ class LayerSamples:
     skeleton: Skeleton
     inputs: Float[Tensor, "samples seq hidden"]
     """Of the layer in the unquantized model, in the compute dtype."""
-
-
-@dataclass(frozen=True)
-class LearningReport:
-    """How learning went: mean squared distance from the unquantized layer's outputs over all samples."""
-
-    loss_before: float
-    loss_after: float
-    epochs: int
-    """Finished ones."""
-    is_restored: bool
-    """A loss was NaN or Inf; learning ended there, and the best values before it were kept."""
 
 
 @dataclass(frozen=True)
@@ -291,18 +278,4 @@ def _run(
                 learner.step(loss)
         return total()
 
-    before = best = total()
-    kept, finished, stale = learner.values(), 0, 0
-    is_finite = math.isfinite(before)
-    while is_finite and finished < config.epochs and stale < config.patience:
-        loss = epoch()
-        is_finite = math.isfinite(loss)
-        if not is_finite:
-            break
-        finished += 1
-        if loss < best * (1 - _LEAST_GAIN):
-            best, kept, stale = loss, learner.values(), 0
-        else:
-            stale += 1
-    learner.restore(kept)
-    return LearningReport(before, best, finished, is_restored=not is_finite)
+    return keep_best(learner, total, epoch, config)

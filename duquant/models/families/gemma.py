@@ -20,6 +20,7 @@ GEMMA3 = Architecture(
         MLP_OUT,
     ),
     has_rope_by_layer_type=True,
+    has_output_norms=True,
     starts_with_bos=True,
 )
 

@@ -19,7 +19,7 @@ _T = TypeVar("_T")
 STRICT_FIELDS: dict[str, Any] = {"extra": "forbid", "use_attribute_docstrings": True}
 """For pydantic, which reads these dataclasses where they are part of a request."""
 
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
 """Part of every fingerprint. Raise it when the same recipe would give other bytes than before."""
 
 
@@ -118,6 +118,9 @@ class TransformConfig:
     """As smooth_alpha, for balanced blocks: more makes activations easier to round, less weights."""
     balance_damp: float = 0.01
     """Share of the mean diagonal that is added to the moments of balanced blocks."""
+    rotation_dtype: Literal["float32", "float16"] = field(default="float32", metadata=LATER)
+    """How the blocks are stored. Nothing is lost in half the room where weights take the inverse of what is stored, so
+    float16 takes rotation='balanced'."""
 
     def __post_init__(self) -> None:
         if self.smooth_alpha is not None:
@@ -131,6 +134,12 @@ class TransformConfig:
         check_range("transform", "greedy_steps", self.greedy_steps, 1, 4096)
         check_range("transform", "balance_alpha", self.balance_alpha, 0.0, 1.0)
         check_range("transform", "balance_damp", self.balance_damp, 1e-6, 1.0)
+        check_choice("transform", "rotation_dtype", self.rotation_dtype, ("float32", "float16"))
+        if self.rotation_dtype == "float16" and self.rotation != "balanced":
+            raise ConfigError(
+                "transform.rotation_dtype 'float16' takes rotation='balanced': others are no longer orthogonal then",
+                field="transform.rotation_dtype",
+            )
         if self.rotation == "balanced" and self.shared_rotation:
             raise ConfigError(
                 "transform.shared_rotation is true, but transform.rotation 'balanced' gives each block its own",
@@ -673,8 +682,9 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
                 smooth_statistic="rms",
                 rotation="balanced",
                 permutation="zigzag",
-                block_size=512,
+                block_size=128,
                 shared_rotation=False,
+                rotation_dtype="float16",
             ),
             weight=WeightConfig(clip="search", solver="gptq"),
             activation=ActivationConfig(clip="search"),

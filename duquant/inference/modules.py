@@ -181,10 +181,11 @@ class SiteModule(nn.Module):
         if transform.rotation != "none":
             n1, n2 = rotation_sides(width, transform)
             is_shared = transform.shared_rotation
-            self.R1 = _frozen((n1, n1) if is_shared else (width // n1, n1, n1), torch.float32)
+            dtype = getattr(torch, transform.rotation_dtype)
+            self.R1 = _frozen((n1, n1) if is_shared else (width // n1, n1, n1), dtype)
             if transform.permutation != "none":
                 self.perm = _frozen((width,), torch.int16 if width <= 2**15 else torch.int32)
-                self.R2 = _frozen((n2, n2) if is_shared else (width // n2, n2, n2), torch.float32)
+                self.R2 = _frozen((n2, n2) if is_shared else (width // n2, n2, n2), dtype)
         # No modules, so that the linears are not registered as this module's submodules, too.
         self.readers = [SiteReaders(self) for _ in range(experts)]
         self._prepared: _Prepared[PreparedTransform] | None = None

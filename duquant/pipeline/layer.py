@@ -164,12 +164,12 @@ def _packed_tensors(linear: str, quantized: QuantizedWeight) -> dict[str, Tensor
 
 
 def _site_tensors(site: Site, transform: SiteTransform, clip_ratio: Tensor) -> dict[str, Tensor]:
-    """Return a site's online parts: rotations in float32, permutation, activation clip ratios (low end, high end)."""
+    """Return a site's online parts: rotations, permutation, activation clip ratios (low end, high end)."""
     tensors = {f"{site.module}.act_clip_ratio": clip_ratio}
     if transform.R1 is not None:
-        tensors[f"{site.module}.R1"] = transform.R1.float()
+        tensors[f"{site.module}.R1"] = transform.R1
     if transform.perm is not None:
         tensors[f"{site.module}.perm"] = smallest_index_type(transform.perm)
     if transform.R2 is not None:
-        tensors[f"{site.module}.R2"] = transform.R2.float()
+        tensors[f"{site.module}.R2"] = transform.R2
     return tensors

@@ -48,4 +48,4 @@ def smoothing_error(
 def _stand_in(config: TransformConfig) -> TransformConfig:
     if config.rotation in ("none", "hadamard"):
         return config
-    return replace(config, rotation="hadamard", shared_rotation=True)
+    return replace(config, rotation="hadamard", shared_rotation=True, rotation_dtype="float32")

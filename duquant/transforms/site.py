@@ -23,8 +23,9 @@ from duquant.transforms.rotation import (
 class SiteTransform:
     """T(X) = (X R1)[:, perm] R2; a part that is None is the identity.
 
-    R1 and R2 are float32, (n, n) or (blocks, n, n), orthogonal or at least invertible; perm is (channels,) int64. Both
-    have blocks of one side, but where they are the two factors of one rotation of all channels.
+    R1 and R2 are (n, n) or (blocks, n, n), orthogonal or at least invertible, in the dtype that they are stored in;
+    perm is (channels,) int64. Both have blocks of one side, but where they are the two factors of one rotation of all
+    channels.
     Weights take V = `for_weights()`, so that T(X) V(W).T = X W.T for every weight W that reads X. V is T itself when T
     is orthogonal.
     """
@@ -143,10 +144,12 @@ def _balanced_transform(
 ) -> SiteTransform:
     """Balance blocks of neighbours, mix, deal the channels out, and balance the new blocks; see `balance`."""
     H = hadamard_rotation(n, None, generator).to(X.device)
+    # All that follows, the weights too, sees the blocks as they are stored.
+    dtype = getattr(torch, config.rotation_dtype)
 
     def blocks(moments: Moments) -> Tensor:
         S, G = diagonal_blocks(moments.inputs, n), diagonal_blocks(moments.weights, n)
-        return (balance(S, G, alpha=config.balance_alpha, damp=config.balance_damp) @ H).float()
+        return (balance(S, G, alpha=config.balance_alpha, damp=config.balance_damp) @ H).to(dtype)
 
     first = SiteTransform(R1=blocks(moments), is_orthogonal=False)
     if config.permutation == "none":

@@ -122,6 +122,7 @@ def test_unknown_field_is_named(values: dict[str, Any], field: str) -> None:
         ({"transform": {"rotation": "balanced"}}, "transform.shared_rotation"),
         ({"transform": {"balance_alpha": 1.5}}, "transform.balance_alpha"),
         ({"transform": {"balance_damp": 0.0}}, "transform.balance_damp"),
+        ({"transform": {"rotation": "hadamard", "rotation_dtype": "float16"}}, "transform.rotation_dtype"),
         ({"kv_cache": {"sink_tokens": -1}}, "kv_cache.sink_tokens"),
         ({"calibration": {"samples": 0}}, "calibration.samples"),
         ({"calibration": {"seq_len": 4}}, "calibration.seq_len"),

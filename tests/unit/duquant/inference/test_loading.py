@@ -53,6 +53,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {},
         {"transform": TransformConfig(rotation="hadamard", permutation="zigzag", block_size=16, shared_rotation=False)},
     ),
+    "float16 blocks": (
+        "llama",
+        {},
+        {
+            "transform": TransformConfig(
+                rotation="balanced", permutation="zigzag", shared_rotation=False, rotation_dtype="float16"
+            )
+        },
+    ),
     "left out": ("llama", {}, {"skip_linears": ("mlp.down_proj",)}),
     "all left out": ("llama", {}, {"skip_linears": LLAMA.linears_of(0)}),
 }

@@ -58,6 +58,9 @@ TRANSFORMS = {
     "balanced": TransformConfig(
         smooth_alpha=0.5, rotation="balanced", permutation="zigzag", block_size=16, shared_rotation=False
     ),
+    "balanced-float16": TransformConfig(
+        rotation="balanced", permutation="zigzag", block_size=16, shared_rotation=False, rotation_dtype="float16"
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import product
+from typing import Literal
 
 import pytest
 import torch
@@ -127,9 +128,12 @@ def moments(X: torch.Tensor, W: torch.Tensor) -> Moments:
 @pytest.mark.parametrize("permutation", ["none", "zigzag"])
 @pytest.mark.parametrize("width", [64, 48, 72, 17, 34])
 @pytest.mark.parametrize("tokens", [1, 9, 200])
-def test_balanced_blocks_leave_the_product_unchanged(tokens: int, width: int, permutation: str) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_balanced_blocks_leave_the_product_unchanged(
+    dtype: Literal["float32", "float16"], tokens: int, width: int, permutation: Literal["none", "zigzag"]
+) -> None:
     X, W = sample(tokens, width), torch.randn(7, width, generator=torch.Generator().manual_seed(1))
-    config = replace(BALANCED, permutation=permutation)
+    config = replace(BALANCED, permutation=permutation, rotation_dtype=dtype)
     T = search_transform(X, config, torch.Generator().manual_seed(0), moments(X, W))
     exact = X.double() @ W.double().T
     TX, TW = T.apply(X), T.for_weights().apply(W)
@@ -145,6 +149,14 @@ def test_moments_under_a_transform_are_those_of_the_transformed() -> None:
     torch.testing.assert_close(
         found.weights, expected.weights, rtol=1e-3, atol=1e-3 * float(expected.weights.abs().max())
     )
+
+
+def test_balanced_blocks_are_kept_in_the_dtype_that_is_asked_for() -> None:
+    X, W = sample(50, 48), torch.randn(7, 48, generator=torch.Generator().manual_seed(1))
+    config = replace(BALANCED, rotation_dtype="float16")
+    T = search_transform(X, config, torch.Generator().manual_seed(0), moments(X, W))
+    assert T.R1 is not None and T.R1.dtype == torch.float16  # noqa: PT018
+    assert T.R2 is not None and T.R2.dtype == torch.float16  # noqa: PT018
 
 
 def test_an_orthogonal_transform_is_its_own_for_weights() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Engine, exists, func, insert, select, tuple_, update
 
 from infra.batch_progress import KNOWN, Tally, tallies
-from infra.database import now_ms, read, transaction, write
+from infra.database import now_ms, read, take_turns, transaction, write
 from infra.errors import BatchNotFound, DependencyFailed, JobConflict, QuotaExceeded
 from infra.ids import new_id
 from infra.job_model import ACTIVE, Job, JobState, NewJob, Record
@@ -91,6 +91,7 @@ class BatchStore:
         made: list[Job | None] = []
         last = select(func.coalesce(func.max(batch_items.c.idx), -1)).where(batch_items.c.batch_id == batch.id)
         with transaction(self._engine), write(self._engine) as connection:
+            _take_turns(connection, batch.tenant_id)
             first = connection.execute(last).scalar_one() + 1
             for idx, item in enumerate(items, first):
                 job, is_new, detail = None, True, item.detail
@@ -227,6 +228,7 @@ class BatchStore:
         count = 0
         for start in range(0, len(ended_badly), _AT_ONCE):
             with transaction(self._engine), write(self._engine) as connection:
+                _take_turns(connection, tenant_id)
                 for item, job in ended_badly[start : start + _AT_ONCE]:
                     count += self._retry(connection, item, job, tenant_id=tenant_id, actor=actor)
         return batch, count
@@ -258,6 +260,11 @@ class BatchStore:
     def _set(self, connection: Connection, batch_id: str, **values: Any) -> Batch:
         statement = update(batches).where(batches.c.id == batch_id).values(values).returning(batches)
         return Batch.from_row(connection.execute(statement).mappings().one())
+
+
+def _take_turns(connection: Connection, tenant_id: str) -> None:
+    """Let one batch of a tenant at a time add jobs: two that name the same work in another order would deadlock."""
+    take_turns(connection, f"batches of {tenant_id}")
 
 
 def _is_abandoned(batch_id: str) -> ColumnElement[bool]:

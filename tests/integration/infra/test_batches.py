@@ -1,6 +1,7 @@
 """Batches on each kind of database: what they count, cancel and try again."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -256,6 +257,22 @@ def test_a_wide_batch_lets_other_writers_in_while_it_is_cancelled_and_retried(st
     assert set(states(zoo, batch_id)) == {"queued"}
     assert len(turns) >= 3
     event.remove(engine, "commit", count)
+
+
+def test_two_batches_of_the_same_work_in_another_order_do_not_wait_for_each_other(desk, zoo):
+    def slowly(*names: str) -> Iterator[NewItem]:
+        for name in names:
+            yield item(desk, name)
+            time.sleep(0.1)  # the other has its first job by now, unless it waits for all of ours
+
+    def add(names: tuple[str, str]) -> set[str]:
+        batch = zoo.add("default", "zoo", {"models": ["m"]})
+        return {job.id for job in zoo.add_items(batch, slowly(*names), actor=ACTOR) if job is not None}
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(add, [("a", "b"), ("b", "a")])
+    assert first == second
+    assert len(first) == 2
 
 
 def test_retrying_more_than_the_quota_allows_queues_nothing(desk, zoo, engine):

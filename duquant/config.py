@@ -7,9 +7,11 @@ every unknown field is an error, and equal recipes have equal digests on every m
 import functools
 import hashlib
 import json
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from duquant.errors import ConfigError
@@ -47,6 +49,18 @@ def check_choice(owner: str, name: str, value: object, choices: tuple[object, ..
     if value not in choices:
         allowed = ", ".join(str(choice) for choice in choices)
         raise ConfigError(f"{owner}.{name} is {value!r}; it must be one of: {allowed}", field=f"{owner}.{name}")
+
+
+def even_ranges(count: int, parts: int) -> list[range]:
+    """Cut range(count) into parts, at most `count` of them; the first get one more when there is a remainder.
+
+    >>> even_ranges(5, 2)
+    [range(0, 3), range(3, 5)]
+    """
+    parts = min(parts, count)
+    base, extra = divmod(count, parts)
+    edges = [index * base + min(index, extra) for index in range(parts + 1)]
+    return [range(first, last) for first, last in pairwise(edges)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +113,10 @@ class TransformConfig:
     (OmniQuant); see learning."""
     fold_gains: bool = field(default=False, metadata=LATER)
     """Move the norms' gains into the weights that follow, so that rotations see inputs without them (QuaRot)."""
+    residual_rotation: Literal["none", "hadamard", "learned"] = field(default="none", metadata=LATER)
+    """Rotate the residual stream, and the values inside each head, by matrices that are folded into the weights; only
+    mlp_out is then rotated online (SpinQuant). hadamard: random-sign Hadamard matrices; learned: from there by Cayley
+    SGD on the network's loss; see learning."""
     rotation: Literal["none", "greedy", "hadamard", "balanced", "reference"] = "none"
     """greedy: the paper's search on the outlier channel; hadamard: random-sign Hadamard blocks, no search; balanced:
     invertible blocks of least expected output error, computed from the second moments of inputs and weights; reference:
@@ -128,6 +146,7 @@ class TransformConfig:
         check_choice("transform", "smooth_strength", self.smooth_strength, ("fixed", "search"))
         check_choice("transform", "smooth_statistic", self.smooth_statistic, ("absmax", "rms", "mean"))
         check_choice("transform", "smooth_consumers", self.smooth_consumers, ("all", "reference"))
+        check_choice("transform", "residual_rotation", self.residual_rotation, ("none", "hadamard", "learned"))
         check_choice("transform", "rotation", self.rotation, ("none", "greedy", "hadamard", "balanced", "reference"))
         check_choice("transform", "permutation", self.permutation, ("none", "zigzag", "transpose"))
         check_range("transform", "block_size", self.block_size, 2, 32768)
@@ -160,6 +179,11 @@ class TransformConfig:
                 "transform.permutation 'transpose' takes rotation='hadamard' and a shared_rotation",
                 field="transform.permutation",
             )
+        if self.rotates_residual and not (self.fold_gains and self.permutation == "transpose"):
+            raise ConfigError(
+                "transform.residual_rotation takes fold_gains, rotation='hadamard' and permutation='transpose'",
+                field="transform.residual_rotation",
+            )
         self._check_smoothing()
 
     def _check_smoothing(self) -> None:
@@ -175,6 +199,17 @@ class TransformConfig:
                 "transform.smooth_learned takes rotation='none': rotated weights are computed once, before learning",
                 field="transform.smooth_learned",
             )
+
+    @property
+    def rotates_residual(self) -> bool:
+        """Whether the residual stream is rotated, by matrices that are folded into the weights."""
+        return self.residual_rotation != "none"
+
+    def online_at(self, site: str) -> "TransformConfig":
+        """Return what a site does online: this, or no rotation where the site's is folded into the weights."""
+        if self.rotates_residual and site != "mlp_out":
+            return replace(self, residual_rotation="none", rotation="none", permutation="none")
+        return self
 
     @property
     def is_smoothed(self) -> bool:
@@ -242,11 +277,15 @@ class ActivationConfig:
     """fixed: clip_ratio everywhere; search: for each site the two ratios (low end, high end) of least output error."""
     clip_ratio: float = 1.0
     """The token's range is multiplied by this before rounding, with clip=fixed."""
+    group_size: int | None = field(default=None, metadata=LATER)
+    """Input channels that share one scale of a token, as many as in weight.group_size; null is one scale a token."""
 
     def __post_init__(self) -> None:
         check_choice("activation", "bits", self.bits, (2, 3, 4, 5, 6, 7, 8, 16))
         check_choice("activation", "clip", self.clip, ("fixed", "search"))
         check_range("activation", "clip_ratio", self.clip_ratio, 0.1, 1.0)
+        if self.group_size is not None:
+            check_range("activation", "group_size", self.group_size, 8, 32768)
         if self.clip != "fixed" and self.clip_ratio != 1.0:
             raise ConfigError(
                 "activation.clip_ratio is only used with activation.clip='fixed'", field="activation.clip_ratio"
@@ -310,9 +349,11 @@ class CalibrationConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LearningConfig:
-    """The budget of what AdamW learns on a layer's output: weight.clip=learned and transform.smooth_learned.
+    """The budget of what is learned by gradients.
 
-    The loss is the squared distance between the outputs of the quantized layer and of the unquantized one.
+    weight.clip=learned and transform.smooth_learned: by AdamW, layer by layer; the loss is the squared distance between
+    the outputs of the quantized layer and of the unquantized one. transform.residual_rotation=learned: by Cayley SGD;
+    the loss is the cross-entropy of the next token, activations and KV cache rounded, weights in 16 bits.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_FIELDS
@@ -329,6 +370,8 @@ class LearningConfig:
     """Learning rate of the clips."""
     smooth_rate: float = 0.005
     """Learning rate of the smoothing scales' logarithms."""
+    rotation_rate: float = field(default=1.5, metadata=LATER)
+    """Learning rate of the rotations; it falls to zero linearly."""
 
     def __post_init__(self) -> None:
         check_range("learning", "samples", self.samples, 1, 65536)
@@ -337,6 +380,7 @@ class LearningConfig:
         check_range("learning", "patience", self.patience, 1, 1000)
         check_range("learning", "clip_rate", self.clip_rate, 1e-6, 1.0)
         check_range("learning", "smooth_rate", self.smooth_rate, 1e-6, 1.0)
+        check_range("learning", "rotation_rate", self.rotation_rate, 1e-6, 1000.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -431,10 +475,17 @@ class Recipe:
     """Calibration data."""
     learning: LearningConfig = field(default_factory=LearningConfig, metadata=LATER)
     """What may be spent on learning; not used by recipes that learn nothing."""
+    outlier_channels: int = field(default=0, metadata=LATER)
+    """So many input channels of each site, those of largest mean square, keep 8 bits in weights and activations, on
+    symmetric grids of their own (Atom). The site's channels are ordered by mean square."""
     skip_linears: tuple[str, ...] = ()
     """Linears left in 16 bits, by name inside the layer (mlp.down_proj). A whole site must be left out at once."""
-    input_mode: Literal["fp"] = "fp"
-    """What a layer is calibrated on. fp: the unquantized model's activations, so that all layers are independent."""
+    input_mode: str = "fp"
+    """What a layer is calibrated on. fp: the unquantized model's activations, so that all layers are independent;
+    quantized: what the quantized layers before it give, one after the other; staged:S: S such chains side by side, each
+    from an unquantized start."""
+    refine_passes: int = field(default=0, metadata=LATER)
+    """How often all layers are quantized once more, in parallel, on what the last pass's quantized network gives."""
     seed: int = 0
     """Seed of every random choice; each layer and site derives its own from it."""
     quality_gate: QualityGate | None = None
@@ -443,7 +494,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.name or len(self.name) > 100:
             raise ConfigError("name must have 1 to 100 characters", field="name")
-        check_choice("recipe", "input_mode", self.input_mode, ("fp",))
+        self._check_passes()
         check_range("recipe", "seed", self.seed, 0, 2**31 - 1)
         # Callers may give a list; a tuple keeps the recipe hashable.
         object.__setattr__(self, "skip_linears", tuple(self.skip_linears))
@@ -452,6 +503,60 @@ class Recipe:
                 "transform.smooth_learned is learned together with the clips: it takes weight.clip='learned'",
                 field="transform.smooth_learned",
             )
+
+        if self.activation.group_size not in (None, self.weight.group_size):
+            raise ConfigError(
+                f"activation.group_size is {self.activation.group_size}; it must be weight.group_size, "
+                f"{self.weight.group_size}, or null",
+                field="activation.group_size",
+            )
+        self._check_outliers()
+
+    def _check_outliers(self) -> None:
+        check_range("recipe", "outlier_channels", self.outlier_channels, 0, 32768)
+        if self.outlier_channels == 0:
+            return
+        transform = self.transform
+        if transform.rotation != "none" or transform.is_smoothed or self.learns:
+            raise ConfigError(
+                "outlier_channels take a transform without rotation and smoothing, and no learned clips",
+                field="outlier_channels",
+            )
+        if self.activation.bits == 16 or self.activation.clip != "fixed" or self.weight.clip == "output":
+            raise ConfigError(
+                "outlier_channels take rounded activations of activation.clip='fixed', and weight.clip other than "
+                "'output'",
+                field="outlier_channels",
+            )
+
+    def _check_passes(self) -> None:
+        if self.input_mode not in ("fp", "quantized") and not re.fullmatch(r"staged:[1-9][0-9]{0,3}", self.input_mode):
+            raise ConfigError(
+                f"input_mode is {self.input_mode!r}; it must be fp, quantized, or staged:S with S chains, 1 to 9999",
+                field="input_mode",
+            )
+        check_range("recipe", "refine_passes", self.refine_passes, 0, 8)
+        if self.refine_passes and self.input_mode in ("quantized", "staged:1"):
+            raise ConfigError(
+                f"refine_passes changes nothing with input_mode={self.input_mode!r}: each layer's inputs are those of "
+                "the finished network already",
+                field="refine_passes",
+            )
+
+    def stages(self, layers: int, pass_index: int = 0) -> list[range]:
+        """Return the chains of a pass: runs of layers, the first of which sees unquantized inputs.
+
+        Each pass ends one layer before the next: nothing sees what its last layer would give.
+
+        >>> Recipe(input_mode="staged:2").stages(5), Recipe(input_mode="quantized").stages(3)
+        ([range(0, 3), range(3, 5)], [range(0, 3)])
+        >>> [Recipe(refine_passes=1).stages(3, index) for index in (0, 1)]
+        [[range(0, 1), range(1, 2)], [range(0, 3)]]
+        """
+        chains = {"fp": layers, "quantized": 1}.get(self.input_mode) or int(self.input_mode.removeprefix("staged:"))
+        end = layers - (self.refine_passes - pass_index)
+        stages = even_ranges(layers, 1 if pass_index else chains)
+        return [range(stage.start, min(stage.stop, end)) for stage in stages if stage.start < end]
 
     @property
     def learns(self) -> bool:
@@ -617,6 +722,30 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
     "quarot-rtn": (
         "QuaRot with weights rounded to nearest.",
         replace(_QUAROT, name="quarot-rtn", weight=replace(_QUAROT.weight, solver="rtn")),
+    ),
+    "spinquant": (
+        "SpinQuant (arXiv 2405.16406v4): rotations of the residual stream and of each layer's values, learned on the "
+        "network's loss and folded into the weights; GPTQ. Half an hour.",
+        Recipe(
+            name="spinquant",
+            transform=TransformConfig(
+                rotation="hadamard", permutation="transpose", fold_gains=True, residual_rotation="learned"
+            ),
+            weight=WeightConfig(symmetric=True, clip="search", solver="gptq"),
+            kv_cache=KVCacheConfig(bits=4, rotate=True),
+            learning=LearningConfig(samples=32, seq_len=512, epochs=3, patience=3, rotation_rate=0.2),
+        ),
+    ),
+    "atom": (
+        "Atom (arXiv 2310.19102v3): 128 channels of each site in 8 bits, the others in 4 in groups of 128, GPTQ. Runs "
+        "on the reference kernels alone, which are slow.",
+        Recipe(
+            name="atom",
+            weight=WeightConfig(symmetric=True, group_size=128, clip="fixed", clip_ratio=0.85, solver="gptq"),
+            activation=ActivationConfig(symmetric=True, group_size=128, clip_ratio=0.9),
+            kv_cache=KVCacheConfig(bits=4),
+            outlier_channels=128,
+        ),
     ),
     "duquant": (
         "DuQuant (arXiv 2406.01721v3): smoothing, greedy R1, zigzag permutation, greedy R2, fixed clipping.",

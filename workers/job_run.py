@@ -14,8 +14,7 @@ from duquant.artifact.shards import json_bytes
 from duquant.config import Recipe
 from duquant.errors import DuQuantError
 from duquant.models.references import resolve_model
-from duquant.pipeline import ModelRun, ShardOutcome, plan
-from duquant.pipeline.plan import StepId
+from duquant.pipeline import ModelRun, ShardOutcome, StepId
 from infra import tracing
 from infra.artifact_keys import ArtifactKeys
 from infra.errors import ObjectExists, ObjectNotFound
@@ -49,13 +48,13 @@ class JobRun(ClaimedRun):
         except DuQuantError as err:
             raise JobFailed("bad_input", str(err)) from err
         layers = run.source.layers
-        self._store.progress(self._claim, phase="plan", done=0, total=layers)
+        self._store.progress(self._claim, phase="plan", done=0, total=run.quantizations)
         rows = self._store.plan(self._claim, [-1, *range(layers)])
         self._rows = {row.layer: self._checked(row) for row in rows}
         finished = frozenset(layer for layer, row in self._rows.items() if row.state == "done")
-        steps = plan(layers=layers, shards=run.shards, finished_layers=finished, found=run.found())
-        self._drive(spec, run, Schedule(steps), layers)
-        self._store.progress(self._claim, phase="finish", done=layers, total=layers)
+        total = run.quantizations
+        self._drive(spec, run, Schedule(run.steps(finished)), total)
+        self._store.progress(self._claim, phase="finish", done=total, total=total)
         return self._publish(run)
 
     def _spec(self) -> RunSpec:
@@ -94,13 +93,13 @@ class JobRun(ClaimedRun):
             return self._store.reopen_layer(self._claim, row.layer, "its object has other bytes")
         return row
 
-    def _drive(self, spec: RunSpec, run: ModelRun, schedule: Schedule, layers: int) -> None:
+    def _drive(self, spec: RunSpec, run: ModelRun, schedule: Schedule, total: int) -> None:
         """Keep the executor busy until every step is done."""
         while not schedule.is_over:
             if self._must_stop:
                 raise JobStopped
             while self._executor.has_room() and (step := schedule.next_ready()) is not None:
-                self._executor.submit(self._task(spec, step))
+                self._executor.submit(self._task(spec, run, step))
             # What went well is committed first: a failure beside it may end the job.
             for completion in sorted(self._executor.collect(COLLECT_S), key=lambda ended: ended.kind != "ok"):
                 step = completion.task.step
@@ -109,13 +108,18 @@ class JobRun(ClaimedRun):
                     schedule.retry(step)
                     continue
                 if step.kind in ("quantize", "extra"):
-                    self._commit(completion, run, layers)
+                    self._commit(completion, run)
                 else:
                     self._bill(completion)
                 schedule.finish(step)
+                if step.kind in ("draft", "quantize"):
+                    left = schedule.count_left("draft", "quantize")
+                    self._store.progress(self._claim, phase="layers", done=total - left, total=total)
 
-    def _task(self, spec: RunSpec, step: StepId) -> Task:
+    def _task(self, spec: RunSpec, run: ModelRun, step: StepId) -> Task:
         attempt = self._attempts[step] = self._attempts.get(step, 0) + 1
+        if run.runs_shard(step):
+            return Task(spec, step, key=self._rows[step.layer].key, attempt=attempt)
         if step.kind not in ("quantize", "extra"):
             return Task(spec, step, attempt=attempt)
         row = self._rows[step.layer] = self._store.start_layer(self._claim, step.layer, node=self._claim.owner)
@@ -132,7 +136,7 @@ class JobRun(ClaimedRun):
             self._rows[step.layer] = self._store.fail_layer(self._claim, step.layer, told)
         self._check_another_try(completion, detail, self._attempts[step])
 
-    def _commit(self, completion: Completion[Task], run: ModelRun, layers: int) -> None:
+    def _commit(self, completion: Completion[Task], run: ModelRun) -> None:
         """Make a finished shard count: object in place, then the row."""
         assert completion.result is not None
         assert completion.task.key is not None
@@ -155,8 +159,6 @@ class JobRun(ClaimedRun):
         tracing.record("layer", outcome.seconds, {"duquant.layer": outcome.layer, "duquant.attempt": row.attempt})
         if outcome.layer >= 0:
             run.forget(outcome.layer)
-            done = sum(row.state == "done" for layer, row in self._rows.items() if layer >= 0)
-            self._store.progress(self._claim, phase="layers", done=done, total=layers)
 
     def _bill(self, completion: Completion[Task]) -> None:
         """Put a step that commits nothing on the bill: a job's sweeps take about as long as its layers."""

@@ -71,6 +71,10 @@ class LayerWorker:
 
     def _do(self, task: Task) -> dict[str, Any]:
         run = self._run_for(task.run)
+        if run.runs_shard(task.step) and not (packed := run.packed(task.step.layer)).exists():
+            # Committed by a claim whose work directory is gone, or deleted behind the first that ran it.
+            assert task.key is not None
+            self._storage.get_file(task.key, packed)
         with tempfile.TemporaryDirectory(prefix="shard-", dir=task.run.work_dir) as scratch:
             out = Path(scratch)
             outcome = run.do(task.step, out)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from duquant.pipeline.plan import Step, StepId
+from duquant.pipeline.steps import Step, StepId, StepKind
 
 
 class Schedule:
@@ -30,6 +30,10 @@ class Schedule:
     def retry(self, step: StepId) -> None:
         """Make a running step ready again, before all others."""
         self._waiting = {step: self._running.pop(step), **self._waiting}
+
+    def count_left(self, *kinds: StepKind) -> int:
+        """Return how many steps of these kinds are not done."""
+        return sum(step.kind in kinds for step in (*self._waiting, *self._running))
 
     @property
     def is_over(self) -> bool:

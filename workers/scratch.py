@@ -28,7 +28,7 @@ class Scratch:
             if path != mine:
                 shutil.rmtree(path, ignore_errors=True)
         mine.mkdir(exist_ok=True)
-        for left in (*mine.glob(".*.part"), *mine.glob("shard-*"), *mine.glob("small-*")):
+        for left in (*mine.rglob(".*.part"), *mine.glob("shard-*"), *mine.glob("small-*")):
             # What the last claim was writing when it ended.
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
         return mine

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from duquant.pipeline.plan import StepId
+from duquant.pipeline.steps import StepId
 from workers.retries import ErrorClass
 
 
@@ -28,7 +28,11 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class Task:
-    """One step of a run; `key` is where the shard of a quantize or extra step goes in object storage."""
+    """One step of a run.
+
+    `key` is where the shard of a quantize or extra step goes in object storage, and where that of the layer that a
+    propagate step runs is: drafts are only in the work directory.
+    """
 
     run: RunSpec
     step: StepId
@@ -38,7 +42,9 @@ class Task:
     @property
     def label(self) -> str:
         """What logs call it."""
-        return "-".join(str(part) for part in self.step if part != -1)
+        kind, layer, shard, pass_index = self.step
+        parts = [kind, *(str(part) for part in (layer, shard) if part != -1)]
+        return "-".join(parts + ([f"pass-{pass_index}"] if pass_index else []))
 
 
 @dataclass(frozen=True)

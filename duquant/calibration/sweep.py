@@ -1,15 +1,16 @@
-"""The unquantized forward sweep, one (layer, shard of windows) at a time, through files.
+"""Forward passes of unquantized layers, one (layer, shard of windows) at a time, through files.
 
-Boundary `i` of a shard holds the inputs of layer i for its windows: raw bfloat16, (windows, seq_len, hidden). A step
-reads boundary i, records the sites' statistics of layer i, and writes boundary i + 1. Shards never meet, so they run in
-parallel on any number of workers; a file that exists is complete (it is renamed into place), so a step whose outputs
-exist is not done again after a crash.
+Boundary `i` of a shard holds the inputs of layer i for its windows. A sweep reads boundary i of the unquantized model,
+records the sites' statistics where layer i is calibrated on it, and writes boundary i + 1. An observation reads what
+quantized layers made of the text, and records statistics alone. Shards never meet, so they run in parallel on any
+number of workers; a file that exists is complete (it is renamed into place), so a step whose outputs exist is not done
+again after a crash.
 """
 
 import uuid
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -19,10 +20,11 @@ from jaxtyping import Float, Int64
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from duquant.calibration.boundaries import BoundaryWriter, read_micro_batches
 from duquant.calibration.statistics import StatisticsRecorder, save_statistics
-from duquant.config import CalibrationConfig, Recipe
+from duquant.config import CalibrationConfig, Recipe, even_ranges
 from duquant.errors import CalibrationError, ScratchError, SourceError
-from duquant.models.skeleton import COMPUTE_DTYPE, Skeleton
+from duquant.models.skeleton import Skeleton
 from duquant.models.source import SourceCheckpoint
 from duquant.models.tensor_files import save_tensors
 
@@ -32,28 +34,60 @@ class WorkDir:
     """The files of one calibration run."""
 
     root: Path
+    pass_index: int = 0
+    """Whose boundaries, statistics and layers these are."""
+
+    def of_pass(self, index: int) -> "WorkDir":
+        """Return the files of a pass."""
+        return WorkDir(self.root, index)
+
+    @property
+    def folder(self) -> Path:
+        """Where the files of the pass are."""
+        return self.root / f"pass-{self.pass_index}" if self.pass_index else self.root
 
     @property
     def tokens(self) -> Path:
         """The token windows, int64, (samples, seq_len)."""
         return self.root / "tokens.bin"
 
+    @property
+    def rotations(self) -> Path:
+        """The rotations of the residual stream, for recipes that have them."""
+        return self.root / "rotations.safetensors"
+
     def boundary(self, layer: int, shard: int) -> Path:
-        """Inputs of `layer` for one shard."""
-        return self.root / f"boundary-{layer:04d}-{shard:04d}.bin"
+        """Inputs of `layer` in the unquantized model for one shard."""
+        return self.folder / f"boundary-{layer:04d}-{shard:04d}.bin"
+
+    def chain(self, layer: int, shard: int) -> Path:
+        """Inputs of `layer` behind quantized layers for one shard."""
+        return self.folder / f"chain-{layer:04d}-{shard:04d}.bin"
 
     def statistics(self, layer: int, shard: int) -> Path:
         """Statistics of `layer` over one shard."""
-        return self.root / f"statistics-{layer:04d}-{shard:04d}.safetensors"
+        return self.folder / f"statistics-{layer:04d}-{shard:04d}.safetensors"
 
     def inputs(self, layer: int, shard: int) -> Path:
         """Inputs of `layer` over one shard that are kept to learn on."""
-        return self.root / f"inputs-{layer:04d}-{shard:04d}.safetensors"
+        return self.folder / f"inputs-{layer:04d}-{shard:04d}.safetensors"
 
-    def found(self, kind: Literal["boundary", "statistics"]) -> frozenset[tuple[int, int]]:
+    def packed(self, layer: int) -> Path:
+        """The quantized `layer`, while text has to be run through it."""
+        return self.folder / f"packed-{layer:04d}.safetensors"
+
+    def found(self, kind: Literal["boundary", "chain", "statistics"]) -> frozenset[tuple[int, int]]:
         """Return the (layer, shard) pairs of the complete files of a kind."""
-        names = (path.name.split(".")[0].split("-") for path in self.root.glob(f"{kind}-*"))
-        return frozenset((int(layer), int(shard)) for _, layer, shard in names)
+        return frozenset((int(layer), int(shard)) for layer, shard in self._numbers(kind))
+
+    def found_packed(self) -> frozenset[int]:
+        """Return the quantized layers that are there."""
+        return frozenset(int(layer) for (layer,) in self._numbers("packed"))
+
+    def _numbers(self, kind: str) -> Iterator[list[str]]:
+        for path in self.folder.glob(f"{kind}-*"):
+            if path.suffix in (".bin", ".safetensors"):
+                yield path.stem.split("-")[1:]
 
 
 def shard_windows(config: CalibrationConfig) -> list[range]:
@@ -62,10 +96,7 @@ def shard_windows(config: CalibrationConfig) -> list[range]:
     >>> shard_windows(CalibrationConfig(samples=5, shards=2))
     [range(0, 3), range(3, 5)]
     """
-    shards = min(config.shards, config.samples)
-    base, extra = divmod(config.samples, shards)
-    edges = [index * base + min(index, extra) for index in range(shards + 1)]
-    return [range(first, last) for first, last in pairwise(edges)]
+    return even_ranges(config.samples, config.shards)
 
 
 def learning_windows(recipe: Recipe, shard: int) -> list[int]:
@@ -96,6 +127,12 @@ def write_tokens(work: WorkDir, windows: Int64[Tensor, "samples seq_len"]) -> No
         staged.unlink(missing_ok=True)
 
 
+def read_tokens(work: WorkDir, windows: range, seq_len: int) -> Int64[Tensor, "windows seq_len"]:
+    """Return some of the token windows, which are of `seq_len` tokens."""
+    flat = np.fromfile(work.tokens, dtype=np.int64, count=len(windows) * seq_len, offset=windows.start * seq_len * 8)
+    return torch.from_numpy(flat).view(len(windows), seq_len)
+
+
 def embed_shard(source: SourceCheckpoint, skeleton: Skeleton, recipe: Recipe, work: WorkDir, shard: int) -> None:
     """Write boundary 0 of a shard: the embeddings of its windows.
 
@@ -107,67 +144,106 @@ def embed_shard(source: SourceCheckpoint, skeleton: Skeleton, recipe: Recipe, wo
         return
     windows = shard_windows(recipe.calibration)[shard]
     seq_len = recipe.calibration.seq_len
-    flat = np.fromfile(work.tokens, dtype=np.int64, count=len(windows) * seq_len, offset=windows.start * seq_len * 8)
-    tokens = torch.from_numpy(flat).view(len(windows), seq_len)
-    name = source.architecture.embeddings
-    table = source.tensors([name])[name]
+    tokens = read_tokens(work, windows, seq_len)
+    table = source.embedding_table()
     if int(tokens.max()) >= table.shape[0]:
-        raise SourceError(f"token {int(tokens.max())} is outside {name} with {table.shape[0]} rows; wrong tokenizer?")
-    with _Writer(target) as out:
+        raise SourceError(
+            f"token {int(tokens.max())} is outside {source.architecture.embeddings} with {table.shape[0]} rows; "
+            "wrong tokenizer?"
+        )
+    with BoundaryWriter(target) as out:
         for first in range(0, len(windows), recipe.calibration.micro_batch):
             batch = tokens[first : first + recipe.calibration.micro_batch]
             out.write(skeleton.embed(batch, table))
 
 
-@torch.no_grad()
 def sweep_layer(
     source: SourceCheckpoint, skeleton: Skeleton, recipe: Recipe, work: WorkDir, layer: int, shard: int
 ) -> None:
     """Run one layer over one shard: boundary `layer` in; statistics and boundary `layer + 1` out.
 
-    The last layer's outputs are not needed and not written.
+    Statistics are recorded where a stage starts. Boundaries are written as long as another stage starts behind them.
 
     Raises:
         SourceError: the layer's tensors are unusable.
         CalibrationError: activations are NaN or Inf.
     """
-    last = layer == source.layers - 1
-    target = work.boundary(layer + 1, shard)
-    if work.statistics(layer, shard).exists() and (last or target.exists()):
+    starts = [stage.start for stage in recipe.stages(source.layers, work.pass_index)]
+    target = work.boundary(layer + 1, shard) if layer < starts[-1] else None
+    records = layer in starts
+    is_recorded = not records or work.statistics(layer, shard).exists()
+    if is_recorded and (target is None or target.exists()):
         return
+    given = work.boundary(layer, shard)
+    _run_layer(source, skeleton, recipe, work, layer, shard, given=given, target=target, records=records)
+
+
+def observe_layer(
+    source: SourceCheckpoint, skeleton: Skeleton, recipe: Recipe, work: WorkDir, layer: int, shard: int
+) -> None:
+    """Run one layer over what quantized layers gave for one shard: chain `layer` in, statistics out.
+
+    Raises:
+        SourceError: the layer's tensors are unusable.
+        CalibrationError: activations are NaN or Inf.
+    """
+    if not work.statistics(layer, shard).exists():
+        given = work.chain(layer, shard)
+        _run_layer(source, skeleton, recipe, work, layer, shard, given=given, target=None, records=True)
+
+
+@torch.no_grad()
+def _run_layer(
+    source: SourceCheckpoint,
+    skeleton: Skeleton,
+    recipe: Recipe,
+    work: WorkDir,
+    layer: int,
+    shard: int,
+    *,
+    given: Path,
+    target: Path | None,
+    records: bool,
+) -> None:
+    """Run one unquantized layer over the windows of `given`; write its outputs to `target`, its statistics, or both."""
+    recorder = _recorder(source, recipe, layer)
+    keeps = records and recipe.learns
+    wanted = set(learning_windows(recipe, shard)) if keeps else set()
+    with (
+        BoundaryWriter(target) if target else nullcontext() as out,
+        skeleton.layer(layer, skeleton.load(source, layer)) as module,
+        recorder.attached(module) if records else nullcontext(),
+    ):
+        kept: list[Tensor] = []
+        first = 0
+        for X in read_micro_batches(given, recipe.calibration, int(source.config["hidden_size"])):
+            kept += [X[i, : recipe.learning.seq_len].clone() for i in range(len(X)) if first + i in wanted]
+            first += len(X)
+            Y = skeleton.forward(module, X.to(skeleton.device))
+            if out is not None:
+                out.write(Y)
+            del X, Y  # or they would still be there during the next micro-batch
+        # Before the boundary is renamed into place: a step counts as done when both files are there.
+        if keeps:
+            save_tensors(work.inputs(layer, shard), {"inputs": torch.stack(kept)} if kept else {})
+        if records:
+            try:
+                statistics = recorder.finish()
+            except CalibrationError as err:
+                raise CalibrationError(f"layer {layer}: {err}", layer=layer, **err.facts) from err
+            save_statistics(work.statistics(layer, shard), statistics)
+
+
+def _recorder(source: SourceCheckpoint, recipe: Recipe, layer: int) -> StatisticsRecorder:
+    """Return what records the statistics that a recipe needs of a layer."""
     calibration = recipe.calibration
-    sites = source.architecture.kept_sites(recipe.skip_linears, layer)
     tokens = calibration.samples * calibration.seq_len
-    recorder = StatisticsRecorder(
-        sites,
+    return StatisticsRecorder(
+        source.architecture.kept_sites(recipe.skip_linears, layer),
         row_stride=max(1, tokens // calibration.search_tokens),
         moment_stride=max(1, tokens // calibration.moment_tokens) if recipe.needs_second_moments else None,
         mean_squares=recipe.transform.smooth_statistic == "rms",
     )
-    with (
-        _Writer(target) as out,
-        skeleton.layer(layer, skeleton.load(source, layer)) as module,
-        recorder.attached(module),
-    ):
-        kept: list[Tensor] = []
-        wanted = set(learning_windows(recipe, shard)) if recipe.learns else set()
-        first = 0
-        for X in _read_micro_batches(work.boundary(layer, shard), calibration, int(source.config["hidden_size"])):
-            kept += [X[i, : recipe.learning.seq_len].clone() for i in range(len(X)) if first + i in wanted]
-            first += len(X)
-            Y = skeleton.forward(module, X.to(skeleton.device))
-            if not last:
-                out.write(Y)
-            del X, Y  # or they would still be there during the next micro-batch
-        try:
-            statistics = recorder.finish()
-        except CalibrationError as err:
-            raise CalibrationError(f"layer {layer}: {err}", layer=layer, **err.facts) from err
-        # Before the boundary is renamed into place: a step counts as done when both files are there.
-        if recipe.learns:
-            save_tensors(work.inputs(layer, shard), {"inputs": torch.stack(kept)} if kept else {})
-        save_statistics(work.statistics(layer, shard), statistics)
-        out.keep = not last
 
 
 def load_inputs(work: WorkDir, layer: int, shards: int, device: torch.device) -> Float[Tensor, "samples seq hidden"]:
@@ -187,45 +263,3 @@ def load_inputs(work: WorkDir, layer: int, shards: int, device: torch.device) ->
             work.statistics(layer, shard).unlink(missing_ok=True)
             raise ScratchError(f"cannot read the inputs that were kept to learn on, {path}: {err}") from err
     return torch.cat(kept)
-
-
-def _read_micro_batches(
-    path: Path, calibration: CalibrationConfig, hidden: int
-) -> Iterator[Float[Tensor, "batch seq hidden"]]:
-    """Yield micro-batches by plain reads: a memory map would count the whole file towards the process's memory."""
-    window_bytes = calibration.seq_len * hidden * 2
-    with path.open("rb", buffering=0) as file:
-        left = path.stat().st_size
-        while left:
-            raw = bytearray(min(left, window_bytes * calibration.micro_batch))
-            if (count := file.readinto(raw)) != len(raw):
-                raise ScratchError(f"{path} ends {len(raw) - count} bytes too soon; it changed while it was read")
-            left -= count
-            batch = torch.frombuffer(raw, dtype=COMPUTE_DTYPE).view(-1, calibration.seq_len, hidden)
-            del raw
-            yield batch
-            del batch
-
-
-class _Writer:
-    """Appends tensors to a scratch file that is renamed to `target` at a clean end with `keep` set."""
-
-    def __init__(self, target: Path) -> None:
-        self._target = target
-        # A name of its own: a worker that was given up may still be writing its copy.
-        self._staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
-        self.keep = True
-
-    def __enter__(self) -> "_Writer":
-        self._file = self._staged.open("wb")
-        return self
-
-    def write(self, tensor: Tensor) -> None:
-        self._file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._file.close()
-        if kind is None and self.keep:
-            self._staged.rename(self._target)
-        else:
-            self._staged.unlink(missing_ok=True)

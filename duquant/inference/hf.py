@@ -1,21 +1,20 @@
 """The transformers quantizer: swaps linears for packed ones before weights load, and gives the model its KV cache."""
 
+from functools import partial
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from duquant.artifact.layout import FORMAT, SCHEMA_VERSION
-from duquant.config import Recipe
+from duquant.config import KVCacheConfig, Recipe
 from duquant.errors import ArtifactError
 from duquant.inference.attention import IMPLEMENTATION
 from duquant.inference.cache import DuQuantCache
-from duquant.inference.modules import DuQuantLinear, SiteModule
-from duquant.models.architecture import Site
+from duquant.inference.layers import pack_site
 from duquant.models.experts import split_experts
 from duquant.models.families import architecture_of
 
@@ -61,7 +60,7 @@ class DuQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
             if architecture.experts:
                 split_experts(layer, architecture.experts)
             for site in architecture.kept_sites(recipe.skip_linears, index):
-                _pack_site(layer, site, recipe)
+                pack_site(layer, site, recipe)
 
     def update_weight_conversions(self, _weight_conversions: list[Any], _model: Any) -> list[Any]:
         """Return none: tensors of an artifact have the names of the modules, whatever the source's had."""
@@ -70,6 +69,9 @@ class DuQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
     def _process_model_after_weight_loading(self, model: nn.Module, **_kwargs: Any) -> None:
         # Loading marks every float parameter as trainable; a forward pass would then keep all activations.
         model.requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(_as_one_matrix)
         attach_cache(model, self.quantization_config.parsed())
 
     def is_serializable(self, *_args: Any, **_kwargs: Any) -> bool:
@@ -82,20 +84,14 @@ class DuQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         return False
 
 
-def _pack_site(layer: nn.Module, site: Site, recipe: Recipe) -> None:
-    """Put a site's transform into a layer, and packed linears in the place of its linears."""
-    first = layer.get_submodule(site.linears[0])
-    assert isinstance(first, nn.Linear)
-    with torch.device(first.weight.device):
-        module = SiteModule(first.in_features, recipe, experts=site.experts)
-        _set_submodule(layer, site.module, module)
-        for readers, names in zip(module.readers, site.groups, strict=True):
-            for name in names:
-                old = layer.get_submodule(name)
-                assert isinstance(old, nn.Linear)
-                has_bias = old.bias is not None
-                new = DuQuantLinear(old.in_features, old.out_features, bias=has_bias, recipe=recipe, readers=readers)
-                _set_submodule(layer, name, new)
+def _as_one_matrix(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Hand a linear its rows next to each other.
+
+    For rows that are not (the last tokens of a prompt, on their way to the head), torch multiplies batch row by batch
+    row, each with a copy of the weight, unless the weight wants a gradient.
+    """
+    X, *rest = args
+    return X.reshape(-1, X.shape[-1]).view(X.shape), *rest
 
 
 def sliding_windows(config: Any) -> list[int | None]:
@@ -105,29 +101,30 @@ def sliding_windows(config: Any) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
+def new_cache(config: Any, kv_cache: KVCacheConfig) -> DuQuantCache:
+    """Return an empty cache for a model of this transformers config, packed as its attention takes it."""
+    return DuQuantCache(
+        kv_cache,
+        windows=sliding_windows(config),
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        hands_out_packed=config._attn_implementation == IMPLEMENTATION,
+    )
+
+
 def attach_cache(model: Any, recipe: Recipe) -> None:
     """Make forward passes and `generate` use the recipe's KV cache wherever they would make a cache of their own."""
     if recipe.kv_cache.bits == 16:
         return
     config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
     if config._attn_implementation == "sdpa":
         config._attn_implementation = IMPLEMENTATION
-
-    def new_cache() -> DuQuantCache:
-        return DuQuantCache(
-            recipe.kv_cache,
-            windows=sliding_windows(config),
-            head_dim=head_dim,
-            hands_out_packed=config._attn_implementation == IMPLEMENTATION,
-        )
+    empty = partial(new_cache, config, recipe.kv_cache)
 
     def fill_cache(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         use_cache = kwargs.get("use_cache")
         wanted = config.use_cache if use_cache is None else use_cache
         if wanted and kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = new_cache()
+            kwargs["past_key_values"] = empty()
         return args, kwargs
 
     model.model.register_forward_pre_hook(fill_cache, with_kwargs=True)
@@ -135,14 +132,9 @@ def attach_cache(model: Any, recipe: Recipe) -> None:
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Call transformers' generate with an INT4 cache unless the caller brings one or wants none."""
         if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is not False:
-            kwargs["past_key_values"] = new_cache()
+            kwargs["past_key_values"] = empty()
         return type(self).generate(self, *args, **kwargs)
 
     # A bound method, so that a deep copy of the model gets one bound to the copy.
     model.generate = MethodType(generate, model)
-    model.duquant_new_cache = new_cache
-
-
-def _set_submodule(root: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(root.get_submodule(parent), child, module)
+    model.duquant_new_cache = empty

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,20 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: dict[st
             raise
         code = int(number.group(1))
         raise OSError(code, os.strerror(code), str(path)) from err
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file; the copy appears whole or not at all.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
+    try:
+        shutil.copyfile(source, staged)
+        staged.rename(target)
     finally:
         staged.unlink(missing_ok=True)
 

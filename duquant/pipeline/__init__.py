@@ -2,8 +2,10 @@
 
 from duquant.pipeline.layer import QuantizedLayer, quantize_layer
 from duquant.pipeline.model import Progress, QuantizeSummary, quantize_model
-from duquant.pipeline.plan import Found, Step, StepId, plan
-from duquant.pipeline.run import ModelRun, ShardOutcome
+from duquant.pipeline.outcome import ShardOutcome
+from duquant.pipeline.plan import plan
+from duquant.pipeline.run import ModelRun
+from duquant.pipeline.steps import Found, Step, StepId
 
 __all__ = [
     "Found",

@@ -16,8 +16,8 @@ from duquant.config import Recipe
 from duquant.errors import ConfigError, UnsupportedModelError
 from duquant.models.devices import resolve_device
 from duquant.models.references import resolve_model
-from duquant.pipeline.plan import plan
-from duquant.pipeline.run import ModelRun, ShardOutcome
+from duquant.pipeline.outcome import ShardOutcome
+from duquant.pipeline.run import ModelRun
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Progress:
 
     phase: str
     done: int
-    """Finished layers."""
+    """Finished layers; those of all passes, for recipes with more than one."""
     total: int
     message: str = ""
 
@@ -100,17 +100,17 @@ def quantize_model(
 
 def _run_steps(run: ModelRun, out: Path, report: Callable[[Progress], None]) -> list[ShardOutcome]:
     """Run all steps in plan order."""
-    layers = run.source.layers
+    total = run.quantizations
     outcomes: list[ShardOutcome] = []
     done = 0
-    for step in plan(layers=layers, shards=run.shards):
-        kind, layer, _ = step.id
-        report(Progress("prepare" if layer < 0 else "layers", done, layers, f"{kind} layer {layer}"))
+    for step in run.steps():
+        kind, layer = step.id.kind, step.id.layer
+        report(Progress("prepare" if layer < 0 else "layers", done, total, f"{kind} layer {layer}"))
         outcome = run.do(step.id, out)
         if outcome is not None:
             outcomes.append(outcome)
         if kind == "quantize":
             run.forget(layer)
-            done += 1
-    report(Progress("finish", done, layers))
+        done += kind in ("draft", "quantize")
+    report(Progress("finish", done, total))
     return outcomes

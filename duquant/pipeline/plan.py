@@ -1,70 +1,52 @@
-"""The steps of a run and what each waits for. Executors may run them in any order that respects `needs`."""
+"""The steps of a run and what each waits for. Executors may run them in any order that respects `needs`.
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+A pass quantizes layers on one set of inputs. Recipe.input_mode says which the first pass takes; each of
+Recipe.refine_passes takes what the quantized network of the pass before gives. What passes before the last make are
+drafts: layers that stay in the work directory, for the next pass to run.
+"""
 
-StepKind = Literal["tokenize", "embed", "sweep", "quantize", "extra"]
+from collections.abc import Sequence
 
-
-class StepId(NamedTuple):
-    """Identity of a step: a kind with the layer and the shard it is about (-1 where it has none)."""
-
-    kind: StepKind
-    layer: int = -1
-    shard: int = -1
-
-
-@dataclass(frozen=True)
-class Step:
-    """One unit of work."""
-
-    id: StepId
-    needs: tuple[StepId, ...] = ()
-
-
-@dataclass(frozen=True)
-class Found:
-    """What an earlier try left in the work directory, as (layer, shard) pairs."""
-
-    boundaries: frozenset[tuple[int, int]] = frozenset()
-    statistics: frozenset[tuple[int, int]] = frozenset()
+from duquant.pipeline.passes import Pass
+from duquant.pipeline.steps import Found, Step, StepId
 
 
 def plan(
-    *, layers: int, shards: int, finished_layers: frozenset[int] = frozenset(), found: Found | None = None
+    *,
+    layers: int,
+    shards: int,
+    passes: Sequence[Sequence[range]] | None = None,
+    finished_layers: frozenset[int] = frozenset(),
+    found: Sequence[Found] = (),
 ) -> list[Step]:
     """Return the steps of a run, in an order that is good when they run one after the other.
 
-    `finished_layers` are not quantized again; layer -1 stands for the extra shard (embeddings, final norm, head). The
-    sweep of a shard covers only the layers whose statistics are missing, from the last boundary that lies before them.
+    Args:
+        layers: of the model.
+        shards: groups of calibration windows.
+        passes: the chains of each, see Recipe.stages; None is one pass that takes each layer by itself.
+        finished_layers: they are not quantized again; -1 is the extra shard (embeddings, final norm, head).
+        found: what an earlier try left, by pass.
 
     >>> [step.id.kind for step in plan(layers=1, shards=1)]
     ['tokenize', 'extra', 'embed', 'sweep', 'quantize']
+    >>> [step.id.kind for step in plan(layers=2, shards=1, passes=[[range(2)]])][3:]
+    ['sweep', 'quantize', 'propagate', 'observe', 'quantize']
     """
-    found = found or Found()
-    missing = [layer for layer in range(layers) if layer not in finished_layers]
-    sweeps: dict[int, list[Step]] = {}
-    embeds: list[Step] = []
-    for shard in range(shards):
-        unknown = [layer for layer in missing if (layer, shard) not in found.statistics]
-        if not unknown:
-            continue
-        start = max((b for b, s in found.boundaries if s == shard and b <= unknown[0]), default=None)
-        before: tuple[StepId, ...] = ()
-        if start is None:
-            embeds.append(Step(StepId("embed", shard=shard), (StepId("tokenize"),)))
-            before = (embeds[-1].id,)
-        for layer in range(start or 0, unknown[-1] + 1):
-            step = Step(StepId("sweep", layer, shard), before)
-            sweeps.setdefault(layer, []).append(step)
-            before = (step.id,)
-    steps = [Step(StepId("tokenize"))] if embeds else []
-    if -1 not in finished_layers:
-        steps.append(Step(StepId("extra")))
-    steps += embeds
-    for layer in range(layers):
-        of_layer = sweeps.get(layer, [])
-        steps += of_layer
-        if layer in missing:
-            steps.append(Step(StepId("quantize", layer), tuple(step.id for step in of_layer)))
-    return steps
+    passes = passes or [[range(layer, layer + 1) for layer in range(layers)]]
+    left = [found[index] if index < len(found) else Found() for index in range(len(passes))]
+    parts: list[Pass] = []
+    wanted, ready = frozenset(range(layers)) - finished_layers, finished_layers
+    # From the last to the first: what a pass runs its text through is what the one before has to make.
+    for index in reversed(range(len(passes))):
+        part = Pass(index, passes[index], shards, left[index], wanted, ready, is_last=index == len(passes) - 1)
+        parts.insert(0, part)
+        ready = left[index - 1].packed
+        wanted = part.run_over - ready
+    steps: list[Step] = []
+    for part in parts:
+        steps += part.steps({step.id for step in steps})
+    first = [] if -1 in finished_layers else [Step(StepId("extra"))]
+    if any(step.id.kind == "embed" for step in steps):
+        first.insert(0, Step(StepId("tokenize")))
+    return first + steps

@@ -1,56 +1,46 @@
 """ModelRun: does the steps of one run through files. A plain class: the command line and the workers both use it."""
 
 import hashlib
+import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from duquant.artifact.layout import EXTRA_SHARD, layer_shard
 from duquant.artifact.manifest import Manifest
-from duquant.artifact.shards import ShardInfo, write_shard
+from duquant.artifact.shards import write_shard
 from duquant.artifact.writer import write_small_files
 from duquant.calibration.statistics import load_statistics, merge
-from duquant.calibration.sweep import WorkDir, embed_shard, load_inputs, shard_windows, sweep_layer, write_tokens
+from duquant.calibration.sweep import (
+    WorkDir,
+    embed_shard,
+    load_inputs,
+    observe_layer,
+    shard_windows,
+    sweep_layer,
+    write_tokens,
+)
 from duquant.calibration.text import calibration_windows
 from duquant.config import Recipe
 from duquant.models.architecture import Site
+from duquant.models.rotated import ResidualRotations, RotatedCheckpoint, require_rotatable
 from duquant.models.skeleton import Skeleton
 from duquant.models.source import SourceCheckpoint
-from duquant.models.tensor_files import hash_tensors
+from duquant.models.tensor_files import copy_file, hash_tensors, save_tensors
 from duquant.pipeline.folds import LayerShape
-from duquant.pipeline.layer import quantize_layer
+from duquant.pipeline.layer import QuantizedLayer, quantize_layer
 from duquant.pipeline.learning import LayerSamples
-from duquant.pipeline.plan import Found, StepId
+from duquant.pipeline.outcome import ShardOutcome
+from duquant.pipeline.plan import plan
+from duquant.pipeline.propagate import propagate_layer
+from duquant.pipeline.rotations import rotate_first, write_rotations
+from duquant.pipeline.steps import Found, Step, StepId
 from duquant.quantizers.weight import resolve_group_size
-
-
-@dataclass(frozen=True)
-class ShardOutcome:
-    """A finished shard, in types that travel as JSON."""
-
-    layer: int
-    """-1 for the extra shard."""
-    shard: ShardInfo
-    source_sha256: str
-    """Of the tensors that went in."""
-    source_bytes: int
-    quantized_weights: int
-    metrics: dict[str, dict[str, float]]
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types."""
-        return {**asdict(self), "shard": self.shard.to_dict()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ShardOutcome":
-        """Undo `to_dict`."""
-        return cls(**{**values, "shard": ShardInfo.from_dict(values["shard"])})
 
 
 class ModelRun:
@@ -58,7 +48,8 @@ class ModelRun:
 
     Raises:
         SourceError, UnsupportedModelError: from the constructor, when the model cannot be used at all.
-        ConfigError: likewise, when the recipe's group size divides no site's width.
+        UnsupportedModelError: likewise, when the recipe rotates the residual stream and the model does not allow it.
+        ConfigError: likewise, when the recipe's group size divides no site's width, or it has too many outliers.
     """
 
     def __init__(
@@ -69,6 +60,8 @@ class ModelRun:
         self.work = WorkDir(work_dir)
         self.device = device
         self._text_file = text_file
+        if recipe.transform.rotates_residual:
+            require_rotatable(self.source.architecture, self.source.config["model_type"])
         for layer in range(self.source.layers):
             self._check_widths(layer, self.source.architecture.kept_sites(recipe.skip_linears, layer))
 
@@ -77,31 +70,84 @@ class ModelRun:
         """Number of sweep shards."""
         return len(shard_windows(self.recipe.calibration))
 
+    @property
+    def quantizations(self) -> int:
+        """How often a layer is quantized in the whole run, all passes together."""
+        layers, passes = self.source.layers, range(self.recipe.refine_passes + 1)
+        return sum(len(stage) for index in passes for stage in self.recipe.stages(layers, index))
+
     @cached_property
     def _skeleton(self) -> Skeleton:
         return Skeleton(self.source, self.device)
 
+    @cached_property
+    def _model(self) -> SourceCheckpoint:
+        """What is swept and quantized: the source, rotated where the recipe says so."""
+        if not self.recipe.transform.rotates_residual:
+            return self.source
+        return RotatedCheckpoint(self.source.path, self._rotations[0], self.device)
+
+    @cached_property
+    def _rotations(self) -> tuple[ResidualRotations, dict[str, str]]:
+        return ResidualRotations.load(self.work.rotations)
+
     def _check_widths(self, layer: int, sites: tuple[Site, ...]) -> None:
-        """Find a group size that suits no width of the model before hours of work, not after."""
-        if self.recipe.weight.group_size is None:
+        """Find a group size or outliers that suit no width of the model before hours of work, not after."""
+        group_size, outliers = self.recipe.weight.group_size, self.recipe.outlier_channels
+        if group_size is None and not outliers:
             return
         shapes = self._skeleton.layer_names(layer)
         for site in sites:
-            resolve_group_size(shapes[f"{site.linears[0]}.weight"][1], self.recipe.weight.group_size)
+            width = shapes[f"{site.linears[0]}.weight"][1]
+            if outliers >= width:
+                raise ConfigError(
+                    f"outlier_channels is {outliers}, and site {site.name} has {width} channels",
+                    field="outlier_channels",
+                )
+            resolve_group_size(width - outliers, group_size)
 
-    def found(self) -> Found:
-        """Return what an earlier try left in the work directory."""
-        return Found(boundaries=self.work.found("boundary"), statistics=self.work.found("statistics"))
+    def steps(self, finished_layers: frozenset[int] = frozenset()) -> list[Step]:
+        """Return the steps that are left, in a good order; see `plan`.
+
+        `finished_layers` are not quantized again; -1 is the extra shard.
+        """
+        indices = range(self.recipe.refine_passes + 1)
+        steps = plan(
+            layers=self.source.layers,
+            shards=self.shards,
+            passes=[self.recipe.stages(self.source.layers, index) for index in indices],
+            finished_layers=finished_layers,
+            found=[self.found(index) for index in indices],
+        )
+        return rotate_first(steps) if self.recipe.transform.rotates_residual else steps
+
+    def found(self, pass_index: int = 0) -> Found:
+        """Return what an earlier try of a pass left in the work directory."""
+        work = self.work.of_pass(pass_index)
+        return Found(
+            boundaries=work.found("boundary"),
+            chains=work.found("chain"),
+            statistics=work.found("statistics"),
+            packed=work.found_packed(),
+        )
 
     def do(self, step: StepId, out: Path) -> ShardOutcome | None:
         """Do one step; return the outcome of those that make a shard, which is then in directory `out`."""
         match step.kind:
             case "tokenize":
                 self.tokenize()
+            case "rotate":
+                self.rotate()
             case "embed":
-                self.embed(step.shard)
+                self.embed(step.shard, step.pass_index)
             case "sweep":
-                self.sweep(step.layer, step.shard)
+                self.sweep(step.layer, step.shard, step.pass_index)
+            case "observe":
+                self.observe(step.layer, step.shard, step.pass_index)
+            case "propagate":
+                self.propagate(step.layer, step.shard, step.pass_index)
+            case "draft":
+                self.draft(step.layer, step.pass_index)
             case "quantize":
                 return self.quantize(step.layer, out)
             case "extra":
@@ -124,32 +170,62 @@ class ModelRun:
         )
         write_tokens(self.work, windows)
 
-    def embed(self, shard: int) -> None:
-        """Write the inputs of layer 0 for one shard."""
-        embed_shard(self.source, self._skeleton, self.recipe, self.work, shard)
+    def rotate(self) -> None:
+        """Write the rotations of the residual stream, unless they are there."""
+        write_rotations(self.source, self._skeleton, self.recipe, self.work)
 
-    def sweep(self, layer: int, shard: int) -> None:
-        """Run one layer over one shard, then delete its input: no later step reads it."""
-        sweep_layer(self.source, self._skeleton, self.recipe, self.work, layer, shard)
-        self.work.boundary(layer, shard).unlink(missing_ok=True)
+    def embed(self, shard: int, pass_index: int = 0) -> None:
+        """Write the inputs of layer 0 for one shard."""
+        embed_shard(self._model, self._skeleton, self.recipe, self._work(pass_index), shard)
+
+    def sweep(self, layer: int, shard: int, pass_index: int = 0) -> None:
+        """Run one layer over one shard of unquantized inputs."""
+        work = self._work(pass_index)
+        sweep_layer(self._model, self._skeleton, self.recipe, work, layer, shard)
+        if not self._is_propagated(layer, pass_index):
+            work.boundary(layer, shard).unlink(missing_ok=True)  # no later step reads it
+
+    def observe(self, layer: int, shard: int, pass_index: int = 0) -> None:
+        """Record the statistics of one layer over one shard of inputs behind quantized layers."""
+        work = self._work(pass_index)
+        observe_layer(self._model, self._skeleton, self.recipe, work, layer, shard)
+        if not self._is_propagated(layer, pass_index):
+            work.chain(layer, shard).unlink(missing_ok=True)
+
+    def propagate(self, layer: int, shard: int, pass_index: int = 0) -> None:
+        """Run one quantized layer over one shard, then delete its input: all that read it have done so."""
+        work = self._work(pass_index)
+        is_start = layer == self._stage(layer, pass_index).start
+        given = work.boundary(layer, shard) if is_start else work.chain(layer, shard)
+        packed, target = self.packed(layer, pass_index), work.chain(layer + 1, shard)
+        propagate_layer(self._skeleton, self.recipe, layer, packed=packed, given=given, target=target)
+        given.unlink(missing_ok=True)
+
+    def packed(self, layer: int, pass_index: int = 0) -> Path:
+        """Return the file of the quantized layer that a pass runs text through."""
+        return self.work.of_pass(max(pass_index - 1, 0)).packed(layer)
+
+    def runs_shard(self, step: StepId) -> bool:
+        """Tell whether a step runs a layer of the artifact, whose shard may be fetched from where it is kept."""
+        return step.kind == "propagate" and not self.recipe.refine_passes
+
+    def draft(self, layer: int, pass_index: int) -> None:
+        """Quantize one layer for the next pass to run, unless it is there."""
+        work = self._work(pass_index)
+        if not work.packed(layer).exists():
+            stored = self._skeleton.load(self.source, layer)
+            save_tensors(work.packed(layer), self._named(layer, self._quantized(layer, stored, work)))
+        self._forget_statistics(layer, work)
 
     def quantize(self, layer: int, out: Path) -> ShardOutcome:
         """Quantize one layer into its shard in directory `out`."""
         started = time.perf_counter()
-        files = [self.work.statistics(layer, shard) for shard in range(self.shards)]
-        windows = [len(shard) for shard in shard_windows(self.recipe.calibration)]
-        statistics = merge([load_statistics(file, self.device) for file in files], windows)
+        last = self.recipe.refine_passes
         stored = self._skeleton.load(self.source, layer)
-        shape = LayerShape(kv_heads=self._skeleton.kv_heads, head_dim=self._skeleton.head_dim)
-        tensors = {name: tensor.to(self.device) for name, tensor in stored.items()}
-        samples = None
-        if self.recipe.learns:
-            samples = LayerSamples(self._skeleton, load_inputs(self.work, layer, self.shards, self.device))
-        quantized = quantize_layer(
-            tensors, statistics, self.source.architecture, shape, self.recipe, layer=layer, samples=samples
-        )
-        prefix = f"{self.source.architecture.layers_prefix}.{layer}."
-        shard = write_shard(out / layer_shard(layer), {prefix + n: t for n, t in quantized.tensors.items()})
+        quantized = self._quantized(layer, stored, self._work(last))
+        shard = write_shard(out / layer_shard(layer), self._named(layer, quantized))
+        if not last and self._is_propagated(layer, last):
+            copy_file(out / shard.name, self.packed(layer))
         return ShardOutcome(
             layer=layer,
             shard=shard,
@@ -160,11 +236,51 @@ class ModelRun:
             seconds=time.perf_counter() - started,
         )
 
+    def _work(self, pass_index: int) -> WorkDir:
+        work = self.work.of_pass(pass_index)
+        work.folder.mkdir(parents=True, exist_ok=True)
+        return work
+
+    def _stage(self, layer: int, pass_index: int) -> range:
+        return next(stage for stage in self.recipe.stages(self.source.layers, pass_index) if layer in stage)
+
+    def _is_propagated(self, layer: int, pass_index: int) -> bool:
+        return layer + 1 in self._stage(layer, pass_index)
+
+    def _quantized(self, layer: int, stored: dict[str, Tensor], work: WorkDir) -> QuantizedLayer:
+        """Quantize one layer by the statistics of a pass."""
+        files = [work.statistics(layer, shard) for shard in range(self.shards)]
+        windows = [len(shard) for shard in shard_windows(self.recipe.calibration)]
+        statistics = merge([load_statistics(file, self.device) for file in files], windows)
+        shape = LayerShape(kv_heads=self._skeleton.kv_heads, head_dim=self._skeleton.head_dim)
+        tensors = {name: tensor.to(self.device) for name, tensor in stored.items()}
+        if isinstance(self._model, RotatedCheckpoint):
+            tensors = self._model.rotate(layer, stored)
+        samples = None
+        if self.recipe.learns:
+            samples = LayerSamples(self._skeleton, load_inputs(work, layer, self.shards, self.device))
+        return quantize_layer(
+            tensors, statistics, self.source.architecture, shape, self.recipe, layer=layer, samples=samples
+        )
+
+    def _named(self, layer: int, quantized: QuantizedLayer) -> dict[str, Tensor]:
+        """Return a layer's tensors by their names in the model."""
+        prefix = f"{self.source.architecture.layers_prefix}.{layer}."
+        return {prefix + name: tensor for name, tensor in quantized.tensors.items()}
+
     def forget(self, layer: int) -> None:
-        """Delete the statistics of a layer whose shard is safe."""
+        """Delete what a layer was quantized from, when its shard is safe."""
+        last = self.recipe.refine_passes
+        self._forget_statistics(layer, self.work.of_pass(last))
+        if not last:
+            # All of the text is behind these, or this layer had no statistics. Drafts have more readers: they stay.
+            for earlier in range(self._stage(layer, last).start, layer):
+                self.packed(earlier).unlink(missing_ok=True)
+
+    def _forget_statistics(self, layer: int, work: WorkDir) -> None:
         for shard in range(self.shards):
-            self.work.statistics(layer, shard).unlink(missing_ok=True)
-            self.work.inputs(layer, shard).unlink(missing_ok=True)
+            work.statistics(layer, shard).unlink(missing_ok=True)
+            work.inputs(layer, shard).unlink(missing_ok=True)
 
     def embeddings(self, out: Path) -> ShardOutcome:
         """Write embeddings, final norm and head, in 16 bits, into their shard in directory `out`.
@@ -174,14 +290,18 @@ class ModelRun:
         """
         started = time.perf_counter()
         stored = self._skeleton.load_extra(self.source)
-        shard = write_shard(out / EXTRA_SHARD, {name: t.to(torch.bfloat16) for name, t in stored.items()})
+        tensors, metrics = stored, {}
+        if isinstance(self._model, RotatedCheckpoint):
+            tensors = self._model.rotate_ends(stored)
+            metrics = {name: json.loads(value) for name, value in self._rotations[1].items()}
+        shard = write_shard(out / EXTRA_SHARD, {name: t.to(torch.bfloat16) for name, t in tensors.items()})
         return ShardOutcome(
             layer=-1,
             shard=shard,
             source_sha256=hash_tensors(stored),
             source_bytes=sum(tensor.numel() * 2 for tensor in stored.values()),
             quantized_weights=0,
-            metrics={},
+            metrics=metrics,
             seconds=time.perf_counter() - started,
         )
 
@@ -200,7 +320,10 @@ class ModelRun:
             "quantized_weights": weights,
             "bits_per_weight": round(8 * packed_bytes / weights, 4) if weights else 16.0,
         }
-        report = {"layers": {str(outcome.layer): outcome.metrics for outcome in ordered if outcome.layer >= 0}}
+        report: dict[str, Any] = {
+            "layers": {str(outcome.layer): outcome.metrics for outcome in ordered if outcome.layer >= 0}
+        }
+        report.update(ordered[0].metrics)  # of the extra shard: how the rotations were learned
         return write_small_files(
             out,
             self.source,
@@ -210,4 +333,5 @@ class ModelRun:
             source_sha256=digest,
             summary=summary,
             report=report,
+            is_rotated=self.recipe.transform.rotates_residual,
         )

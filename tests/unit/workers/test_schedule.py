@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from duquant.pipeline.plan import plan
+from duquant.pipeline import plan
 from workers.schedule import Schedule
 
 

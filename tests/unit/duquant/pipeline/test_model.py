@@ -241,19 +241,8 @@ def test_cuda_that_is_not_there_says_so() -> None:
 
 
 def run_steps(run: ModelRun, out: Path, order: list[StepId]) -> list[ShardOutcome]:
-    outcomes = []
-    for kind, layer, shard in order:
-        if kind == "tokenize":
-            run.tokenize()
-        elif kind == "embed":
-            run.embed(shard)
-        elif kind == "sweep":
-            run.sweep(layer, shard)
-        elif kind == "extra":
-            outcomes.append(run.embeddings(out))
-        else:
-            outcomes.append(run.quantize(layer, out))
-    return outcomes
+    done = (run.do(step, out) for step in order)
+    return [outcome for outcome in done if outcome is not None]
 
 
 def test_order_of_the_steps_does_not_matter(

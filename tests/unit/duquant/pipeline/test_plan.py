@@ -61,7 +61,7 @@ def test_a_resumed_sweep_starts_at_the_last_boundary_before_the_first_missing_st
     found = Found(
         boundaries=frozenset({(3, 0), (1, 1)}), statistics=frozenset({(1, 0), (2, 0), (0, 1), (3, 1), (4, 1)})
     )
-    steps = plan(layers=5, shards=3, finished_layers=frozenset({-1, 0}), found=found)
+    steps = plan(layers=5, shards=3, finished_layers=frozenset({-1, 0}), found=[found])
     sweeps = [(step.id.layer, step.id.shard) for step in steps if step.id.kind == "sweep"]
     assert [layer for layer, shard in sweeps if shard == 0] == [3, 4]
     assert [layer for layer, shard in sweeps if shard == 1] == [1, 2]
@@ -74,5 +74,5 @@ def test_a_resumed_sweep_starts_at_the_last_boundary_before_the_first_missing_st
 
 def test_nothing_is_swept_when_all_statistics_are_there():
     found = Found(statistics=frozenset({(0, 0), (1, 0)}))
-    kinds = [step.id.kind for step in plan(layers=2, shards=1, found=found)]
+    kinds = [step.id.kind for step in plan(layers=2, shards=1, found=[found])]
     assert kinds == ["extra", "quantize", "quantize"]

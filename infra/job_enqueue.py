@@ -117,6 +117,9 @@ class JobEnqueue(JobRows):
         labels |= islice(missing, max(0, MAX_LABELS - len(labels)))
         if labels != (job.labels or {}):
             changes["labels"] = labels
+        if job.batch_id is not None and new.batch_id is None:
+            # It is somebody's own by now, and must not be cancelled with the batch.
+            changes["batch_id"] = None
         if job.state not in WAITING:
             return self._change(connection, job, changes, actor) if changes else job
         if new.priority < job.priority:

@@ -59,6 +59,8 @@ class JobChanges(TypedDict, total=False):
     run_at: int
     deadline_at: int | None
     labels: dict[str, str]
+    batch_id: None
+    """It no longer ends with its batch."""
 
 
 class JobRows:

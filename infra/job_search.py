@@ -9,7 +9,7 @@ from infra.database import read
 from infra.job_model import ACTIVE, Job, JobState
 from infra.job_rows import state_is
 from infra.prepared import Prepared
-from infra.schema import artifacts, job_deps, jobs
+from infra.schema import artifacts, batch_items, job_deps, jobs
 
 _EVALUATIONS = Prepared(
     select(jobs.c.id)
@@ -44,9 +44,13 @@ class JobFilter:
 
     def conditions(self) -> list[ColumnElement[bool]]:
         """Return what a row of the jobs table must fulfil."""
-        equal = ("kind", "model_name", "recipe_name", "queue", "batch_id", "fingerprint", "reason")
+        equal = ("kind", "model_name", "recipe_name", "queue", "fingerprint", "reason")
         found = [jobs.c[name] == value for name in equal if (value := getattr(self, name)) is not None]
         found += [jobs.c.labels[name].as_string() == value for name, value in self.labels.items()]
+        if self.batch_id is not None:
+            # Also those that were there, or that somebody has asked for by themselves.
+            of_batch = select(batch_items.c.job_id).where(batch_items.c.batch_id == self.batch_id)
+            found.append(jobs.c.id.in_(of_batch))
         if self.states:
             found.append(state_is(*self.states))
         if self.created_from is not None:

@@ -105,6 +105,7 @@ class JobSummary(BaseModel):
     queue: str
     priority: int
     batch_id: str | None
+    """The batch that it was made for and ends with; null as soon as somebody has asked for the same work by itself."""
     labels: dict[str, str]
     created_at: datetime
     run_at: datetime

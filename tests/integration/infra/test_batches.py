@@ -15,6 +15,7 @@ from infra.batch_progress import REFUSED
 from infra.batches import BatchItem, BatchStore, NewItem
 from infra.database import read, transaction, write
 from infra.errors import BatchNotFound, QuotaExceeded
+from infra.job_search import JobFilter, JobSearch
 from infra.jobs import Job, JobState, JobStore
 from infra.schema import jobs, tenants, webhook_deliveries
 from infra.webhooks.store import WebhookStore
@@ -110,6 +111,17 @@ def test_work_of_two_batches_is_cancelled_with_the_last_of_them(desk, zoo):
     assert states(zoo, second) == ["queued", "queued"]
     zoo.cancel(second, tenant_id="default", actor=ACTOR)
     assert states(zoo, first) == states(zoo, second) == ["cancelled", "cancelled"]
+
+
+def test_work_that_somebody_has_asked_for_by_itself_is_not_cancelled_with_its_batch(store, desk, zoo, engine):
+    batch_id, made = batch_of(zoo, item(desk, "both"), item(desk, "mine"))
+    job, is_new = store.enqueue(desk.new_job("both"), actor=ACTOR)
+    assert not is_new
+    zoo.cancel(batch_id, tenant_id="default", actor=ACTOR)
+    assert states(zoo, batch_id) == ["queued", "cancelled"]
+    listed = JobSearch(engine).page("default", JobFilter(batch_id=batch_id), limit=10)
+    assert {each.id for each in listed} == {each.id for each in made}
+    assert job.id in {each.id for each in listed}
 
 
 def test_only_what_failed_or_was_cancelled_is_tried_again(store, desk, zoo):

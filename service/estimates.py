@@ -23,19 +23,54 @@ def estimate(
     if shape is not None and (scaled := _scaled(others, recipe, shape)) is not None:
         return scaled, size
     if of_model:
-        return _time(of_model, "same_model"), size
+        return _time(of_model, "same_model", [relative_work(job, recipe) for job in of_model]), size
     return TimeEstimate(seconds=None, gpu_seconds=None, basis="none", jobs=0), size
 
 
-def _time(past: Sequence[PastJob], basis: str) -> TimeEstimate:
+def _time(past: Sequence[PastJob], basis: str, factors: Sequence[float] | None = None) -> TimeEstimate:
+    scaled = list(zip(past, factors or [1.0] * len(past), strict=True))
     return TimeEstimate.model_validate(
         {
-            "seconds": round(median(job.seconds for job in past), 1),
-            "gpu_seconds": round(median(job.gpu_seconds for job in past), 1),
+            "seconds": round(median(job.seconds * factor for job, factor in scaled), 1),
+            "gpu_seconds": round(median(job.gpu_seconds * factor for job, factor in scaled), 1),
             "basis": basis,
             "jobs": len(past),
         }
     )
+
+
+def relative_work(job: PastJob, recipe: Recipe) -> float:
+    """Return the work of a recipe over that of a past job: chains and further passes run the layers more often.
+
+    What quantizing a layer costs is taken as equal. A chain's layers also wait for each other, which no past job tells.
+    """
+    past = _recipe(job)
+    if past is None or not job.layers:
+        return 1.0
+    (forwards, quantized), (past_forwards, past_quantized) = (
+        layer_runs(recipe, job.layers),
+        layer_runs(past, job.layers),
+    )
+    quantizing = job.layer_seconds * past_quantized / job.layers
+    running = max(job.gpu_seconds - quantizing, 0.0)
+    if quantizing + running <= 0:
+        return 1.0
+    work = quantizing * quantized / past_quantized + running * forwards / past_forwards
+    return work / (quantizing + running)
+
+
+def layer_runs(recipe: Recipe, layers: int) -> tuple[int, int]:
+    """Return how many layers are run over the calibration text, and how many are quantized, all passes together."""
+    forwards = quantized = 0
+    for index in range(recipe.refine_passes + 1):
+        stages = recipe.stages(layers, index)
+        if stages:
+            made = sum(len(stage) for stage in stages)
+            # Unquantized as far as the last chain's start; behind each start unquantized for the statistics, and
+            # quantized for the inputs of the next.
+            forwards += stages[-1].start + 1 + 2 * (made - len(stages))
+            quantized += made
+    return forwards, quantized
 
 
 def _scaled(past: Sequence[PastJob], recipe: Recipe, shape: ModelShape) -> TimeEstimate | None:

@@ -38,8 +38,9 @@ class TimeEstimate(BaseModel):
     seconds: float | None
     gpu_seconds: float | None
     basis: TimeBasis
-    """same_work: the median of jobs with this model and recipe. same_model: of jobs with this model and other recipes.
-    same_recipe: scaled by the sizes of the layers from jobs with this recipe and other models. none: nothing is known.
+    """same_work: the median of jobs with this model and recipe. same_model: of jobs with this model and other recipes,
+    scaled by how often the layers are run. same_recipe: scaled by the sizes of the layers from jobs with this recipe
+    and other models. none: nothing is known.
     """
     jobs: int
     """How many finished jobs of this project it is taken from."""

@@ -198,6 +198,8 @@ def _attention_case(batch: int, context: int, shared: int) -> tuple[str, Callabl
         Q = torch.zeros(batch, heads * shared, 1, head_dim, dtype=torch.bfloat16)
         backend = GpuBackend()
         backend.int4_kv_attention(Q, packed, packed, quantizer, scaling=0.1, mask=None)
+        sinks = Q[:, :heads].expand(-1, -1, 4, -1)
+        backend.int4_kv_attention(Q, packed, packed, quantizer, scaling=0.1, mask=None, sinks=(sinks, sinks))
         one = quantizer.empty(batch, heads, 1, Q.device)
         backend.quantize_kv(Q[:, :heads], quantizer, one)
         backend.dequantize_kv(one, quantizer, torch.bfloat16)

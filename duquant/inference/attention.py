@@ -42,11 +42,12 @@ def _from_codes(
 ) -> Tensor | None:
     packed_keys, packed_values = keys.packed, values.packed
     is_one_token = query.shape[2] == 1 and (mask is None or mask.shape[1] == 1)
-    if not is_one_token or scaling is None or keys.sinks is not None or packed_keys is None or packed_values is None:
+    if not is_one_token or scaling is None or packed_keys is None or packed_values is None:
         return None
     if keys.quantizer.config.bits != 4 or (torch.is_grad_enabled() and query.requires_grad):
         return None
-    return int4_kv_attention(query, packed_keys, packed_values, keys.quantizer, scaling=scaling, mask=mask)
+    sinks = None if keys.sinks is None or values.sinks is None else (keys.sinks, values.sinks)
+    return int4_kv_attention(query, packed_keys, packed_values, keys.quantizer, scaling=scaling, mask=mask, sinks=sinks)
 
 
 AttentionInterface.register(IMPLEMENTATION, packed_attention)

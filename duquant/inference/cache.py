@@ -47,7 +47,7 @@ class CachedStates:
         self._seen += states.shape[2]
         if whole:
             # A copy: a slice would keep the whole tensor alive.
-            head = states[:, :, :whole].clone()
+            head = states[:, :, :whole].clone(memory_format=torch.contiguous_format)
             self.sinks = head if self.sinks is None else torch.cat((self.sinks, head), dim=2)
             states = states[:, :, whole:]
         new = states.shape[2]

@@ -91,7 +91,7 @@ def _as_one_matrix(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
     row, each with a copy of the weight, unless the weight wants a gradient.
     """
     X, *rest = args
-    return X.reshape(-1, X.shape[-1]).view(X.shape), *rest
+    return X.reshape(-1, X.shape[-1]).contiguous().view(X.shape), *rest
 
 
 def sliding_windows(config: Any) -> list[int | None]:

@@ -158,6 +158,7 @@ def int4_kv_attention(
     *,
     scaling: float,
     mask: Tensor | None = None,
+    sinks: tuple[Tensor, Tensor] | None = None,
 ) -> Float[Tensor, "batch heads queries head_dim"]:
     """Return softmax(Q K^T scaling + mask) V over a packed cache, in the dtype of Q, sums in float32.
 
@@ -172,6 +173,8 @@ def int4_kv_attention(
         scaling: what scores are multiplied by.
         mask: broadcasts to (batch, heads, queries, tokens); True (or 0.0) where a token is visible, False (or -inf)
             where it is not. None: the queries are the newest tokens, and each sees those up to itself.
+        sinks: keys and values of the tokens before the packed ones, neither packed nor rotated, (batch, kv_heads,
+            sinks, head_dim) each. They are the first of the mask's tokens.
 
     Raises:
         ShapeError: heads are no multiple of the cache's, or sizes differ.
@@ -185,10 +188,14 @@ def int4_kv_attention(
         raise ShapeError(f"queries have head_dim {head_dim}, the cache {quantizer.head_dim}")
     if queries > keys.packed.shape[2] and mask is None:
         raise ShapeError(f"{queries} queries cannot be the newest of {keys.packed.shape[2]} tokens")
+    for part in sinks or ():
+        expected = (batch, keys.packed.shape[1], sinks[0].shape[2] if sinks else 0, head_dim)
+        if part.shape != expected:
+            raise ShapeError(f"tokens that are not packed have shape {tuple(part.shape)}; it must be {expected}")
     return first_able(
         Q.device,
         "attention",
-        lambda backend: backend.int4_kv_attention(Q, keys, values, quantizer, scaling=scaling, mask=mask),
+        lambda backend: backend.int4_kv_attention(Q, keys, values, quantizer, scaling=scaling, mask=mask, sinks=sinks),
     )
 
 

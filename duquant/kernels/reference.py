@@ -21,6 +21,7 @@ from duquant.kernels.types import (
 from duquant.quantizers.affine import code_range, row_grid
 from duquant.quantizers.kv import KVQuantizer, PackedKV
 from duquant.quantizers.packing import unpack
+from duquant.quantizers.weight import resolve_group_size
 from duquant.transforms.site import SiteTransform
 
 _FLOAT32_EXACT = 2**24
@@ -59,17 +60,19 @@ class ReferenceBackend:
         """
         config = transform.config
         transformed = transform.transform.apply(X.float())
+        grouped = transformed.reshape(X.shape[0], -1, resolve_group_size(X.shape[1], config.group_size))
         grid = row_grid(
-            transformed, bits=config.bits, symmetric=config.symmetric, clip_ratio=transform.clip_ratio.to(X.device)
+            grouped, bits=config.bits, symmetric=config.symmetric, clip_ratio=transform.clip_ratio.to(X.device)
         )
         qmin, qmax = code_range(config.bits)
-        rounded = transformed.mul(grid.scale.reciprocal()).round_().add_(grid.zero_point)
-        codes = rounded.clamp_(qmin, qmax).to(torch.int8)
+        rounded = grouped.mul(grid.scale.reciprocal()).round_().add_(grid.zero_point)
+        codes = rounded.clamp_(qmin, qmax).to(torch.int8)  # (tokens, groups, group_size)
+        flat = codes.view(X.shape)
         return QuantizedActivation(
-            data=pack_pairs(codes) if config.bits <= 4 else codes,
-            scale=grid.scale,
-            zero_point=grid.zero_point,
-            row_sum=codes.sum(-1, keepdim=True, dtype=torch.int32).float(),
+            data=pack_pairs(flat) if config.bits <= 4 else flat,
+            scale=grid.scale.squeeze(-1),
+            zero_point=grid.zero_point.squeeze(-1),
+            row_sum=codes.sum(-1, dtype=torch.int32).float(),
             in_features=X.shape[1],
             bits=config.bits,
         )
@@ -87,25 +90,33 @@ class ReferenceBackend:
         x.w = s_x s_w [ (q_x.q_w - z_w sum(q_x)) - z_x sum(q_w - z_w) ]. The bracket is a whole number. It is computed
         exactly (in float64 here), rounded once to float32, times s_w, times s_x, plus the bias in float32 (groups are
         added in order before s_x), then rounded to `dtype`. Any backend can do just that, so all give the same bits.
+        Where activations have groups, each group's term takes its own s_x before it is added.
         """
         q_x = X.codes
         groups = W.scale.shape[1]
+        is_grouped = X.scale.shape[1] > 1
         width = W.in_features // groups
         q_w = unpack(_checkpoint_words(W), W.in_features, bits=W.bits)
         zero_point, weight_sum = W.zero_point.double(), W.weight_sum.double()
         total: Tensor | None = None
         for group in range(groups):
             columns = slice(group * width, (group + 1) * width)
-            row_sum = X.row_sum if groups == 1 else q_x[:, columns].sum(-1, keepdim=True, dtype=torch.int32)
+            of_group = slice(group, group + 1) if is_grouped else slice(None)
+            row_sum = X.row_sum[:, of_group]
+            if groups > 1 and not is_grouped:
+                row_sum = q_x[:, columns].sum(-1, keepdim=True, dtype=torch.int32)
             bracket = _int_matmul(q_x[:, columns], q_w[:, columns]).addmm_(
-                torch.cat((row_sum.double(), X.zero_point.double()), dim=1),
+                torch.cat((row_sum.double(), X.zero_point[:, of_group].double()), dim=1),
                 torch.stack((zero_point[:, group], weight_sum[:, group])),
                 alpha=-1,
             )
             term = bracket.float().mul_(W.scale[:, group])
+            if is_grouped:
+                term.mul_(X.scale[:, of_group])
             total = term if total is None else total.add_(term)
         assert total is not None
-        total.mul_(X.scale)
+        if not is_grouped:
+            total.mul_(X.scale)
         if bias is not None:
             total.add_(bias.float())
         return total.to(dtype)
@@ -119,9 +130,12 @@ class ReferenceBackend:
         *,
         scaling: float,
         mask: Tensor | None,
+        sinks: tuple[Tensor, Tensor] | None = None,
     ) -> Float[Tensor, "batch heads queries head_dim"]:
         """Dequantize keys and values to float32 and attend to them."""
         K, V = (quantizer.dequantize(part, torch.float32) for part in (keys, values))
+        if sinks is not None:
+            K, V = (torch.cat((whole.float(), part), dim=2) for whole, part in zip(sinks, (K, V), strict=True))
         repeats = Q.shape[1] // K.shape[1]
         K, V = (part.repeat_interleave(repeats, dim=1) for part in (K, V))
         scores = Q.float() @ K.transpose(-1, -2) * scaling
@@ -171,6 +185,8 @@ def check_linear(X: QuantizedActivation, W: LinearWeight, bias: Tensor | None) -
     expected = -(-X.in_features // 2) if X.is_packed else X.in_features
     if X.data.shape[1] != expected:
         raise ShapeError(f"{X.data.shape[1]} bytes a row do not hold {X.in_features} channels; the pack is corrupt")
+    if X.scale.shape[1] not in (1, W.scale.shape[1]):
+        raise ShapeError(f"the activation has {X.scale.shape[1]} groups, the weight {W.scale.shape[1]}")
     if X.data.device != W.data.device:
         raise ShapeError(f"the activation is on {X.data.device}, the weight on {W.data.device}")
     if bias is not None and bias.shape != (W.out_features,):

@@ -20,7 +20,7 @@ CHECKPOINT_LAYOUT = "checkpoint"
 
 @dataclass(frozen=True)
 class QuantizedActivation:
-    """Rows of a site's input after its transform: one grid per row, the codes, and the codes' row sums.
+    """Rows of a site's input after its transform: one grid per row or per group of a row, the codes, and their sums.
 
     `data` has one of two layouts, told apart by its dtype, and every backend takes both:
     uint8 (tokens, ceil(in_features / 2)), only for bits <= 4: two codes a byte, channel 2j in the low nibble of byte j
@@ -29,12 +29,12 @@ class QuantizedActivation:
     """
 
     data: Tensor
-    scale: Float[Tensor, "tokens 1"]
+    scale: Float[Tensor, "tokens groups"]
     """float32."""
-    zero_point: Float[Tensor, "tokens 1"]
+    zero_point: Float[Tensor, "tokens groups"]
     """float32, whole numbers, up to about 1e4 in magnitude for rows far from zero."""
-    row_sum: Float[Tensor, "tokens 1"]
-    """float32, whole numbers: the sum of each row's centred codes."""
+    row_sum: Float[Tensor, "tokens groups"]
+    """float32, whole numbers: the sum of each row's or group's centred codes."""
     in_features: int
     bits: int
 
@@ -146,6 +146,7 @@ class Backend(Protocol):
         *,
         scaling: float,
         mask: Tensor | None,
+        sinks: tuple[Tensor, Tensor] | None = None,
     ) -> Float[Tensor, "batch heads queries head_dim"]:
         """See duquant.kernels.int4_kv_attention."""
 

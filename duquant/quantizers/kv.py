@@ -29,6 +29,7 @@ class KVQuantizer:
         self.config = config
         self.head_dim = head_dim
         self._rotation = flat_orthogonal(head_dim).float() if config.rotate else None
+        self._inverse = None if self._rotation is None else self._rotation.T.contiguous()
 
     def quantize(self, X: Float[Tensor, "batch heads tokens head_dim"]) -> PackedKV:
         """Round to the cache's bits. Scale and low end are float16, and codes are chosen for the rounded ones."""
@@ -50,9 +51,9 @@ class KVQuantizer:
         """Return what the codes stand for, rotated back."""
         codes = _unpack_bytes(packed.packed, self.head_dim, self.config.bits)
         values = codes.float().mul_(packed.scale.float()).add_(packed.low.float())
-        rotation = self.rotation_on(values.device)
-        if rotation is not None:
-            values = values @ rotation.T
+        inverse = self.inverse_on(values.device)
+        if inverse is not None:
+            values = values @ inverse
         return values.to(dtype)
 
     def empty(self, batch: int, heads: int, tokens: int, device: torch.device) -> PackedKV:
@@ -67,6 +68,12 @@ class KVQuantizer:
         if self._rotation is not None and self._rotation.device != device:
             self._rotation = self._rotation.to(device)
         return self._rotation
+
+    def inverse_on(self, device: torch.device) -> Float[Tensor, "head_dim head_dim"] | None:
+        """Return what restored rows are multiplied by (from the right), contiguous, or None."""
+        if self._inverse is not None and self._inverse.device != device:
+            self._inverse = self._inverse.to(device)
+        return self._inverse
 
 
 def _pack_bytes(codes: Tensor, bits: int) -> Tensor:

@@ -46,7 +46,13 @@ class CpuBackend:
     def prepare_transform(
         self, transform: SiteTransform, config: ActivationConfig, clip_ratio: Float[Tensor, "2"]
     ) -> PreparedTransform:
-        """Put the rotations into the layout of the matrix unit, where there is one."""
+        """Put the rotations into the layout of the matrix unit, where there is one.
+
+        Raises:
+            KernelUnavailableError: groups of channels have scales of their own.
+        """
+        if config.group_size is not None:
+            raise KernelUnavailableError("activations with a scale for each group of channels have no kernel yet")
         rotations = None
         if library().isa == "amx" and config.bits <= 4:
             rotations = amx_rotations(transform)
@@ -154,9 +160,10 @@ class CpuBackend:
         *,
         scaling: float,
         mask: Tensor | None,
+        sinks: tuple[Tensor, Tensor] | None = None,
     ) -> Float[Tensor, "batch heads queries head_dim"]:
         """Attend with one query a row of the batch, straight from the codes. See duquant.kernels.cpu.cache."""
-        return attend(Q, keys, values, quantizer, scaling=scaling, mask=mask)
+        return attend(Q, keys, values, quantizer, scaling=scaling, mask=mask, sinks=sinks)
 
     def quantize_kv(
         self, X: Float[Tensor, "batch heads tokens head_dim"], quantizer: KVQuantizer, out: PackedKV

@@ -17,7 +17,9 @@ from duquant.kernels.settings import CACHE, setting
 SOURCES = Path(__file__).parent / "src"
 COMPILERS = ("c++", "g++", "clang++")
 # No contraction of a * b + c into one rounding: outputs must have the bits of the reference.
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread")
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-Wno-psabi")
+# Where no bits are promised; the later flag counts.
+_FUSED = ("-ffp-contract=fast",)
 _AVX2 = ("-mavx2", "-mf16c")
 _AVX512 = (*_AVX2, "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx512vbmi")
 _AMX = (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16")
@@ -39,14 +41,17 @@ _PORTABLE = (
     _Unit("linear_portable.cpp", flags=("-DDUQUANT_SUFFIX=portable",)),
     _Unit("rows.cpp", flags=("-DDUQUANT_SUFFIX=portable",)),
     _Unit("kv.cpp", flags=("-DDUQUANT_SUFFIX=portable",)),
+    _Unit("attend.cpp", flags=("-DDUQUANT_SUFFIX=portable", *_FUSED)),
 )
 _X86 = (
     _Unit("linear_portable.cpp", "AVX2", (*_AVX2, "-DDUQUANT_SUFFIX=avx2", "-DDUQUANT_COMPILE_AVX2")),
     _Unit("rows.cpp", "AVX2", (*_AVX2, "-DDUQUANT_SUFFIX=avx2")),
     _Unit("kv.cpp", "AVX2", (*_AVX2, "-DDUQUANT_SUFFIX=avx2")),
+    _Unit("attend.cpp", "AVX2", (*_AVX2, "-DDUQUANT_SUFFIX=avx2", *_FUSED)),
     _Unit("linear_vnni.cpp", "AVX512", _AVX512),
     _Unit("rows.cpp", "AVX512", (*_AVX512, "-DDUQUANT_SUFFIX=avx512")),
     _Unit("kv.cpp", "AVX512", (*_AVX512, "-DDUQUANT_SUFFIX=avx512")),
+    _Unit("attend.cpp", "AVX512", (*_AVX512, "-DDUQUANT_SUFFIX=avx512", *_FUSED)),
     _Unit("linear_amx.cpp", "AMX", _AMX),
     _Unit("transform_amx.cpp", "AMX", _AMX),
 )

@@ -45,10 +45,8 @@ def dequantize_kv(
     _require(quantizer)
     made = dtype if dtype in _DTYPES else torch.float32
     out = torch.empty((*packed.packed.shape[:3], quantizer.head_dim), dtype=made)
-    rotation = quantizer.rotation_on(out.device)
-    back = None if rotation is None else rotation.T.contiguous()
     packed = _dense(packed)
-    args = _rows(out, packed, quantizer, back)
+    args = _rows(out, packed, quantizer, quantizer.inverse_on(out.device))
     library().dequantize_kv(byref(args), torch.get_num_threads())
     return out if made == dtype else out.to(dtype)
 
@@ -61,6 +59,7 @@ def attend(
     *,
     scaling: float,
     mask: Tensor | None,
+    sinks: tuple[Tensor, Tensor] | None = None,
 ) -> Float[Tensor, "batch heads queries head_dim"]:
     """Return attention's output. Queries are rotated, not keys: the scores are the same.
 
@@ -72,24 +71,30 @@ def attend(
     if queries != 1:
         raise KernelUnavailableError("the kernel attends with one query at a time")
     tokens, kv_heads = keys.packed.shape[2], keys.packed.shape[1]
-    added = _row_mask(mask, batch, tokens)
     query = Q.to(Q.dtype if Q.dtype in _DTYPES else torch.float32).contiguous()
-    rotation = quantizer.rotation_on(Q.device)
+    sink_keys, sink_values = (None, None) if sinks is None else (part.to(query.dtype).contiguous() for part in sinks)
+    first = 0 if sink_keys is None else sink_keys.shape[2]
+    added = _row_mask(mask, batch, first + tokens)
+    rotation, inverse = quantizer.rotation_on(Q.device), quantizer.inverse_on(Q.device)
     keys, values = _dense(keys), _dense(values)
     out = torch.empty_like(query)
     args = AttentionArgs(
         query.data_ptr(),
         out.data_ptr(),
-        None if rotation is None else rotation.data_ptr(),
-        None if added is None else added.data_ptr(),
+        _address(rotation),
+        _address(inverse),
+        _address(added),
         _cache(keys),
         _cache(values),
+        _address(sink_keys),
+        _address(sink_values),
         batch,
         kv_heads,
         heads // kv_heads,
         tokens,
         head_dim,
-        tokens,
+        first,
+        first + tokens,
         scaling,
         query.dtype == torch.bfloat16,
     )
@@ -107,7 +112,7 @@ def _rows(X: Tensor, packed: PackedKV, quantizer: KVQuantizer, rotation: Tensor 
     batch, heads, tokens, head_dim = X.shape
     return KvRowsArgs(
         X.data_ptr(),
-        None if rotation is None else rotation.data_ptr(),
+        _address(rotation),
         _cache(packed),
         X.stride()[:3],
         batch,
@@ -117,6 +122,10 @@ def _rows(X: Tensor, packed: PackedKV, quantizer: KVQuantizer, rotation: Tensor 
         quantizer.config.clip_ratio,
         X.dtype == torch.bfloat16,
     )
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _cache(packed: PackedKV) -> CacheArgs:

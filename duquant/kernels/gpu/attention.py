@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from duquant.errors import KernelUnavailableError
-from duquant.kernels.gpu.attention_kernels import combine_kernel, decode_kernel
+from duquant.kernels.gpu.attention_kernels import combine_kernel, decode_kernel, sink_kernel
 from duquant.kernels.gpu.cache import MAX_HEAD_DIM, grid_strides, padded_pairs, rotation_halves
 from duquant.kernels.gpu.configs import attention_config
 from duquant.quantizers.kv import KVQuantizer, PackedKV
@@ -23,6 +23,7 @@ def int4_kv_attention(
     *,
     scaling: float,
     mask: Tensor | None,
+    sinks: tuple[Tensor, Tensor] | None = None,
 ) -> Float[Tensor, "batch heads queries head_dim"]:
     """Return attention over a packed cache; scores and sums in float32, products of float16 operands.
 
@@ -43,22 +44,34 @@ def int4_kv_attention(
     Q = Q if Q.stride(3) == 1 else Q.contiguous()
     R = rotation_halves(quantizer, Q.device)
     config = attention_config(batch * kv_heads, shared * queries, tokens, head_dim)
-    splits = triton.cdiv(tokens, config.tokens * config.steps)
+    packed_splits = triton.cdiv(tokens, config.tokens * config.steps)
+    splits = packed_splits + (sinks is not None)
     tiles = triton.cdiv(shared * queries, config.rows)
     pairs = padded_pairs(head_dim)
     padded = tiles * config.rows
     sums = torch.empty(batch * kv_heads, splits, padded, 2, pairs, dtype=torch.float32, device=Q.device)
     stats = torch.empty(batch * kv_heads, splits, padded, 2, dtype=torch.float32, device=Q.device)
+    first = 0 if sinks is None else sinks[0].shape[2]
     kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
-    seen = Q if mask is None else mask.expand(batch, heads, queries, tokens)
+    seen = Q if mask is None else mask.expand(batch, heads, queries, first + tokens)
     strides = (0, 0, 0, 0) if mask is None else seen.stride()
-    decode_kernel[(batch * kv_heads, splits, tiles)](
-        Q, Q if R is None else R, *keys, *values, seen, sums, stats,
-        kv_heads, queries, tokens, scaling, *Q.stride()[:3],
+    common = {
+        "SHARED": shared, "HEAD_DIM": head_dim, "PAIRS": pairs, "ROWS": config.rows, "MASK": kind,
+        "HAS_R": R is not None, "num_warps": config.warps,
+    }  # fmt: skip
+    decode_kernel[(batch * kv_heads, packed_splits, tiles)](
+        Q, Q if R is None else R, *keys, *values, seen if mask is None else seen[..., first:], sums, stats,
+        kv_heads, queries, tokens, splits, scaling, *Q.stride()[:3],
         *grid_strides(keys), *grid_strides(values), *strides,
-        SHARED=shared, HEAD_DIM=head_dim, PAIRS=pairs, ROWS=config.rows, TOKENS=config.tokens, STEPS=config.steps,
-        MASK=kind, HAS_R=R is not None, STAGES=config.stages, num_warps=config.warps,
+        TOKENS=config.tokens, STEPS=config.steps, STAGES=config.stages, **common,
     )  # fmt: skip
+    if sinks is not None:
+        K, V = (part if part.stride(3) == 1 else part.contiguous() for part in sinks)
+        sink_kernel[(batch * kv_heads, tiles)](
+            Q, Q if R is None else R, K, V, seen, sums, stats,
+            kv_heads, queries, first, splits, scaling, *Q.stride()[:3], *K.stride()[:3], *V.stride()[:3], *strides,
+            SINKS=max(16, int(triton.next_power_of_2(first))), **common,
+        )  # fmt: skip
     out = torch.empty(batch, heads, queries, head_dim, dtype=Q.dtype, device=Q.device)
     combine_kernel[(batch * kv_heads, tiles)](
         sums, stats, Q if R is None else R, out, shared * queries, padded, splits,

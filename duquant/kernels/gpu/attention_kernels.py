@@ -34,10 +34,10 @@ def load_grid(scale_ptr, low_ptr, token, mask_token, scale_stride, low_stride):
 
 @triton.jit
 @no_type_check
-def load_queries(
+def load_rotated(
     row_ptr, is_row, pair, is_pair, R_ptr, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, HAS_R: tl.constexpr
 ):
-    """Return (even, odd, sum, size): rotated rows divided by their size, the largest magnitude, in float16; their sums.
+    """Return the even and the odd channels of rotated rows, float32 (rows, PAIRS).
 
     `row_ptr` (rows, 1) points at rows; R is float32 (2, HEAD_DIM, HEAD_DIM / 2): even and odd columns of the rotation.
     """
@@ -45,16 +45,26 @@ def load_queries(
     if HAS_R:
         channel = tl.arange(0, 2 * PAIRS)
         is_channel = channel < HEAD_DIM
-        Q = tl.load(row_ptr + channel[None, :], mask=is_row[:, None] & is_channel[None, :], other=0.0).to(tl.float32)
+        X = tl.load(row_ptr + channel[None, :], mask=is_row[:, None] & is_channel[None, :], other=0.0).to(tl.float32)
         R_offsets = channel[:, None] * (HEAD_DIM // 2) + pair[None, :]
         R_mask = is_channel[:, None] & is_pair[None, :]
         R_even = tl.load(R_ptr + R_offsets, mask=R_mask, other=0.0)
         R_odd = tl.load(R_ptr + HEAD_DIM * (HEAD_DIM // 2) + R_offsets, mask=R_mask, other=0.0)
-        # TF32: bfloat16 queries are exact in it, and more precision would take the registers of another program.
-        even, odd = tl.dot(Q, R_even), tl.dot(Q, R_odd)
+        # TF32: bfloat16 rows are exact in it, and more precision would take the registers of another program.
+        even, odd = tl.dot(X, R_even), tl.dot(X, R_odd)
     else:
         even = tl.load(row_ptr + 2 * pair[None, :], mask=mask, other=0.0).to(tl.float32)
         odd = tl.load(row_ptr + 2 * pair[None, :] + 1, mask=mask, other=0.0).to(tl.float32)
+    return even, odd
+
+
+@triton.jit
+@no_type_check
+def load_queries(
+    row_ptr, is_row, pair, is_pair, R_ptr, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, HAS_R: tl.constexpr
+):
+    """Return (even, odd, sum, size): rotated rows over their largest magnitude, in float16, and their sums."""
+    even, odd = load_rotated(row_ptr, is_row, pair, is_pair, R_ptr, HEAD_DIM, PAIRS, HAS_R)
     size = tl.maximum(tl.max(tl.maximum(tl.abs(even), tl.abs(odd)), axis=1), 1e-30)
     even, odd = (even / size[:, None]).to(tl.float16), (odd / size[:, None]).to(tl.float16)
     # Of the rounded values, so that the term with `middle` uses the very ones that the products see.
@@ -84,7 +94,7 @@ def score_tile(
 @no_type_check
 def decode_kernel(
     Q_ptr, R_ptr, K_ptr, K_scale_ptr, K_low_ptr, V_ptr, V_scale_ptr, V_low_ptr, mask_ptr, sums_ptr, stats_ptr,
-    kv_heads, queries, tokens, scaling, Q_batch, Q_head, Q_query,
+    kv_heads, queries, tokens, splits, scaling, Q_batch, Q_head, Q_query,
     K_batch, K_head, K_token, K_scale_batch, K_scale_head, K_scale_token, K_low_batch, K_low_head, K_low_token,
     V_batch, V_head, V_token, V_scale_batch, V_scale_head, V_scale_token, V_low_batch, V_low_head, V_low_token,
     mask_batch, mask_head, mask_query, mask_token,
@@ -95,7 +105,8 @@ def decode_kernel(
 
     Q: (batch, kv_heads * SHARED, queries, HEAD_DIM), any dtype; its rows here: row r is query r % queries of head
     r // queries among the SHARED ones that read the same keys. One program takes ROWS of these rows. `sums` is
-    (batch * kv_heads, splits, rows, 2, PAIRS), `stats` (batch * kv_heads, splits, rows, 2), rows padded to ROWS.
+    (batch * kv_heads, splits, rows, 2, PAIRS), `stats` (batch * kv_heads, splits, rows, 2), rows padded to ROWS;
+    `splits` counts one more than are made here when sink_kernel makes the last.
     MASK: 0 none (row sees tokens up to its own), 1 bool, 2 added to the scores.
     """
     group, split, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -144,11 +155,58 @@ def decode_kernel(
         weight_sum = weight_sum * shrink + tl.sum(weights, axis=1)
         largest = new_largest
     padded = tl.num_programs(2) * ROWS
-    at = (group.to(tl.int64) * tl.num_programs(1) + split) * padded + rows
+    at = (group.to(tl.int64) * splits + split) * padded + rows
     tl.store(sums_ptr + at[:, None] * (2 * PAIRS) + pair[None, :], even_sum + middle_sum[:, None])
     tl.store(sums_ptr + at[:, None] * (2 * PAIRS) + PAIRS + pair[None, :], odd_sum + middle_sum[:, None])
     tl.store(stats_ptr + at * 2, largest)
     tl.store(stats_ptr + at * 2 + 1, weight_sum)
+
+
+@triton.jit
+@no_type_check
+def sink_kernel(
+    Q_ptr, R_ptr, K_ptr, V_ptr, mask_ptr, sums_ptr, stats_ptr,
+    kv_heads, queries, sinks, splits, scaling, Q_batch, Q_head, Q_query, K_batch, K_head, K_token, V_batch, V_head,
+    V_token, mask_batch, mask_head, mask_query, mask_token,
+    SHARED: tl.constexpr, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, SINKS: tl.constexpr,
+    MASK: tl.constexpr, HAS_R: tl.constexpr,
+):  # fmt: skip
+    """Attend to the first tokens, which are not packed (batch, kv_heads, sinks, HEAD_DIM): one more split, the last.
+
+    Rows, `sums` and `stats` as in decode_kernel; SINKS is a power of two of at least 16. Keys and values are rotated
+    here, so that combine_kernel finds all splits in one basis.
+    """
+    group, tile = tl.program_id(0), tl.program_id(1)
+    batch, head = (group // kv_heads).to(tl.int64), (group % kv_heads).to(tl.int64)
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    is_row = rows < SHARED * queries
+    query = rows % queries
+    pair = tl.arange(0, PAIRS)
+    is_pair = pair < HEAD_DIM // 2
+    token = tl.arange(0, SINKS)
+    is_token = token < sinks
+    full_head = head * SHARED + rows // queries
+    Q_rows = Q_ptr + (batch * Q_batch + full_head * Q_head + query * Q_query)[:, None]
+    K_rows = K_ptr + batch * K_batch + head * K_head + token[:, None] * K_token
+    V_rows = V_ptr + batch * V_batch + head * V_head + token[:, None] * V_token
+    Q_even, Q_odd = load_rotated(Q_rows, is_row, pair, is_pair, R_ptr, HEAD_DIM, PAIRS, HAS_R)
+    K_even, K_odd = load_rotated(K_rows, is_token, pair, is_pair, R_ptr, HEAD_DIM, PAIRS, HAS_R)
+    scores = tl.dot(Q_even, tl.trans(K_even), input_precision="tf32x3")
+    scores += tl.dot(Q_odd, tl.trans(K_odd), input_precision="tf32x3")
+    # Sinks are older than all queries: without a mask every row sees them.
+    scores = score_tile(
+        scores * scaling, is_row[:, None] & is_token[None, :], token, query, full_head, batch,
+        sinks + queries, queries, mask_ptr, mask_batch, mask_head, mask_query, mask_token, MASK,
+    )  # fmt: skip
+    largest = tl.max(scores, axis=1)
+    weights = tl.exp(scores - tl.where(largest == float("-inf"), 0.0, largest)[:, None])
+    V_even, V_odd = load_rotated(V_rows, is_token, pair, is_pair, R_ptr, HEAD_DIM, PAIRS, HAS_R)
+    even, odd = tl.dot(weights, V_even, input_precision="tf32x3"), tl.dot(weights, V_odd, input_precision="tf32x3")
+    at = (group.to(tl.int64) * splits + splits - 1) * (tl.num_programs(1) * ROWS) + rows
+    tl.store(sums_ptr + at[:, None] * (2 * PAIRS) + pair[None, :], even)
+    tl.store(sums_ptr + at[:, None] * (2 * PAIRS) + PAIRS + pair[None, :], odd)
+    tl.store(stats_ptr + at * 2, largest)
+    tl.store(stats_ptr + at * 2 + 1, tl.sum(weights, axis=1))
 
 
 @triton.jit

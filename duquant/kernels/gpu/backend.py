@@ -47,8 +47,11 @@ class GpuBackend:
         """Bring the rotations into bfloat16 and the last one into halves.
 
         Raises:
-            KernelUnavailableError: blocks are odd or too large for the kernels.
+            KernelUnavailableError: blocks are odd or too large for the kernels, or groups of channels have scales of
+                their own.
         """
+        if config.group_size is not None:
+            raise KernelUnavailableError("activations with a scale for each group of channels have no kernel yet")
         state = _module("transform").prepare(transform, clip_ratio)
         return PreparedTransform(transform, config, clip_ratio, backend=self, state=state)
 
@@ -93,13 +96,16 @@ class GpuBackend:
         *,
         scaling: float,
         mask: Tensor | None,
+        sinks: tuple[Tensor, Tensor] | None = None,
     ) -> Float[Tensor, "batch heads queries head_dim"]:
         """Attend to the packed codes themselves.
 
         Raises:
             KernelUnavailableError: the cache has not 4 bits, or heads are odd or too large.
         """
-        Y: Tensor = _module("attention").int4_kv_attention(Q, keys, values, quantizer, scaling=scaling, mask=mask)
+        Y: Tensor = _module("attention").int4_kv_attention(
+            Q, keys, values, quantizer, scaling=scaling, mask=mask, sinks=sinks
+        )
         return Y
 
     def quantize_kv(

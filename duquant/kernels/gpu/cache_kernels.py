@@ -99,7 +99,7 @@ def dequantize_kv_kernel(
         R_mask = is_pair[:, None] & is_channel[None, :]
         R_even = tl.load(R_ptr + R_offsets, mask=R_mask, other=0.0)
         R_odd = tl.load(R_ptr + HEAD_DIM * (HEAD_DIM // 2) + R_offsets, mask=R_mask, other=0.0)
-        Y = tl.dot(even, R_even, input_precision="tf32x3") + tl.dot(odd, R_odd, input_precision="ieee")
+        Y = tl.dot(even, R_even, input_precision="tf32x3") + tl.dot(odd, R_odd, input_precision="tf32x3")
         tl.store(start + channel[None, :], Y.to(OUT), mask=is_row[:, None] & is_channel[None, :])
     else:
         tl.store(start + 2 * pair[None, :], even.to(OUT), mask=mask)

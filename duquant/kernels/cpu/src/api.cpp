@@ -205,7 +205,7 @@ DUQUANT_EXPORT void duquant_dequantize_kv(const KvRows* args, int threads) {
 // One query for each row of the batch, from the codes.
 DUQUANT_EXPORT void duquant_attend(const Attention* args, int threads) {
     const int64_t items = args->batch * args->kv_heads;
-    threads = threads_for(items * args->group * args->tokens * args->head_dim * 4, threads);
+    threads = threads_for(items * args->group * (args->tokens + args->sinks) * args->head_dim * 4, threads);
     auto* attend = DUQUANT_BEST(attend, attend_avx512);
     parallel_for(items, 1, threads, [&](int64_t begin, int64_t end) { attend(*args, begin, end); });
 }

@@ -87,9 +87,12 @@ struct Attention {
     const void* q;          // (batch, kv_heads * group, head_dim), float32 or bfloat16
     void* out;              // as q
     const float* rotation;  // what keys and values were multiplied by before rounding, or null
-    const float* mask;      // (batch, tokens), added to scores, or null
+    const float* inverse;   // its inverse, or null
+    const float* mask;      // (batch, sinks + tokens), added to scores, or null
     Cache keys, values;
-    int64_t batch, kv_heads, group, tokens, head_dim;
+    const void* sink_keys;  // (batch, kv_heads, sinks, head_dim), as q and not rotated: tokens before the packed ones
+    const void* sink_values;
+    int64_t batch, kv_heads, group, tokens, head_dim, sinks;
     int64_t mask_stride;  // elements of one batch row
     float scaling;
     int32_t is_bfloat16;

@@ -6,8 +6,6 @@
 namespace duquant {
 namespace {
 
-constexpr int64_t kMostHeadDim = 512;
-
 struct Grid {
     float scale;
     float zero_point;

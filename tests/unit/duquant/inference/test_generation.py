@@ -39,8 +39,9 @@ def plain(recipe: Recipe) -> Recipe:
 def strict(tiny_artifact: Callable[..., Any], plain: Recipe) -> Callable[..., Any]:
     """Factory of (model, tokenizer) in float64, without rotations."""
 
-    def make(model: Path | None = None) -> Any:
-        loaded, tokenizer = load(tiny_artifact(model, plain).artifact)
+    def make(model: Path | None = None, *, sinks: int = 0) -> Any:
+        recipe = replace(plain, kv_cache=replace(plain.kv_cache, sink_tokens=sinks))
+        loaded, tokenizer = load(tiny_artifact(model, recipe).artifact)
         return loaded.double(), tokenizer
 
     return make
@@ -193,13 +194,14 @@ def test_beam_search_finds_nothing_less_likely_than_greedy(strict: Callable[...,
         assert scores[0] >= score(greedy[row], row) - 1e-4
 
 
+@pytest.mark.parametrize("sinks", [0, 2])
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", SIZES)
 def test_attention_from_codes_is_attention_to_dequantized_states(
-    tiny_model: Callable[..., Path], strict: Callable[..., Any], model_type: str
+    tiny_model: Callable[..., Path], strict: Callable[..., Any], model_type: str, sinks: int
 ) -> None:
     """One new token for each row of a padded batch, by both attention implementations."""
-    model, tokenizer = strict(tiny_model(model_type))
+    model, tokenizer = strict(tiny_model(model_type), sinks=sinks)
     inputs = batch_of(tokenizer, PROMPTS, "left")
     results = []
     for implementation in (IMPLEMENTATION, "sdpa"):
@@ -211,6 +213,17 @@ def test_attention_from_codes_is_attention_to_dequantized_states(
         token = torch.full((len(PROMPTS), 1), 7)
         results.append(model(token, attention_mask=mask, position_ids=position, past_key_values=cache).logits)
     torch.testing.assert_close(results[0], results[1], rtol=STRICT, atol=STRICT * float(results[1].abs().max()))
+
+
+@torch.no_grad()
+def test_head_reads_the_last_tokens_of_a_batch_as_one_matrix(tiny_artifact: Callable[..., Any]) -> None:
+    """A product for each row would copy the head's weight for each."""
+    model, _ = load(tiny_artifact().artifact)
+    hidden = torch.randn(3, 5, model.config.hidden_size).bfloat16()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        last = model.lm_head(hidden[:, -1:])
+    assert "aten::bmm" not in {event.key for event in profile.key_averages()}
+    assert torch.equal(last, hidden[:, -1:] @ model.lm_head.weight.T)
 
 
 @torch.no_grad()

@@ -72,24 +72,47 @@ def test_restored_states_are_those_of_the_quantizer(isa: str, rotate: bool, dtyp
     assert float((ours - theirs).abs().max()) <= (tolerance if rotate else 0)
 
 
-@pytest.mark.parametrize("head_dim", [16, 33, 64])
-@pytest.mark.parametrize("mask", ["none", "bool", "float"])
-@pytest.mark.parametrize("group", [1, 3])
-def test_attention_is_that_of_the_reference(isa: str, head_dim: int, mask: str, group: int) -> None:
-    quantizer = KVQuantizer(KVCacheConfig(rotate=True), head_dim)
-    keys, values = (buffered(quantizer, states(2, 3, 19, head_dim, seed=seed)) for seed in (0, 1))
+@pytest.mark.parametrize("head_dim", [16, 33, 64, 80])
+@pytest.mark.parametrize(
+    ("mask", "group", "sinks", "tokens"),
+    [("none", 1, 0, 32), ("none", 6, 3, 19), ("bool", 3, 0, 19), ("bool", 4, 3, 32), ("float", 2, 17, 19)],
+)
+def test_attention_is_that_of_the_reference(
+    isa: str, head_dim: int, mask: str, group: int, sinks: int, tokens: int
+) -> None:
+    quantizer = KVQuantizer(KVCacheConfig(rotate=head_dim != 16), head_dim)
+    keys, values = (buffered(quantizer, states(2, 3, tokens, head_dim, seed=seed)) for seed in (0, 1))
+    whole = (states(2, 3, sinks, head_dim, seed=5), states(2, 3, sinks, head_dim, seed=6)) if sinks else None
     Q = states(2, 3 * group, 1, head_dim, seed=2)
-    visible = torch.rand(2, 1, 1, 19, generator=torch.Generator().manual_seed(3)) > 0.4
+    visible = torch.rand(2, 1, 1, sinks + tokens, generator=torch.Generator().manual_seed(3)) > 0.4
     visible[..., -1] = True
-    given = {"none": None, "bool": visible, "float": states(2, 1, 1, 19, seed=4)}[mask]
+    given = {"none": None, "bool": visible, "float": states(2, 1, 1, sinks + tokens, seed=4)}[mask]
     ours, theirs = (
-        backend.int4_kv_attention(Q, keys, values, quantizer, scaling=head_dim**-0.5, mask=given)
+        backend.int4_kv_attention(Q, keys, values, quantizer, scaling=head_dim**-0.5, mask=given, sinks=whole)
         for backend in (CpuBackend(), ReferenceBackend())
     )
     # Scores are sums of head_dim products; their error, exponentiated, is one of the weights.
     largest = float(Q.abs().amax() * 12 * head_dim**0.5)
     assert float((ours - theirs).abs().max()) <= 8 * EPS * head_dim * largest
     assert ours.shape == Q.shape
+
+
+def test_weights_far_below_the_largest_are_zeros(isa: str) -> None:
+    """Exponentials end where float32 does, without infinities or negative numbers."""
+    quantizer = KVQuantizer(KVCacheConfig(rotate=False), 16)
+    packed = quantizer.quantize(torch.linspace(-1, 1, 40)[None, None, :, None] * torch.ones(16))
+    Q = torch.full((1, 1, 1, 16), 200.0)  # scores from -3200 to 3200
+    Y = CpuBackend().int4_kv_attention(Q, packed, packed, quantizer, scaling=1.0, mask=None)
+    torch.testing.assert_close(Y, torch.ones(1, 1, 1, 16), rtol=1e-3, atol=0)
+
+
+def test_a_row_that_sees_nothing_is_no_number_and_harms_no_other(isa: str) -> None:
+    quantizer = KVQuantizer(KVCacheConfig(), 64)
+    packed = buffered(quantizer, states(2, 2, 5, 64))
+    mask = torch.tensor([False, True])[:, None, None, None].expand(2, 1, 1, 5)
+    Y = CpuBackend().int4_kv_attention(states(2, 2, 1, 64), packed, packed, quantizer, scaling=0.1, mask=mask)
+    assert bool(Y[0].isnan().all())
+    assert bool(Y[1].isfinite().all())
 
 
 def test_tokens_beyond_the_last_are_not_read(isa: str) -> None:
@@ -136,5 +159,8 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         int4_kv_attention(states(2, 2, 1, 32), packed, packed, quantizer, scaling=1.0)
     with pytest.raises(ShapeError, match="6 queries cannot be the newest of 5"):
         int4_kv_attention(states(2, 2, 6, 64), packed, packed, quantizer, scaling=1.0)
+    sinks = (states(2, 2, 1, 64), states(2, 1, 1, 64))
+    with pytest.raises(ShapeError, match=r"have shape \(2, 1, 1, 64\); it must be \(2, 2, 1, 64\)"):
+        int4_kv_attention(states(2, 2, 1, 64), packed, packed, quantizer, scaling=1.0, sinks=sinks)
     with pytest.raises(ShapeError, match="do not fit codes"):
         quantize_kv(states(2, 2, 4, 64), quantizer, packed)

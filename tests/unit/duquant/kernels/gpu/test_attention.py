@@ -19,9 +19,14 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 
 
 def compare(
-    Q: torch.Tensor, keys: PackedKV, values: PackedKV, quantizer: KVQuantizer, mask: torch.Tensor | None = None
+    Q: torch.Tensor,
+    keys: PackedKV,
+    values: PackedKV,
+    quantizer: KVQuantizer,
+    mask: torch.Tensor | None = None,
+    sinks: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    arguments = {"scaling": Q.shape[-1] ** -0.5, "mask": mask}
+    arguments = {"scaling": Q.shape[-1] ** -0.5, "mask": mask, "sinks": sinks}
     expected = REFERENCE.int4_kv_attention(Q, keys, values, quantizer, **arguments)
     result = int4_kv_attention(Q, keys, values, quantizer, **arguments)
     assert result.dtype == Q.dtype
@@ -57,6 +62,20 @@ def test_masks_hide_tokens(kind: str, device: torch.device) -> None:
     visible[..., 0] = True
     mask = visible if kind == "bool" else torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))
     compare(normal(2, 2, 2, 16, seed=3).to(device), keys, values, quantizer, mask.to(device))
+
+
+@pytest.mark.parametrize("rotate", [True, False], ids=["rotated", "plain"])
+@pytest.mark.parametrize("kind", ["none", "bool", "float"])
+def test_tokens_that_are_not_packed_come_first(rotate: bool, kind: str, device: torch.device) -> None:
+    quantizer = KVQuantizer(KVCacheConfig(bits=4, rotate=rotate), 24)
+    keys = quantizer.quantize(normal(2, 1, 70, 24, seed=1).to(device))
+    values = quantizer.quantize(normal(2, 1, 70, 24, seed=2).to(device))
+    sinks = (4 * normal(2, 1, 3, 24, seed=5).to(device), normal(2, 1, 3, 24, seed=6).bfloat16().to(device))
+    visible = normal(2, 1, 2, 73, seed=4) > -0.5
+    visible[..., 1] = True
+    added = torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))
+    mask = {"none": None, "bool": visible.to(device), "float": added.to(device)}[kind]
+    compare(normal(2, 2, 2, 24, seed=3).to(device), keys, values, quantizer, mask, sinks)
 
 
 def test_a_cache_of_any_strides_and_half_precision_queries(device: torch.device) -> None:

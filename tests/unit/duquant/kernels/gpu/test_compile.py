@@ -20,6 +20,7 @@ KERNELS = {
     "block_range_kernel",
     "quantize_blocks_kernel",
     "decode_kernel",
+    "sink_kernel",
     "combine_kernel",
     "quantize_kv_kernel",
     "dequantize_kv_kernel",

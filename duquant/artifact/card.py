@@ -18,7 +18,11 @@ def model_card(manifest: Manifest) -> str:
         ("rotation", rotation),
         ("permutation", transform.permutation),
         ("weights", _grid(recipe.weight.bits, recipe.weight.symmetric, recipe.weight.group_size)),
-        ("activations", _grid(recipe.activation.bits, recipe.activation.symmetric, None, "per token")),
+        (
+            "activations",
+            _grid(recipe.activation.bits, recipe.activation.symmetric, recipe.activation.group_size, "per token"),
+        ),
+        *([("outlier channels", f"{recipe.outlier_channels} of each site, 8 bits")] if recipe.outlier_channels else []),
         ("KV cache", f"{recipe.kv_cache.bits} bits per token and head"),
         ("bits per quantized weight", f"{summary['bits_per_weight']:.3f}"),
         ("size", f"{summary['size_bytes'] / 1e6:.1f} MB, {summary['size_ratio']:.2f} of the 16-bit model"),

@@ -11,6 +11,7 @@ from duquant.artifact.layout import INDEX, MANIFEST, REPORT, quantization_config
 from duquant.artifact.manifest import FileEntry, Manifest, fingerprint, tool_versions
 from duquant.artifact.shards import ShardInfo, sha256_file, write_index, write_json
 from duquant.config import Recipe
+from duquant.models.rotated import rotated_config
 from duquant.models.source import TOKENIZER_FILES, SourceCheckpoint
 
 
@@ -24,13 +25,15 @@ def write_small_files(
     source_sha256: str,
     summary: Mapping[str, Any],
     report: Mapping[str, Any],
+    is_rotated: bool = False,
 ) -> Manifest:
     """Write config, index, tokenizer, report and model card into `directory`; return the manifest, not yet written.
 
+    A model whose residual stream is rotated has embeddings and a head of its own, whatever the source has.
     The shards need not be in `directory`: on a worker they are in object storage already.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    config = dict(source.config)
+    config = rotated_config(source.config) if is_rotated else dict(source.config)
     config["quantization_config"] = quantization_config(recipe)
     config["dtype"] = "bfloat16"
     write_json(directory / "config.json", config)

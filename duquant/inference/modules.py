@@ -21,6 +21,7 @@ from duquant.kernels import (
     transform_quantize_pack,
     transformed_linear,
 )
+from duquant.quantizers.outliers import OUTLIER_ACTIVATIONS, OUTLIER_WEIGHTS
 from duquant.quantizers.packing import unpack
 from duquant.quantizers.weight import resolve_group_size
 from duquant.transforms.site import SiteTransform, rotation_sides
@@ -84,6 +85,8 @@ class _Joined:
     """The weights of linears that read the same tensor, one after the other."""
 
     weight: LinearWeight
+    outliers: LinearWeight | None
+    """Of the outlier channels, which come after the others."""
     bias: Float[Tensor, " out_features"] | None
 
 
@@ -124,7 +127,12 @@ class SiteReaders:
     def _all_outputs(self, X: Tensor) -> tuple[Tensor, ...]:
         ready = self._ready()
         rows = X.reshape(-1, X.shape[-1])
-        Y = transformed_linear(rows, self._site.prepared(), ready.weight, bias=ready.bias, dtype=X.dtype)
+        if ready.outliers is None:
+            Y = transformed_linear(rows, self._site.prepared(), ready.weight, bias=ready.bias, dtype=X.dtype)
+        else:
+            most, last = self._site.in_parts(rows)
+            Y = transformed_linear(most, self._site.prepared(), ready.weight, bias=ready.bias)
+            Y = (Y + transformed_linear(last, self._site.prepared_outliers(), ready.outliers)).to(X.dtype)
         return (Y,) if len(self._linears) == 1 else torch.split_with_sizes(Y, ready.weight.splits, dim=1)
 
     def _ready(self) -> _Joined:
@@ -140,12 +148,14 @@ class SiteReaders:
         return tuple(linear._parameters["weight_packed"] for linear in self._linears)
 
     def _join(self) -> _Joined:
-        weights = [linear.packed_weight() for linear in self._linears]
-        joined = prepare_weight(weights)
+        joined = prepare_weight([linear.packed_weight() for linear in self._linears])
+        outliers = None
+        if self._site.outliers:
+            outliers = prepare_weight([linear.packed_outliers() for linear in self._linears])
         # The linears' words become parts of the joined ones: there is one copy, in whatever order the backend reads.
         first = 0
         for linear in self._linears:
-            linear.adopt(joined, first)
+            linear.adopt(joined, outliers, first)
             first += linear.out_features
         biases = [linear.bias for linear in self._linears]
         bias = None
@@ -155,7 +165,7 @@ class SiteReaders:
             bias = torch.cat(
                 [torch.zeros(n, device=device, dtype=torch.float32) if b is None else b.float() for b, n in pairs]
             )
-        return _Joined(joined, bias)
+        return _Joined(joined, outliers, bias)
 
     def forget(self) -> None:
         """Let go of what the kernels made of the parameters: they changed."""
@@ -169,12 +179,13 @@ class SiteReaders:
 class SiteModule(nn.Module):
     """Online part of one site: R1, P, R2, and rounding. Experts share it, and have readers of their own."""
 
-    def __init__(self, width: int, recipe: Recipe, *, experts: int = 1) -> None:
+    def __init__(self, width: int, recipe: Recipe, *, site: str, experts: int = 1) -> None:
         super().__init__()
         self._config = recipe.activation
         self.width = width
+        self.outliers = recipe.outlier_channels
         self.act_clip_ratio = _frozen((2,), torch.float32)
-        transform = recipe.transform
+        transform = recipe.transform.online_at(site)
         self.R1: nn.Parameter | None = None
         self.perm: nn.Parameter | None = None
         self.R2: nn.Parameter | None = None
@@ -186,9 +197,12 @@ class SiteModule(nn.Module):
             if transform.permutation != "none":
                 self.perm = _frozen((width,), torch.int16 if width <= 2**15 else torch.int32)
                 self.R2 = _frozen((n2, n2) if is_shared else (width // n2, n2, n2), dtype)
+        elif self.outliers:
+            self.perm = _frozen((width,), torch.int16 if width <= 2**15 else torch.int32)
         # No modules, so that the linears are not registered as this module's submodules, too.
         self.readers = [SiteReaders(self) for _ in range(experts)]
         self._prepared: _Prepared[PreparedTransform] | None = None
+        self._prepared_outliers: PreparedTransform | None = None
 
     def enter(self, rows: Float[Tensor, "rows channels"]) -> QuantizedActivation | Tensor:
         """Return rounded codes of the transformed rows, or the transformed rows in float32 for 16-bit activations."""
@@ -200,9 +214,23 @@ class SiteModule(nn.Module):
         """Return the transform that the kernels run: made when first asked for, and again when it was replaced."""
         ready = self._prepared
         if ready is None or not ready.is_of(self._parameters_read()):
-            self.use(prepare_transform(self._transform(), self._config, self.act_clip_ratio))
+            # With outliers, `in_parts` has done the transform.
+            transform = SiteTransform() if self.outliers else self._transform()
+            self.use(prepare_transform(transform, self._config, self.act_clip_ratio))
         assert self._prepared is not None
         return self._prepared.result
+
+    def prepared_outliers(self) -> PreparedTransform:
+        """Return the rounding of the outlier channels, which nothing clips."""
+        if self._prepared_outliers is None:
+            unclipped = torch.ones_like(self.act_clip_ratio)
+            self._prepared_outliers = prepare_transform(SiteTransform(), OUTLIER_ACTIVATIONS, unclipped)
+        return self._prepared_outliers
+
+    def in_parts(self, rows: Float[Tensor, "rows channels"]) -> tuple[Tensor, Tensor]:
+        """Return the transformed rows' channels: all but the outliers, and the outliers."""
+        transformed = self._transform().apply(rows)
+        return transformed[:, : -self.outliers].contiguous(), transformed[:, -self.outliers :].contiguous()
 
     def use(self, transform: PreparedTransform) -> None:
         """Run this transform until the parameters are replaced: benchmarks time several on the same weights."""
@@ -217,7 +245,7 @@ class SiteModule(nn.Module):
 
     def forget(self) -> None:
         """Let go of what the kernels made of the parameters: they changed."""
-        self._prepared = None
+        self._prepared = self._prepared_outliers = None
         for readers in self.readers:
             readers.forget()
 
@@ -235,6 +263,12 @@ class SiteModule(nn.Module):
         return {**self.__dict__, "_prepared": None}
 
 
+def _dequantized(W: PackedWeight) -> Float[Tensor, "out_features in_features"]:
+    codes = unpack(W.packed, W.in_features, bits=W.bits)
+    grouped = codes.view(codes.shape[0], W.scale.shape[1], -1).float()
+    return ((grouped - W.zero_point[..., None]) * W.scale[..., None]).view(codes.shape)
+
+
 class DuQuantLinear(nn.Module):
     """A linear whose weight stays packed. Parameters are those of compressed-tensors' pack-quantized format."""
 
@@ -244,12 +278,17 @@ class DuQuantLinear(nn.Module):
         super().__init__()
         weight = recipe.weight
         per_word = 32 // weight.bits
-        groups = in_features // resolve_group_size(in_features, weight.group_size)
+        most = in_features - recipe.outlier_channels
+        groups = most // resolve_group_size(most, weight.group_size)
         self.in_features, self.out_features, self.bits = in_features, out_features, weight.bits
-        self.weight_packed = _frozen((out_features, -(-in_features // per_word)), torch.int32)
+        self.outliers = recipe.outlier_channels
+        self.weight_packed = _frozen((out_features, -(-most // per_word)), torch.int32)
         self.weight_scale = _frozen((out_features, groups), torch.float32)
         self.weight_zero_point = _frozen((-(-out_features // per_word), groups), torch.int32)
         self.weight_shape = _frozen((2,), torch.int64)
+        if self.outliers:
+            self.outlier_packed = _frozen((out_features, -(-self.outliers * OUTLIER_WEIGHTS.bits // 32)), torch.int32)
+            self.outlier_scale = _frozen((out_features, 1), torch.float32)
         self.bias = _frozen((out_features,), torch.bfloat16) if bias else None
         self._rounds_activations = recipe.activation.bits < 16
         self._readers = readers
@@ -267,23 +306,30 @@ class DuQuantLinear(nn.Module):
         return Y.view(*X.shape[:-1], self.out_features)
 
     def packed_weight(self) -> PackedWeight:
-        """Return the weight as the artifact has it, zero points unpacked."""
+        """Return the weight as the artifact has it, zero points unpacked; without the outlier channels."""
         # (groups, words) along the rows -> (out_features, groups)
         zero_point = unpack(self.weight_zero_point.T.contiguous(), self.out_features, bits=self.bits).T.float()
-        return PackedWeight(self.weight_packed, self.weight_scale, zero_point, self.in_features, self.bits)
+        most = self.in_features - self.outliers
+        return PackedWeight(self.weight_packed, self.weight_scale, zero_point, most, self.bits)
 
-    def adopt(self, joined: LinearWeight, first: int) -> None:
+    def packed_outliers(self) -> PackedWeight:
+        """Return the outlier channels' weights as the artifact has them; their grids are symmetric."""
+        zero_point = torch.zeros_like(self.outlier_scale)
+        return PackedWeight(self.outlier_packed, self.outlier_scale, zero_point, self.outliers, OUTLIER_WEIGHTS.bits)
+
+    def adopt(self, joined: LinearWeight, outliers: LinearWeight | None, first: int) -> None:
         """Let this linear's words be rows of joined ones, so that they are in memory once."""
         rows = slice(first, first + self.out_features)
+        if outliers is not None:
+            self.outlier_packed.data = outliers.data[rows]
+            self.outlier_scale.data = outliers.scale[rows]
         self.weight_packed.data = joined.data[rows]
         self.weight_scale.data = joined.scale[rows]
 
     def dequantized_weight(self) -> Float[Tensor, "out_features in_features"]:
         """Return the float32 weight, in the transformed basis, that the packed codes stand for."""
-        W = self.packed_weight()
-        codes = unpack(W.packed, W.in_features, bits=W.bits)
-        grouped = codes.view(self.out_features, W.scale.shape[1], -1).float()
-        return ((grouped - W.zero_point[..., None]) * W.scale[..., None]).view(codes.shape)
+        values = _dequantized(self.packed_weight())
+        return torch.cat((values, _dequantized(self.packed_outliers())), dim=1) if self.outliers else values
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DuQuantLinear":
         self._readers.forget()

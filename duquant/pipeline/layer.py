@@ -117,9 +117,14 @@ def quantize_layer(
     for each in prepared:
         site = each.site
         rounder = make_rounder(
-            each, statistics[site.name], recipe.weight, learned.clips if learned else {}, layer=layer
+            each,
+            statistics[site.name],
+            recipe.weight,
+            learned.clips if learned else {},
+            layer=layer,
+            outliers=recipe.outlier_channels,
         )
-        error = SiteError(each.transformed, each.clip_ratio, recipe.activation)
+        error = SiteError(each.transformed, each.clip_ratio, recipe.activation, outliers=recipe.outlier_channels)
         for linear in site.linears:
             parts: list[QuantizedWeight] = []
             first = 0
@@ -129,7 +134,7 @@ def quantize_layer(
                 first += W.shape[0]
             count += state.pop(f"{linear}.weight").numel()
             quantized = QuantizedWeight.concatenate(parts)
-            if not bool(torch.isfinite(quantized.scale).all()):
+            if not quantized.is_finite:
                 raise CalibrationError(f"layer {layer} {linear}: the weight's scale is NaN or Inf", layer=layer)
             output.update(_packed_tensors(linear, quantized))
         output.update(_site_tensors(site, each.transform, each.clip_ratio))
@@ -160,6 +165,9 @@ def _packed_tensors(linear: str, quantized: QuantizedWeight) -> dict[str, Tensor
     # Packed along the rows, as that format has it.
     zero_point = pack(quantized.zero_point.to(torch.int8).T.contiguous(), bits=quantized.bits).T
     tensors[f"{linear}.weight_zero_point"] = zero_point.contiguous()
+    if quantized.outliers is not None:  # symmetric: all their zero points are 0
+        tensors[f"{linear}.outlier_packed"] = pack(quantized.outliers.codes, bits=quantized.outliers.bits)
+        tensors[f"{linear}.outlier_scale"] = quantized.outliers.scale
     return tensors
 
 

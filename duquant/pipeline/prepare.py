@@ -13,6 +13,7 @@ from duquant.errors import CalibrationError
 from duquant.models.architecture import Site
 from duquant.pipeline.folds import Folds
 from duquant.pipeline.site import SiteWeights, activation_clip, site_moments, site_seed
+from duquant.quantizers.outliers import by_energy
 from duquant.transforms.site import SiteTransform, search_transform
 
 
@@ -66,7 +67,9 @@ def prepare_site(
     weights = SiteWeights(site, state, folds, SiteTransform())
     try:
         moments = site_moments(statistics, columns, weights) if recipe.transform.is_balanced else None
-        transform = search_transform(rows, recipe.transform, generator, moments)
+        transform = search_transform(rows, recipe.transform.online_at(site.name), generator, moments)
+        if recipe.outlier_channels:
+            transform = SiteTransform(perm=by_energy(rows))
     except CalibrationError as err:
         raise CalibrationError(f"layer {layer} site {site.name}: {err}", layer=layer, site=site.name) from err
     del moments

@@ -1,6 +1,7 @@
 """How the weights of a site are rounded."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,7 @@ from duquant.pipeline.folds import BLOCK_ELEMENTS
 from duquant.pipeline.prepare import PreparedSite
 from duquant.pipeline.site import finite_moment, smoothed_moment
 from duquant.quantizers.gptq import GPTQSolver
+from duquant.quantizers.outliers import OUTLIER_WEIGHTS
 from duquant.quantizers.weight import ClipRatios, QuantizedWeight, quantize_weight
 
 
@@ -24,16 +26,26 @@ class NearestRounder:
     """It damps nothing."""
 
     def __init__(
-        self, transformed: Float[Tensor, "sample channels"], config: WeightConfig, second_moment: Tensor | None = None
+        self,
+        transformed: Float[Tensor, "sample channels"],
+        config: WeightConfig,
+        second_moment: Tensor | None = None,
+        *,
+        outliers: int = 0,
     ) -> None:
         self._importance = torch.linalg.vector_norm(transformed, dim=0).square_()  # up to a factor, without a copy
         self._config = config
         self._second_moment = second_moment
+        self._outliers = outliers
 
     def quantize(self, W: Float[Tensor, "rows in_features"], linear: str, first: int) -> QuantizedWeight:
         """Round each row by itself."""
         del linear, first
-        return quantize_weight(W, self._config, self._importance, self._second_moment)
+        most = W.shape[1] - self._outliers
+        quantized = quantize_weight(W[:, :most], self._config, self._importance[:most], self._second_moment)
+        if not self._outliers:
+            return quantized
+        return replace(quantized, outliers=quantize_weight(W[:, most:], OUTLIER_WEIGHTS))
 
 
 class GPTQRounder:
@@ -41,7 +53,8 @@ class GPTQRounder:
 
     block_elements = 1 << 22
 
-    def __init__(self, second_moment: Tensor, config: WeightConfig) -> None:
+    def __init__(self, second_moment: Tensor, config: WeightConfig, *, outliers: int = 0) -> None:
+        self._outliers = outliers
         self._solver = GPTQSolver.from_second_moment(second_moment, config.damp)
         self._config = config
         self.damp = self._solver.damp
@@ -49,7 +62,7 @@ class GPTQRounder:
     def quantize(self, W: Float[Tensor, "rows in_features"], linear: str, first: int) -> QuantizedWeight:
         """Round column by column."""
         del linear, first
-        return self._solver.quantize(W, self._config)
+        return self._solver.quantize(W, self._config, outliers=self._outliers)
 
 
 class LearnedRounder:
@@ -78,6 +91,7 @@ def make_rounder(
     clips: Mapping[str, ClipRatios],
     *,
     layer: int,
+    outliers: int = 0,
 ) -> Rounder:
     """Return what rounds a site's weights.
 
@@ -87,6 +101,7 @@ def make_rounder(
         config: which solver, which clip.
         clips: learned ones by linear, for config.clip="learned".
         layer: the layer's index, for messages.
+        outliers: how many channels, the last ones, keep 8 bits.
 
     Raises:
         CalibrationError: there is no usable second moment, and one is needed.
@@ -94,11 +109,13 @@ def make_rounder(
     if config.clip == "learned":
         return LearnedRounder(clips, config)
     if config.solver == "rtn" and config.clip != "output":
-        return NearestRounder(prepared.transformed, config)
+        return NearestRounder(prepared.transformed, config, outliers=outliers)
     name = prepared.site.name
     try:
         H = smoothed_moment(finite_moment(statistics), prepared.weights.folds.columns[name])
         H = prepared.transform.apply_both(H)
-        return GPTQRounder(H, config) if config.solver == "gptq" else NearestRounder(prepared.transformed, config, H)
+        if config.solver == "gptq":
+            return GPTQRounder(H, config, outliers=outliers)
+        return NearestRounder(prepared.transformed, config, H)
     except CalibrationError as err:
         raise CalibrationError(f"layer {layer} site {name}: {err}", layer=layer, site=name) from err

@@ -27,6 +27,7 @@ from duquant.calibration.sweep import (
 )
 from duquant.calibration.text import calibration_windows
 from duquant.config import Recipe
+from duquant.errors import ConfigError
 from duquant.models.architecture import Site
 from duquant.models.rotated import ResidualRotations, RotatedCheckpoint, require_rotatable
 from duquant.models.skeleton import Skeleton

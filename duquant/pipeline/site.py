@@ -95,11 +95,16 @@ class SiteError:
     """Sums the output error of a site's linears on the sampled rows, activations rounded as at run time."""
 
     def __init__(
-        self, transformed: Float[Tensor, "sample channels"], clip_ratio: Float[Tensor, "2"], config: ActivationConfig
+        self,
+        transformed: Float[Tensor, "sample channels"],
+        clip_ratio: Float[Tensor, "2"],
+        config: ActivationConfig,
+        *,
+        outliers: int = 0,
     ) -> None:
         # A quarter of the rows tells the error well enough, at a quarter of the products.
         self._X = transformed[::_ROW_STRIDE]
-        self._rounded = round_activations(self._X, config, clip_ratio)
+        self._rounded = round_activations(self._X, config, clip_ratio, outliers=outliers)
         self._error = 0.0
         self._power = 0.0
 

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from duquant.config import ActivationConfig
 from duquant.quantizers.affine import fake_quantize, row_grid
+from duquant.quantizers.outliers import OUTLIER_ACTIVATIONS
+from duquant.quantizers.weight import resolve_group_size
 
 CLIP_CANDIDATES = tuple(1.0 - 0.05 * step for step in range(11))
 """Ratios tried for both ends together, 1.0 down to 0.5."""
@@ -13,11 +15,26 @@ _END_FACTORS = (0.9, 1.1)
 
 
 def round_activations(
-    X: Float[Tensor, "tokens channels"], config: ActivationConfig, clip_ratio: Float[Tensor, "2"]
+    X: Float[Tensor, "tokens channels"],
+    config: ActivationConfig,
+    clip_ratio: Float[Tensor, "2"],
+    *,
+    outliers: int = 0,
 ) -> Float[Tensor, "tokens channels"]:
-    """Return `X` as it is at run time: rounded to each token's grid, or untouched at 16 bits."""
+    """Return `X` as it is at run time: rounded to the grids of each token, or untouched at 16 bits.
+
+    The last `outliers` channels are rounded by themselves; see duquant.quantizers.outliers.
+    """
     if config.bits == 16:
         return X
+    if outliers:
+        most = round_activations(X[:, :-outliers], config, clip_ratio)
+        last = round_activations(X[:, -outliers:], OUTLIER_ACTIVATIONS, torch.ones_like(clip_ratio))
+        return torch.cat((most, last), dim=1)
+    if config.group_size is not None:
+        grouped = X.reshape(X.shape[0], -1, resolve_group_size(X.shape[1], config.group_size))
+        grid = row_grid(grouped, bits=config.bits, symmetric=config.symmetric, clip_ratio=clip_ratio)
+        return fake_quantize(grouped, grid).view(X.shape)
     return fake_quantize(X, row_grid(X, bits=config.bits, symmetric=config.symmetric, clip_ratio=clip_ratio))
 
 

@@ -6,15 +6,16 @@ falling diagonal of H; after each one the rest moves by its error times a row of
 Reference: GPTQ, arXiv 2210.17323v2, algorithm 1, with the order by diagonal of the authors' later code.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int8, Int64
 from torch import Tensor
 
 from duquant.config import WeightConfig
 from duquant.errors import CalibrationError
 from duquant.quantizers.affine import Grid, quantize
+from duquant.quantizers.outliers import OUTLIER_WEIGHTS
 from duquant.quantizers.weight import QuantizedWeight, weight_grid
 
 _COLUMNS = 128
@@ -63,34 +64,52 @@ class GPTQSolver:
             damp *= _DAMP_FACTOR
         raise CalibrationError("the second moment of the activations is not positive definite, however it is damped")
 
-    def quantize(self, W: Float[Tensor, "out_features channels"], config: WeightConfig) -> QuantizedWeight:
+    def quantize(
+        self, W: Float[Tensor, "out_features channels"], config: WeightConfig, *, outliers: int = 0
+    ) -> QuantizedWeight:
         """Round `W` to the grids that `quantize_weight` would take, each column in view of the errors before it.
+
+        The last `outliers` channels take the grids of OUTLIER_WEIGHTS.
 
         Raises:
             ConfigError: no group size near the config's divides the number of channels.
         """
-        grid = weight_grid(W, config, self.importance)  # scale and zero point: (out_features, groups, 1)
         channels = W.shape[1]
-        group_size = channels // grid.scale.shape[1]
+        most = channels - outliers
+        grid = weight_grid(W[:, :most], config, self.importance[:most])  # grids are (out_features, groups, 1)
+        behind = weight_grid(W[:, most:], OUTLIER_WEIGHTS) if outliers else None
+        columns = _column_grids(grid, most) + ([] if behind is None else _column_grids(behind, outliers))
+        column_grids = [columns[channel] for channel in self.order.tolist()]
         W = W.float()[:, self.order]  # a copy: it changes below
         codes = torch.empty(W.shape, dtype=torch.int8, device=W.device)
-        group_of = (self.order // group_size).tolist()
         for first in range(0, channels, _COLUMNS):
             last = min(first + _COLUMNS, channels)
             errors = torch.empty(W.shape[0], last - first, device=W.device, dtype=torch.float32)
             for column in range(first, last):
-                scale, zero_point = grid.scale[:, group_of[column]], grid.zero_point[:, group_of[column]]
+                of_column = column_grids[column]
                 w = W[:, column : column + 1]
-                code = quantize(w, Grid(scale, zero_point, config.bits))
+                code = quantize(w, of_column)
                 codes[:, column : column + 1] = code
-                error = (w - (code - zero_point) * scale) / self.factor[column, column]
+                error = (w - (code - of_column.zero_point) * of_column.scale) / self.factor[column, column]
                 errors[:, column - first : column - first + 1] = error
                 # Only this block at once; what lies behind it is moved once a block, by one matrix product.
                 W[:, column + 1 : last].addmm_(error, self.factor[column : column + 1, column + 1 : last], alpha=-1)
             W[:, last:].addmm_(errors, self.factor[first:last, last:], alpha=-1)
         restored = torch.empty_like(codes)
         restored[:, self.order] = codes
-        return QuantizedWeight(restored, grid.scale.squeeze(-1), grid.zero_point.squeeze(-1), config.bits)
+        rounded = _on_grid(restored[:, :most], grid)
+        return rounded if behind is None else replace(rounded, outliers=_on_grid(restored[:, most:], behind))
+
+
+def _on_grid(codes: Int8[Tensor, "out_features channels"], grid: Grid) -> QuantizedWeight:
+    return QuantizedWeight(codes, grid.scale.squeeze(-1), grid.zero_point.squeeze(-1), grid.bits)
+
+
+def _column_grids(grid: Grid, channels: int) -> list[Grid]:
+    """Return the grid of each channel; those of a group share one."""
+    groups = grid.scale.shape[1]
+    of_group = [Grid(grid.scale[:, group], grid.zero_point[:, group], grid.bits) for group in range(groups)]
+    return [each for each in of_group for _ in range(channels // groups)]
 
 
 def _inverse_factor(H: Tensor, damp: float) -> Tensor | None:

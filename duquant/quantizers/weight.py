@@ -36,13 +36,14 @@ class QuantizedWeight:
     """Codes of one weight matrix with the grid of each row (per channel) or of each group of a row.
 
     `codes` is (out_features, in_features) int8; `scale` and `zero_point` are (out_features, groups) float32, the zero
-    points whole numbers in [-2^(bits-1), 2^(bits-1) - 1].
+    points whole numbers in [-2^(bits-1), 2^(bits-1) - 1]. Outlier channels, where there are, come after these.
     """
 
     codes: Int8[Tensor, "out_features in_features"]
     scale: Float[Tensor, "out_features groups"]
     zero_point: Float[Tensor, "out_features groups"]
     bits: int
+    outliers: "QuantizedWeight | None" = None
 
     @classmethod
     def concatenate(cls, parts: Sequence["QuantizedWeight"]) -> "QuantizedWeight":
@@ -52,13 +53,20 @@ class QuantizedWeight:
             scale=torch.cat([part.scale for part in parts]),
             zero_point=torch.cat([part.zero_point for part in parts]),
             bits=parts[0].bits,
+            outliers=cls.concatenate(outliers) if (outliers := [p.outliers for p in parts if p.outliers]) else None,
         )
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all scales are finite."""
+        return bool(torch.isfinite(self.scale).all()) and (self.outliers is None or self.outliers.is_finite)
 
     def dequantize(self) -> Float[Tensor, "out_features in_features"]:
         """Return the float32 weight that these codes stand for."""
         rows, groups = self.scale.shape
         grid = Grid(self.scale[..., None], self.zero_point[..., None], self.bits)
-        return dequantize(self.codes.view(rows, groups, -1), grid).view(rows, -1)
+        values = dequantize(self.codes.view(rows, groups, -1), grid).view(rows, -1)
+        return values if self.outliers is None else torch.cat((values, self.outliers.dequantize()), dim=1)
 
 
 def resolve_group_size(width: int, requested: int | None) -> int:

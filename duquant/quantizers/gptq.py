@@ -14,7 +14,7 @@ from torch import Tensor
 
 from duquant.config import WeightConfig
 from duquant.errors import CalibrationError
-from duquant.quantizers.affine import Grid, quantize
+from duquant.quantizers.affine import Grid, dequantize, quantize
 from duquant.quantizers.outliers import OUTLIER_WEIGHTS
 from duquant.quantizers.weight import QuantizedWeight, weight_grid
 
@@ -80,23 +80,22 @@ class GPTQSolver:
         behind = weight_grid(W[:, most:], OUTLIER_WEIGHTS) if outliers else None
         columns = _column_grids(grid, most) + ([] if behind is None else _column_grids(behind, outliers))
         column_grids = [columns[channel] for channel in self.order.tolist()]
-        W = W.float()[:, self.order]  # a copy: it changes below
+        # Transposed, a column is one piece of memory: two to three times faster.
+        W = W.float().T[self.order]  # a copy: it changes below
         codes = torch.empty(W.shape, dtype=torch.int8, device=W.device)
         for first in range(0, channels, _COLUMNS):
             last = min(first + _COLUMNS, channels)
-            errors = torch.empty(W.shape[0], last - first, device=W.device, dtype=torch.float32)
-            for column in range(first, last):
-                of_column = column_grids[column]
-                w = W[:, column : column + 1]
-                code = quantize(w, of_column)
-                codes[:, column : column + 1] = code
-                error = (w - (code - of_column.zero_point) * of_column.scale) / self.factor[column, column]
-                errors[:, column - first : column - first + 1] = error
+            errors = torch.empty(last - first, W.shape[1], device=W.device, dtype=torch.float32)
+            for column, error in enumerate(errors, first):
+                codes[column] = quantize(W[column], column_grids[column])
+                missed = W[column] - dequantize(codes[column], column_grids[column])
+                torch.div(missed, self.factor[column, column], out=error)
                 # Only this block at once; what lies behind it is moved once a block, by one matrix product.
-                W[:, column + 1 : last].addmm_(error, self.factor[column : column + 1, column + 1 : last], alpha=-1)
-            W[:, last:].addmm_(errors, self.factor[first:last, last:], alpha=-1)
+                W[column + 1 : last].addr_(self.factor[column, column + 1 : last], error, alpha=-1)
+            W[last:].addmm_(self.factor[first:last, last:].T, errors, alpha=-1)
         restored = torch.empty_like(codes)
-        restored[:, self.order] = codes
+        restored[self.order] = codes
+        restored = restored.T.contiguous()
         rounded = _on_grid(restored[:, :most], grid)
         return rounded if behind is None else replace(rounded, outliers=_on_grid(restored[:, most:], behind))
 
@@ -106,9 +105,12 @@ def _on_grid(codes: Int8[Tensor, "out_features channels"], grid: Grid) -> Quanti
 
 
 def _column_grids(grid: Grid, channels: int) -> list[Grid]:
-    """Return the grid of each channel; those of a group share one."""
+    """Return the grid of each channel, (out_features,); those of a group share one."""
     groups = grid.scale.shape[1]
-    of_group = [Grid(grid.scale[:, group], grid.zero_point[:, group], grid.bits) for group in range(groups)]
+    of_group = [
+        Grid(grid.scale[:, group, 0].contiguous(), grid.zero_point[:, group, 0].contiguous(), grid.bits)
+        for group in range(groups)
+    ]
     return [each for each in of_group for _ in range(channels // groups)]
 
 

@@ -17,6 +17,7 @@ def model_card(manifest: Manifest) -> str:
         ("smoothing", "none" if transform.smooth_alpha is None else f"alpha {transform.smooth_alpha}"),
         ("rotation", rotation),
         ("permutation", transform.permutation),
+        *([("residual stream", f"rotated: {transform.residual_rotation}")] if transform.rotates_residual else []),
         ("weights", _grid(recipe.weight.bits, recipe.weight.symmetric, recipe.weight.group_size)),
         (
             "activations",

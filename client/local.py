@@ -8,7 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,6 +73,12 @@ def quantize(
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Windows of calibration text.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
+    input_mode: Annotated[
+        str | None, typer.Option(help="What layers are calibrated on: fp, quantized or staged:S.")
+    ] = None,
+    refine_passes: Annotated[
+        int | None, typer.Option(help="Further passes, on what the quantized network gives.")
+    ] = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the artifact that is in the folder.")] = False,
@@ -83,6 +89,8 @@ def quantize(
     """Quantize a model into a packed checkpoint."""
     source = None if calibration is None else parse_text(calibration, default_part="calibration")
     chosen = with_calibration(load_recipe(recipe), source=source, samples=samples, seq_len=seq_len)
+    modes = {"input_mode": input_mode, "refine_passes": refine_passes}
+    chosen = replace(chosen, **{name: value for name, value in modes.items() if value is not None})
     _check_out(out, force=force)
     # After the checks: importing torch takes seconds, and a typing error should not cost them.
     from duquant.pipeline import quantize_model

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from compatibility import breaking_changes
+from input_mode_results import PAGE as INPUT_MODES_PAGE
+from input_mode_results import page as input_modes_page
 from kernel_results import PAGE as KERNELS_PAGE
 from kernel_results import page as kernels_page
 from pydantic import SecretStr
@@ -223,6 +225,7 @@ def main() -> int:
         README: readme(),
         KERNELS_PAGE: kernels_page(),
         SERVICE_PAGE: service_page(),
+        INPUT_MODES_PAGE: input_modes_page(),
     }
     broken = _broken_by(parts[OPENAPI])
     for change in broken:

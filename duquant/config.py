@@ -330,7 +330,7 @@ class CalibrationConfig:
     seq_len: int = 2048
     """Tokens in a window."""
     shards: int = 4
-    """Independent groups of windows; the unquantized sweep runs them in parallel."""
+    """Independent groups of windows, which layers are run over in parallel."""
     micro_batch: int = 1
     """Windows in one forward pass."""
     search_tokens: int = 1024

@@ -19,7 +19,7 @@ _CACHED = 1 << 17
 
 @dataclass(frozen=True)
 class SiteStatistics:
-    """Statistics of one site's inputs X over the calibration tokens, in the unquantized model."""
+    """Statistics of one site's inputs X over the calibration tokens, in the unquantized layer."""
 
     absmax: Float[Tensor, " channels"]
     """max|X| over all tokens, float32."""

@@ -80,7 +80,7 @@ def quantize_layer(
 
     Args:
         tensors: the layer's parameters by their names inside it, in their stored dtype.
-        statistics: by site name, from the unquantized model.
+        statistics: by site name, from the unquantized layer on the inputs that it is calibrated on.
         architecture: where sites and folds are.
         shape: head counts, for smoothing under grouped-query attention.
         recipe: what to do.

@@ -1,6 +1,6 @@
 """Learning on one layer's output: weight clips (LWC) and smoothing scales (LET), by AdamW.
 
-The layer runs in float32 with its quantized linears' products in bfloat16, on inputs kept from the unquantized sweep.
+The layer runs in float32 with its quantized linears' products in bfloat16, on inputs kept from calibration.
 Everything that does not depend on what is learned, transformed weights above all, is computed once.
 
 Reference: OmniQuant, arXiv 2308.13137v3, section 3; DuQuant, arXiv 2406.01721v3, appendix C.
@@ -17,10 +17,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from duquant.config import LearningConfig, Recipe
-from duquant.errors import CalibrationError, UnsupportedModelError
+from duquant.errors import CalibrationError
 from duquant.models.skeleton import Skeleton
 from duquant.pipeline.epochs import LearningReport, keep_best
 from duquant.pipeline.folds import Folds, LayerShape
+from duquant.pipeline.patching import patched, plain_linear
 from duquant.pipeline.prepare import PreparedSite
 from duquant.pipeline.site import site_seed
 from duquant.quantizers.activation import round_activations
@@ -38,7 +39,7 @@ class LayerSamples:
 
     skeleton: Skeleton
     inputs: Float[Tensor, "samples seq hidden"]
-    """Of the layer in the unquantized model, in the compute dtype."""
+    """What the layer is calibrated on, in the compute dtype."""
 
 
 @dataclass(frozen=True)
@@ -165,19 +166,13 @@ class _Learner:
     @contextmanager
     def patched(self, layer: nn.Module) -> Iterator[None]:
         """Let the layer's quantized linears run as learned ones."""
-        modules = []
-        try:
-            for name, learned in self.linears.items():
-                module = layer.get_submodule(name)
-                if not isinstance(module, nn.Linear):
-                    raise UnsupportedModelError(f"{name} is no plain linear: its clips cannot be learned")
-                learned.bias = None if module.bias is None else module.bias.detach()
-                module.forward = learned.forward  # type: ignore[method-assign, assignment]  # undone below
-                modules.append(module)
+        forwards = {}
+        for name, learned in self.linears.items():
+            module = plain_linear(layer, name)
+            learned.bias = None if module.bias is None else module.bias.detach()
+            forwards[module] = learned.forward
+        with patched(forwards):
             yield
-        finally:
-            for module in modules:
-                del module.forward
 
     def loss(self, layer: nn.Module, sample: int, target: Tensor) -> Tensor:
         """Return the mean squared distance of one sample's output from its target."""

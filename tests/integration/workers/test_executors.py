@@ -31,12 +31,15 @@ def shards_of(directory):
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_local_one_ray_worker_and_two_give_byte_equal_shards_and_a_killed_worker_is_replaced(
+def test_local_one_ray_worker_and_two_give_equal_shards_of_layers_and_chains_and_a_killed_worker_is_replaced(
     side, pull, tmp_path, ray_environment
 ):
     side.submit()
     made = side.run_one()
     expected = shards_of(pull(made, tmp_path / "local"))
+    chains = replace(side.recipe, input_mode="staged:2", refine_passes=1)
+    side.submit(chains)
+    expected_of_chains = shards_of(pull(side.run_one(), tmp_path / "local-chains"))
     side.submit_evaluation(made)
     here = side.run_one()
     for slots in (1, 2):
@@ -46,6 +49,10 @@ def test_local_one_ray_worker_and_two_give_byte_equal_shards_and_a_killed_worker
             job = side.run_one(executor)
             assert job.state is JobState.SUCCEEDED, job.detail
             assert shards_of(pull(job, tmp_path / f"ray-{slots}")) == expected
+            side.submit(chains)
+            job_of_chains = side.run_one(executor)
+            assert job_of_chains.state is JobState.SUCCEEDED, job_of_chains.detail
+            assert shards_of(pull(job_of_chains, tmp_path / f"ray-{slots}-chains")) == expected_of_chains
             if slots == 1:
                 side.submit_evaluation(job)
                 measured = side.run_one(executor)
@@ -57,26 +64,6 @@ def test_local_one_ray_worker_and_two_give_byte_equal_shards_and_a_killed_worker
                 job = side.run_one(executor)
                 assert job.state is JobState.SUCCEEDED, job.detail
                 assert shards_of(pull(job, tmp_path / "ray-killed")) == expected
-        finally:
-            executor.close()
-
-
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_chains_and_passes_give_byte_equal_shards_on_one_ray_worker_and_on_two_of_which_one_dies(
-    side, pull, tmp_path, ray_environment
-):
-    recipe = replace(side.recipe, input_mode="staged:2", refine_passes=1)
-    side.submit(recipe)
-    expected = shards_of(pull(side.run_one(), tmp_path / "local"))
-    for slots in (1, 2):
-        executor = RayExecutor(slots=slots, threads_per_slot=1, gpus_per_slot=0.0, address=None)
-        try:
-            side.submit(recipe)
-            if slots == 2:
-                _kill_an_actor(executor)
-            job = side.run_one(executor)
-            assert job.state is JobState.SUCCEEDED, job.detail
-            assert shards_of(pull(job, tmp_path / f"ray-{slots}")) == expected
         finally:
             executor.close()
 

@@ -55,6 +55,19 @@ def error_of(said: str) -> str:
     return lines[-1]
 
 
+def test_the_input_mode_is_an_option(model: Path, text: Path, tmp_path: Path) -> None:
+    assert run(quantize(model, text, tmp_path / "out", "--input-mode", "staged:2", "--refine-passes", "1")) == EXIT_OK
+    recipe = json.loads((tmp_path / "out" / "manifest.json").read_text())["recipe"]
+    assert (recipe["input_mode"], recipe["refine_passes"]) == ("staged:2", 1)
+
+
+def test_an_input_mode_that_does_not_exist_is_named(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(quantize(model, text, tmp_path / "out", "--input-mode", "staged:0")) == EXIT_BAD_INPUT
+    assert "input_mode is 'staged:0'" in error_of(capsys.readouterr().err)
+
+
 def other_architecture(model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))

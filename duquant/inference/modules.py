@@ -1,15 +1,14 @@
 """The modules of a quantized model: a transform per site, and linears that read it, with their weights joined."""
 
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from duquant.config import Recipe
+from duquant.inference.sharing import Prepared, Shared
 from duquant.kernels import (
     LinearWeight,
     PackedWeight,
@@ -26,58 +25,9 @@ from duquant.quantizers.packing import unpack
 from duquant.quantizers.weight import resolve_group_size
 from duquant.transforms.site import SiteTransform, rotation_sides
 
-_T = TypeVar("_T")
-
 
 def _frozen(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
-
-
-class _Shared(Generic[_T]):
-    """A result that several readers ask for, one after the other, with the same tensor.
-
-    It is made for the first and forgotten after the last. The tensor is recognised by identity, held weakly.
-    """
-
-    def __init__(self, readers: int) -> None:
-        self.readers = readers
-        self.result: _T | None = None
-        self._seen: weakref.ref[Tensor] | None = None
-        self._version = 0
-        self._uses = 0
-
-    def get(self, X: Tensor, make: Callable[[], _T]) -> _T:
-        """Return the result for `X`."""
-        # In inference mode tensors count no versions, and in-place changes of an input are not done there.
-        version = 0 if X.is_inference() else X._version
-        result = self.result
-        if result is None or self._seen is None or self._seen() is not X or self._version != version:
-            result = self.result = make()
-            self._seen, self._version = weakref.ref(X), version
-            self._uses = 0
-        self._uses += 1
-        if self._uses >= self.readers:
-            self.forget()
-        return result
-
-    def forget(self) -> None:
-        """Let go of input and result."""
-        self._seen = self.result = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared[_T]":
-        return _Shared(self.readers)
-
-
-@dataclass(frozen=True)
-class _Prepared(Generic[_T]):
-    """What the kernels made of some parameters, and which parameters they were."""
-
-    result: _T
-    parameters: tuple[nn.Parameter | None, ...]
-
-    def is_of(self, parameters: tuple[nn.Parameter | None, ...]) -> bool:
-        """Tell whether they are still the same."""
-        return all(a is b for a, b in zip(self.parameters, parameters, strict=True))
 
 
 @dataclass(frozen=True)
@@ -96,9 +46,9 @@ class SiteReaders:
     def __init__(self, site: "SiteModule") -> None:
         self._site = site
         self._linears: list[DuQuantLinear] = []
-        self._codes: _Shared[QuantizedActivation | Tensor] = _Shared(0)
-        self._outputs: _Shared[tuple[Tensor, ...]] = _Shared(0)
-        self._prepared: _Prepared[_Joined] | None = None
+        self._codes: Shared[QuantizedActivation | Tensor] = Shared(0)
+        self._outputs: Shared[tuple[Tensor, ...]] = Shared(0)
+        self._prepared: Prepared[_Joined] | None = None
 
     def attach(self, linear: "DuQuantLinear") -> int:
         """Add a linear; return its index."""
@@ -141,7 +91,7 @@ class SiteReaders:
         if ready is None or not ready.is_of(self._parameters_read()):
             joined = self._join()
             # Only now: joining gives the linears other data.
-            ready = self._prepared = _Prepared(joined, self._parameters_read())
+            ready = self._prepared = Prepared(joined, self._parameters_read())
         return ready.result
 
     def _parameters_read(self) -> tuple[nn.Parameter | None, ...]:
@@ -201,7 +151,7 @@ class SiteModule(nn.Module):
             self.perm = _frozen((width,), torch.int16 if width <= 2**15 else torch.int32)
         # No modules, so that the linears are not registered as this module's submodules, too.
         self.readers = [SiteReaders(self) for _ in range(experts)]
-        self._prepared: _Prepared[PreparedTransform] | None = None
+        self._prepared: Prepared[PreparedTransform] | None = None
         self._prepared_outliers: PreparedTransform | None = None
 
     def enter(self, rows: Float[Tensor, "rows channels"]) -> QuantizedActivation | Tensor:
@@ -234,7 +184,7 @@ class SiteModule(nn.Module):
 
     def use(self, transform: PreparedTransform) -> None:
         """Run this transform until the parameters are replaced: benchmarks time several on the same weights."""
-        self._prepared = _Prepared(transform, self._parameters_read())
+        self._prepared = Prepared(transform, self._parameters_read())
 
     def _parameters_read(self) -> tuple[nn.Parameter | None, ...]:
         return tuple(self._parameters.get(name) for name in ("act_clip_ratio", "R1", "perm", "R2"))
@@ -260,7 +210,7 @@ class SiteModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Addresses mean nothing in a copy.
-        return {**self.__dict__, "_prepared": None}
+        return {**self.__dict__, "_prepared": None, "_prepared_outliers": None}
 
 
 def _dequantized(W: PackedWeight) -> Float[Tensor, "out_features in_features"]:

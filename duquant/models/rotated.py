@@ -161,8 +161,8 @@ class RotatedCheckpoint(SourceCheckpoint):
         return rotate_layer(tensors, self.architecture, layer, self._R1, self._R2[layer])
 
     def embedding_table(self) -> Float[Tensor, "vocab hidden"]:
-        """Return the rotated embeddings."""
-        return super().embedding_table().to(self._R1) @ self._R1
+        """Return the rotated embeddings, where those of any checkpoint are: on the CPU."""
+        return (super().embedding_table().to(self._R1) @ self._R1).cpu()
 
     def rotate_ends(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what was read of embeddings, final norm and head, rotated."""

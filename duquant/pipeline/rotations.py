@@ -12,7 +12,7 @@ Reference: SpinQuant, arXiv 2405.16406v4, section 3.2, with the weights in 16 bi
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -24,12 +24,13 @@ from torch import Tensor, nn
 
 from duquant.calibration.sweep import WorkDir, learning_windows, read_tokens, shard_windows
 from duquant.config import ActivationConfig, Recipe
-from duquant.errors import CalibrationError, UnsupportedModelError
+from duquant.errors import CalibrationError
 from duquant.models.architecture import Site
 from duquant.models.rotated import ResidualRotations, rotate_layer
 from duquant.models.skeleton import COMPUTE_DTYPE, Skeleton
 from duquant.models.source import SourceCheckpoint
 from duquant.pipeline.epochs import LearningReport, keep_best
+from duquant.pipeline.patching import patched, plain_linear
 from duquant.pipeline.site import site_seed
 from duquant.pipeline.steps import Step, StepId
 from duquant.quantizers.activation import round_activations
@@ -190,16 +191,19 @@ class _Learner:
         self._take(start)
 
     def _layer_tensors(self, source: SourceCheckpoint, layer: int) -> dict[str, Tensor]:
-        """Return a layer's tensors with gains folded, and the rotation of mlp_out, which is not learned."""
+        """Return a layer's tensors on the CPU, with gains folded and the rotation of mlp_out, which is not learned."""
         state = rotate_layer(self._skeleton.load(source, layer), self._architecture, layer)
         for site in self._architecture.kept_sites(self._recipe.skip_linears, layer):
             if site.name == "mlp_out":
                 generator = torch.Generator().manual_seed(site_seed(self._recipe.seed, layer, site.name))
                 width = state[f"{site.linears[0]}.weight"].shape[1]
-                transform = search_transform(torch.zeros(1, width), self._recipe.transform, generator)
+                transform = search_transform(
+                    torch.zeros(1, width, device=self._device), self._recipe.transform, generator
+                )
                 self._online[layer] = transform
                 for linear in site.linears:
-                    state[f"{linear}.weight"] = transform.apply(state[f"{linear}.weight"].float())
+                    W = state[f"{linear}.weight"].to(self._device, torch.float32)
+                    state[f"{linear}.weight"] = transform.apply(W).cpu()
         return {name: tensor.to(COMPUTE_DTYPE) for name, tensor in state.items()}
 
     def _take(self, rotations: ResidualRotations) -> None:
@@ -240,11 +244,13 @@ class _Learner:
     @torch.no_grad()
     def step(self, rate: float) -> None:
         """Move the rotations against their gradients, and forget these."""
-        moved = []
-        for R, leaf in ((self.rotations.R1, self._R1), (self.rotations.R2, self._R2)):
-            assert leaf.grad is not None
-            moved.append(cayley_step(R.to(self._device), leaf.grad.double(), rate).to(R.device))
-        self._take(ResidualRotations(*moved))
+
+        def moved(R: Tensor, leaf: Tensor) -> Tensor:
+            if leaf.grad is None:  # all that it rotates keeps 16 bits
+                return R
+            return cayley_step(R.to(self._device), leaf.grad.double(), rate).to(R.device)
+
+        self._take(ResidualRotations(moved(self.rotations.R1, self._R1), moved(self.rotations.R2, self._R2)))
 
     def _forward(self, tokens: Tensor) -> list[Tensor]:
         """Return the inputs of every layer, and the last one's outputs."""
@@ -259,26 +265,20 @@ class _Learner:
         return nn.functional.cross_entropy(logits.float(), tokens[1:].to(self._device))
 
     @contextmanager
-    def _layer(self, layer: int) -> Iterator[Any]:
+    def _layer(self, layer: int) -> Iterator[Callable[[Tensor], Tensor]]:
         """Lend a layer its tensors, its quantized linears patched; yield what runs it."""
         R1, R2 = self._R1.to(COMPUTE_DTYPE), self._R2[layer].to(COMPUTE_DTYPE)
         cache = _RoundedStates(self._quantizer, R2)
         with self._skeleton.layer(layer, self._tensors[layer]) as module:
             module.requires_grad_(False)
-            patched = []
-            try:
-                for site in self._architecture.kept_sites(self._recipe.skip_linears, layer):
-                    rounded = self._site(site, layer, R1, R2)
-                    for name in site.linears:
-                        linear = module.get_submodule(name)
-                        if not isinstance(linear, nn.Linear):
-                            raise UnsupportedModelError(f"{name} is no plain linear: no rotation is learned for it")
-                        linear.forward = partial(rounded.product, linear)  # type: ignore[method-assign]  # undone below
-                        patched.append(linear)
+            forwards = {}
+            for site in self._architecture.kept_sites(self._recipe.skip_linears, layer):
+                rounded = self._site(site, layer, R1, R2)
+                for name in site.linears:
+                    linear = plain_linear(module, name)
+                    forwards[linear] = partial(rounded.product, linear)
+            with patched(forwards):
                 yield lambda X: self._skeleton.forward(module, X, cache=cache)
-            finally:
-                for linear in patched:
-                    del linear.forward
 
     def _site(self, site: Site, layer: int, R1: Tensor, R2: Tensor) -> _RoundedSite:
         if site.name == "mlp_out":

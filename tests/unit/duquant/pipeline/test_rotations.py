@@ -91,6 +91,15 @@ def test_learned_rotations_lose_less_than_the_start_and_stay_orthogonal(
     assert not report.is_restored
 
 
+def test_a_rotation_of_nothing_that_is_rounded_stays(make_case: Callable[..., Case], spinquant: Recipe) -> None:
+    """o_proj and the cache keep 16 bits, so R2 has no part in the loss."""
+    left_out = replace(spinquant, skip_linears=("self_attn.o_proj",), kv_cache=KVCacheConfig(bits=16))
+    case = make_case("llama", replace(left_out, learning=replace(LEARNING, rotation_rate=1.0)))
+    rotations, _ = case.learn()
+    assert torch.equal(rotations.R2, case.start.R2)
+    assert not torch.equal(rotations.R1, case.start.R1)
+
+
 def test_without_rounding_the_loss_is_the_model_s_own(make_case: Callable[..., Case], spinquant: Recipe) -> None:
     """The network that is learned on is the model, its activations and cache apart: whatever the rotations are."""
     exact = replace(spinquant, activation=ActivationConfig(bits=16), kv_cache=KVCacheConfig(bits=16))

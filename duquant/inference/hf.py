@@ -15,6 +15,7 @@ from duquant.errors import ArtifactError
 from duquant.inference.attention import IMPLEMENTATION
 from duquant.inference.cache import DuQuantCache
 from duquant.inference.layers import pack_site
+from duquant.inference.norms import use_norm_kernel
 from duquant.models.experts import split_experts
 from duquant.models.families import architecture_of
 
@@ -72,6 +73,7 @@ class DuQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 module.register_forward_pre_hook(_as_one_matrix)
+        use_norm_kernel(model)
         attach_cache(model, self.quantization_config.parsed())
 
     def is_serializable(self, *_args: Any, **_kwargs: Any) -> bool:

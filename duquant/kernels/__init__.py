@@ -20,6 +20,7 @@ from duquant.kernels.types import (
     CacheBackend,
     FusingBackend,
     LinearWeight,
+    NormBackend,
     PackedWeight,
     PreparedTransform,
     QuantizedActivation,
@@ -42,6 +43,7 @@ __all__ = [
     "prepare_transform",
     "prepare_weight",
     "quantize_kv",
+    "rms_norm",
     "transform_quantize_pack",
     "transformed_linear",
 ]
@@ -221,6 +223,33 @@ def dequantize_kv(
     if backend is not None:
         return backend.dequantize_kv(packed, quantizer, dtype)
     return quantizer.dequantize(packed, dtype)
+
+
+def rms_norm(
+    X: Float[Tensor, "*rows channels"], weight: Float[Tensor, " gains"], epsilon: float
+) -> Float[Tensor, "*rows channels"]:
+    """Return weight * (X / sqrt(mean(X^2) + epsilon)), the quotient rounded to the dtype of X before the product.
+
+    The mean is summed in float64, so that its order does not show; the rest is as in transformers' Llama.
+
+    Args:
+        X: float32 or bfloat16.
+        weight: one gain for each channel, in the dtype of X.
+        epsilon: added to the mean in float32.
+
+    Raises:
+        ShapeError: sizes or dtypes differ, or X is neither float32 nor bfloat16.
+    """
+    if X.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != X.dtype or X.shape[-1:] != weight.shape:
+        raise ShapeError(
+            f"RMSNorm takes rows and a weight of one dtype, float32 or bfloat16, and one width, not {X.dtype} "
+            f"{tuple(X.shape)} and {weight.dtype} {tuple(weight.shape)}"
+        )
+    for backend in able(X.device.type, X.device.index):
+        if hasattr(backend, "rms_norm"):
+            return cast(NormBackend, backend).rms_norm(X, weight, epsilon)
+    mean = X.double().square().mean(-1, keepdim=True).float()
+    return weight * (X.float() * torch.rsqrt(mean + epsilon)).to(X.dtype)
 
 
 def _cache_backend(quantizer: KVQuantizer, device: torch.device) -> CacheBackend | None:

@@ -1,4 +1,4 @@
-"""Which backend runs where: the first that can, in the order gpu, cpu, reference; each refusal is logged once."""
+"""Which backend runs where: the first that can of gpu, cpu, onednn, reference; each refusal is logged once."""
 
 import logging
 from collections.abc import Callable
@@ -10,13 +10,14 @@ import torch
 from duquant.errors import ConfigError, KernelUnavailableError
 from duquant.kernels.cpu import CpuBackend
 from duquant.kernels.gpu import GpuBackend
+from duquant.kernels.onednn import OneDnnBackend
 from duquant.kernels.reference import ReferenceBackend
 from duquant.kernels.settings import BACKENDS, setting
 from duquant.kernels.types import Backend
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
-_DEVICES = {"gpu": "cuda", "cpu": "cpu"}
+_DEVICES = {"gpu": "cuda", "cpu": "cpu", "onednn": "cpu"}
 """Where a backend's absence is worth a line in the log."""
 _said: set[tuple[str, str]] = set()
 
@@ -33,7 +34,7 @@ class BackendStatus(TypedDict):
 @lru_cache(maxsize=1)
 def backends() -> tuple[Backend, ...]:
     """Return all backends, fastest first. Importing one must cost nothing: it looks at the machine when asked."""
-    return (GpuBackend(), CpuBackend(), ReferenceBackend())
+    return (GpuBackend(), CpuBackend(), OneDnnBackend(), ReferenceBackend())
 
 
 def allowed() -> tuple[Backend, ...]:

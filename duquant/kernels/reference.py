@@ -51,6 +51,12 @@ class ReferenceBackend:
         """Return the words as they are."""
         return weight.data
 
+    def weight_codes(self, W: LinearWeight) -> Int8[Tensor, "out_features in_features"]:
+        """Return the codes of a weight of any backend."""
+        backend: Backend = W.backend
+        words = W.data if W.layout == CHECKPOINT_LAYOUT else backend.restore_weight(W)
+        return unpack(words, W.in_features, bits=W.bits)
+
     def transform_quantize_pack(
         self, X: Float[Tensor, "tokens in_features"], transform: PreparedTransform
     ) -> QuantizedActivation:
@@ -96,7 +102,7 @@ class ReferenceBackend:
         groups = W.scale.shape[1]
         is_grouped = X.scale.shape[1] > 1
         width = W.in_features // groups
-        q_w = unpack(_checkpoint_words(W), W.in_features, bits=W.bits)
+        q_w = self.weight_codes(W)
         zero_point, weight_sum = W.zero_point.double(), W.weight_sum.double()
         total: Tensor | None = None
         for group in range(groups):
@@ -156,11 +162,6 @@ def fake_linear(X: Float[Tensor, "tokens in_features"], W: PackedWeight) -> Floa
     grouped = codes.view(codes.shape[0], W.scale.shape[1], -1).float()
     values = (grouped - W.zero_point[..., None]) * W.scale[..., None]
     return X.float() @ values.view(codes.shape).T
-
-
-def _checkpoint_words(W: LinearWeight) -> Tensor:
-    backend: Backend = W.backend
-    return W.data if W.layout == CHECKPOINT_LAYOUT else backend.restore_weight(W)
 
 
 def _int_matmul(A: Int8[Tensor, "m k"], B: Int8[Tensor, "n k"]) -> Float[Tensor, "m n"]:

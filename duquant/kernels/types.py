@@ -181,6 +181,16 @@ class CacheBackend(Protocol):
         """See duquant.kernels.dequantize_kv."""
 
 
+@runtime_checkable
+class NormBackend(Protocol):
+    """A backend with a kernel for RMSNorm."""
+
+    def rms_norm(
+        self, X: Float[Tensor, "*rows channels"], weight: Float[Tensor, " channels"], epsilon: float
+    ) -> Float[Tensor, "*rows channels"]:
+        """See duquant.kernels.rms_norm."""
+
+
 def pack_pairs(codes: Int8[Tensor, "tokens in_features"]) -> Tensor:
     """Pack centred 4-bit codes two a byte: the packed layout of QuantizedActivation."""
     words = pack(codes, bits=4)

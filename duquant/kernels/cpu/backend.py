@@ -12,6 +12,7 @@ from duquant.config import ActivationConfig
 from duquant.errors import KernelUnavailableError, ShapeError
 from duquant.kernels.cpu.cache import attend, dequantize_kv, quantize_kv
 from duquant.kernels.cpu.library import ISAS, Library, LinearArgs, QuantizeArgs, library
+from duquant.kernels.cpu.norm import rms_norm
 from duquant.kernels.cpu.rotations import AmxRotations, amx_rotations
 from duquant.kernels.types import LinearWeight, PackedWeight, PreparedTransform, QuantizedActivation, join_weights
 from duquant.quantizers.kv import KVQuantizer, PackedKV
@@ -176,6 +177,12 @@ class CpuBackend:
     ) -> Float[Tensor, "batch heads tokens head_dim"]:
         """Return what codes stand for. See duquant.kernels.cpu.cache."""
         return dequantize_kv(packed, quantizer, dtype)
+
+    def rms_norm(
+        self, X: Float[Tensor, "*rows channels"], weight: Float[Tensor, " channels"], epsilon: float
+    ) -> Float[Tensor, "*rows channels"]:
+        """Return the rows in one pass. See duquant.kernels.cpu.norm."""
+        return rms_norm(X, weight, epsilon)
 
     def _quantize_args(self, X: Tensor, transform: PreparedTransform) -> tuple[QuantizeArgs, Tensor]:
         """Return the arguments but the outputs, and the rows that they point to: keep these alive."""

@@ -116,6 +116,20 @@ class AttentionArgs(Structure):
     )
 
 
+class NormArgs(Structure):
+    """struct Norm."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("weight", c_void_p),
+        ("out", c_void_p),
+        ("tokens", c_int64),
+        ("channels", c_int64),
+        ("epsilon", c_float),
+        ("is_bfloat16", c_int32),
+    )
+
+
 class Library:
     """The library, started: its functions and the instruction set that they use."""
 
@@ -125,12 +139,14 @@ class Library:
         self.quantize_kv = handle.duquant_quantize_kv
         self.dequantize_kv = handle.duquant_dequantize_kv
         self.attend = handle.duquant_attend
+        self.rms_norm = handle.duquant_rms_norm
         functions = (
             (self.linear, LinearArgs),
             (self.quantize, QuantizeArgs),
             (self.quantize_kv, KvRowsArgs),
             (self.dequantize_kv, KvRowsArgs),
             (self.attend, AttentionArgs),
+            (self.rms_norm, NormArgs),
         )
         for function, arguments in functions:
             function.argtypes, function.restype = (POINTER(arguments), c_int), None

@@ -210,4 +210,11 @@ DUQUANT_EXPORT void duquant_attend(const Attention* args, int threads) {
     parallel_for(items, 1, threads, [&](int64_t begin, int64_t end) { attend(*args, begin, end); });
 }
 
+// RMSNorm of rows.
+DUQUANT_EXPORT void duquant_rms_norm(const Norm* args, int threads) {
+    auto* rows = DUQUANT_BEST(norm_rows, norm_rows_avx512);
+    parallel_for(args->tokens, 16, threads_for(args->tokens * args->channels * 16, threads),
+                 [&](int64_t begin, int64_t end) { rows(*args, begin, end); });
+}
+
 }  // extern "C"

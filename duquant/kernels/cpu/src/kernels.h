@@ -98,6 +98,15 @@ struct Attention {
     int32_t is_bfloat16;
 };
 
+struct Norm {
+    const void* x;       // (tokens, channels), float32 or bfloat16
+    const void* weight;  // (channels), as x
+    void* out;           // as x
+    int64_t tokens, channels;
+    float epsilon;
+    int32_t is_bfloat16;
+};
+
 // What a task needs of a linear: its arguments and the activations' planes.
 struct LinearJob {
     Linear args;
@@ -106,17 +115,18 @@ struct LinearJob {
     const int8_t* tiles;   // AMX: (token tiles, 2 * chunks, 16, 64), else null
 };
 
-
 // Rows of weights, tokens, or heads of keys [begin, end).
 void linear_rows_portable(const LinearJob&, int64_t, int64_t);
 void quantize_rows_portable(const Quantize&, int64_t, int64_t);
 void attend_portable(const Attention&, int64_t, int64_t);
+void norm_rows_portable(const Norm&, int64_t, int64_t);
 void quantize_kv_portable(const KvRows&, int64_t, int64_t);
 void dequantize_kv_portable(const KvRows&, int64_t, int64_t);
 #ifdef DUQUANT_AVX2
 void linear_rows_avx2(const LinearJob&, int64_t, int64_t);
 void quantize_rows_avx2(const Quantize&, int64_t, int64_t);
 void attend_avx2(const Attention&, int64_t, int64_t);
+void norm_rows_avx2(const Norm&, int64_t, int64_t);
 void quantize_kv_avx2(const KvRows&, int64_t, int64_t);
 void dequantize_kv_avx2(const KvRows&, int64_t, int64_t);
 #endif
@@ -124,6 +134,7 @@ void dequantize_kv_avx2(const KvRows&, int64_t, int64_t);
 void linear_rows_vnni(const LinearJob&, int64_t, int64_t);
 void quantize_rows_avx512(const Quantize&, int64_t, int64_t);
 void attend_avx512(const Attention&, int64_t, int64_t);
+void norm_rows_avx512(const Norm&, int64_t, int64_t);
 void quantize_kv_avx512(const KvRows&, int64_t, int64_t);
 void dequantize_kv_avx512(const KvRows&, int64_t, int64_t);
 #endif

@@ -162,13 +162,16 @@ void mix_inputs(const Group& group, int64_t channel, int64_t block, const int32_
 // The same from channels of the scratch, permuted.
 void mix_rotated(
     const Group& group, const uint16_t* rotated, const int32_t* perm, int64_t block, const int32_t* signs, float* out) {
+    // The tokens of a tile in the upper halves of sixteen words: bfloat16 as float32.
+    const __m512i lower = _mm512_set_epi32(15 << 16, 14 << 16, 13 << 16, 12 << 16, 11 << 16, 10 << 16, 9 << 16, 8 << 16,
+                                           7 << 16, 6 << 16, 5 << 16, 4 << 16, 3 << 16, 2 << 16, 1 << 16, 0);
+    const __m512i of_tile[2] = {lower, _mm512_add_epi32(lower, _mm512_set1_epi32(kTile << 16))};
     for (int64_t first = 0; first < block; first += kTile) {
         for (int64_t tile = 0; tile < group.tiles; ++tile) {
             __m512i bits[kTile];
             for (int i = 0; i < kTile; ++i) {
-                const uint16_t* line = rotated + perm[first + i] * kTokens + tile * kTile;
-                const __m256i half = _mm256_load_si256(reinterpret_cast<const __m256i*>(line));
-                bits[i] = _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+                const __m512i line = _mm512_load_si512(rotated + perm[first + i] * kTokens);
+                bits[i] = _mm512_maskz_permutexvar_epi16(0xaaaaaaaau, of_tile[tile], line);
             }
             mix_sixteen(bits, signs + first, out + first * kTokens + tile * kTile);
         }
@@ -218,7 +221,7 @@ inline __m512i word_of_codes(const float* values, __m512 by, __m512 zero, __m512
     const __m512i turn = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
     __m512i packed = _mm512_setzero_si512();
     for (int64_t i = 3; i >= 0; --i) {
-        const __m512 first = _mm512_load_ps(values + i * kTokens), second = _mm512_load_ps(values + (i + 4) * kTokens);
+        const __m512 first = _mm512_load_ps(values + i * kTile), second = _mm512_load_ps(values + (i + 4) * kTile);
         const __m512i codes = _mm512_packs_epi32(_mm512_cvtps_epi32(_mm512_fmadd_ps(first, by, zero)),
                                                  _mm512_cvtps_epi32(_mm512_fmadd_ps(second, by, zero)));
         packed = _mm512_or_si512(_mm512_slli_epi16(packed, 4), _mm512_min_epi16(_mm512_max_epi16(codes, least), most));
@@ -226,7 +229,7 @@ inline __m512i word_of_codes(const float* values, __m512 by, __m512 zero, __m512
     return _mm512_shuffle_epi8(packed, turn);
 }
 
-// Codes of one tile of tokens, sixteen words turned into sixteen tokens' lines.
+// Codes of one tile of tokens, sixteen words turned into sixteen tokens' lines. `values` is (channels, 16 tokens).
 void write_codes(const Group& group, const float* values, int64_t tile, const float* inverse, const float* zero_point) {
     const Quantize& args = group.args;
     const int64_t words = args.channels / 8, row_bytes = args.channels / 2;
@@ -245,7 +248,7 @@ void write_codes(const Group& group, const float* values, int64_t tile, const fl
         for (int64_t w = 0; w < kTile; ++w) {
             lanes[w] = _mm512_setzero_si512();
             if (w >= width) continue;
-            lanes[w] = word_of_codes(values + (word + w) * 8 * kTokens + tile * kTile, by, zero, least, most);
+            lanes[w] = word_of_codes(values + (word + w) * 8 * kTile, by, zero, least, most);
             sum = _mm512_dpbusd_epi32(sum, _mm512_and_si512(lanes[w], nibbles), ones);
             sum = _mm512_dpbusd_epi32(sum, _mm512_and_si512(_mm512_srli_epi32(lanes[w], 4), nibbles), ones);
         }
@@ -271,9 +274,10 @@ void transform_group(const Group& group, uint16_t* rotated, float* values) {
         range.high[half] = _mm512_set1_ps(-__builtin_inff());
     }
     const auto rotated_values = [&](int64_t b) {
-        float* out = values + b * block * kTokens;
+        // The tiles apart: each is read through from end to end.
+        float* out = values + b * block * kTile;
         finish_block(group, product, [&](int64_t channel, int64_t half, __m512 value) {
-            _mm512_store_ps(out + channel * kTokens + half * kTile, value);
+            _mm512_store_ps(out + half * args.channels * kTile + channel * kTile, value);
             range.low[half] = _mm512_min_ps(range.low[half], value);
             range.high[half] = _mm512_max_ps(range.high[half], value);
         });
@@ -319,7 +323,9 @@ void transform_group(const Group& group, uint16_t* rotated, float* values) {
             args.zero_point[group.first + t] = grid.zero_point;
         }
     }
-    for (int64_t tile = 0; tile < group.tiles; ++tile) write_codes(group, values, tile, inverse, zero_point);
+    for (int64_t tile = 0; tile < group.tiles; ++tile) {
+        write_codes(group, values + tile * args.channels * kTile, tile, inverse, zero_point);
+    }
 }
 
 }  // namespace

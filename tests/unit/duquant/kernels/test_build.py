@@ -13,7 +13,7 @@ from duquant.errors import ConfigError, KernelUnavailableError
 from duquant.kernels import describe, dispatch, prepare_weight
 from duquant.kernels.cpu import build
 from duquant.kernels.cpu.library import library
-from duquant.kernels.reference import ReferenceBackend
+from duquant.kernels.onednn import OneDnnBackend
 from duquant.kernels.settings import BACKENDS, CACHE, CPU_ISA
 from duquant.kernels.types import PackedWeight
 
@@ -74,14 +74,14 @@ def test_source_that_does_not_compile_says_why(tiny: Path) -> None:
         build.library_path()
 
 
-def test_no_compiler_is_said_and_the_reference_is_taken(
+def test_no_compiler_is_said_and_onednn_is_taken(
     fresh_kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(dispatch, "_said", set())
     with caplog.at_level(logging.WARNING, "duquant"):
-        assert isinstance(prepare_weight([weight()]).backend, ReferenceBackend)
-        assert isinstance(prepare_weight([weight()]).backend, ReferenceBackend)
+        assert isinstance(prepare_weight([weight()]).backend, OneDnnBackend)
+        assert isinstance(prepare_weight([weight()]).backend, OneDnnBackend)
         dispatch.forget()
         prepare_weight([weight()])
     said = [record.getMessage() for record in caplog.records]
@@ -89,6 +89,19 @@ def test_no_compiler_is_said_and_the_reference_is_taken(
     row = next(row for row in describe() if row["backend"] == "cpu")
     assert not row["available"]
     assert "no C++ compiler" in row["reason"]
+
+
+def test_without_compiler_and_onednn_the_reference_is_taken(
+    fresh_kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(dispatch, "_said", set())
+    with caplog.at_level(logging.WARNING, "duquant"):
+        assert prepare_weight([weight()]).backend.name == "reference"
+    assert caplog.records[1].getMessage() == (
+        "the onednn kernels are not used here: this torch is built without oneDNN"
+    )
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -118,7 +131,7 @@ def test_library_that_cannot_be_loaded_is_said(
 
 def test_backends_can_be_chosen(fresh_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(BACKENDS, "reference")
-    assert isinstance(prepare_weight([weight()]).backend, ReferenceBackend)
+    assert prepare_weight([weight()]).backend.name == "reference"
     row = next(row for row in describe() if row["backend"] == "cpu")
     assert (row["available"], row["reason"]) == (False, f"left out by {BACKENDS}")
     monkeypatch.setenv(BACKENDS, "fpga")

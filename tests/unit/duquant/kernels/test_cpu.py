@@ -18,6 +18,7 @@ from duquant.kernels import (
     transformed_linear,
 )
 from duquant.kernels.cpu import CpuBackend
+from duquant.kernels.onednn import OneDnnBackend
 from duquant.kernels.reference import ReferenceBackend
 from duquant.kernels.types import pack_pairs
 from duquant.quantizers.packing import pack
@@ -252,9 +253,21 @@ def test_words_are_not_copied_and_take_a_quarter_of_bfloat16() -> None:
 def test_weights_without_a_kernel_fall_to_the_reference(caplog: pytest.LogCaptureFixture) -> None:
     codes = torch.randint(-128, 128, (5, 64), dtype=torch.int8)
     W = PackedWeight(pack(codes, bits=8), torch.ones(5, 1), torch.zeros(5, 1), 64, 8)
-    assert isinstance(prepare_weight([W]).backend, ReferenceBackend)
-    with pytest.raises(KernelUnavailableError, match="8-bit"):
-        CpuBackend().prepare_weight([W])
+    assert prepare_weight([W]).backend.name == "reference"
+    for backend in (CpuBackend(), OneDnnBackend()):
+        with pytest.raises(KernelUnavailableError, match="8-bit"):
+            backend.prepare_weight([W])
+
+
+@pytest.mark.parametrize(("tokens", "rows", "channels"), [(1, 5, 64), (9, 12, 33), (40, 70, 136)])
+def test_onednn_has_every_bit_of_int64_products(tokens: int, rows: int, channels: int) -> None:
+    backend = OneDnnBackend()
+    W, codes = random_weight(rows, channels)
+    T = backend.prepare_transform(SiteTransform(), ActivationConfig(), CLIP)
+    q = backend.transform_quantize_pack(random(tokens, channels), T)
+    prepared, bias = backend.prepare_weight([W]), random(1, rows)[0]
+    assert torch.equal(int4_linear(q, prepared, bias=bias), by_int64(q, W, codes, bias))
+    assert torch.equal(backend.restore_weight(prepared), W.packed)
 
 
 def test_operands_of_two_backends_work_together() -> None:

@@ -80,7 +80,7 @@ def _moved_codes(kind: str, tokens: int, model: Model, device: torch.device) -> 
 
 
 def _attention_error(model: Model, batch: int, harness: Harness) -> tuple[float, float]:
-    """Return the error of attention over a cache, and the share of codes that our cache kernel rounds otherwise."""
+    """Return the largest error of attention, with and without sinks, and the share of codes rounded otherwise."""
     context = 333 if harness.is_gpu else 70
     quantizer = KVQuantizer(KVCacheConfig(bits=4, rotate=True), model.head_dim)
     shape = (batch, model.kv_heads, context, model.head_dim)
@@ -91,8 +91,11 @@ def _attention_error(model: Model, batch: int, harness: Harness) -> tuple[float,
     BACKEND.quantize_kv(states[0], quantizer, ours)
     moved = float((ours.packed != K.packed).double().mean())
     Q = torch.randn(batch, model.heads, 1, model.head_dim, generator=g, device=harness.device).bfloat16().float()
-    found, expected = (
-        backend.int4_kv_attention(Q, K, V, quantizer, scaling=model.head_dim**-0.5, mask=None)
-        for backend in (BACKEND, REFERENCE)
-    )
-    return relative_error(found, expected), moved
+    errors = []
+    for sinks in (None, (states[0][:, :, :4], states[1][:, :, :4])):
+        found, expected = (
+            backend.int4_kv_attention(Q, K, V, quantizer, scaling=model.head_dim**-0.5, mask=None, sinks=sinks)
+            for backend in (BACKEND, REFERENCE)
+        )
+        errors.append(relative_error(found, expected))
+    return max(errors), moved

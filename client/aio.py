@@ -17,7 +17,7 @@ import httpx
 
 from client import calls, wire
 from client.calls import Call
-from client.errors import BadInputError, WaitTimeoutError
+from client.errors import BadInputError, UnavailableError, WaitTimeoutError
 from client.models import Job
 
 T = TypeVar("T")
@@ -83,6 +83,25 @@ class AsyncClient:
                 if pause is None:
                     raise wire.api_error(answer)
             await asyncio.sleep(pause)
+
+    async def report(self, name: str) -> bytes:
+        """Fetch the report on an evaluation, a page of HTML, by the evaluation's id or its job's.
+
+        Raises:
+            ApiError: there is no such evaluation, or no report.
+            UnavailableError: the service or its object store does not answer.
+        """
+        try:
+            answer = await self._http.get(calls.evaluation_report(name))
+            if not answer.has_redirect_location:
+                raise wire.api_error(answer)
+            # The link holds all the rights it needs: the API key stays with the service.
+            async with httpx.AsyncClient(timeout=_READ_SECONDS) as store:
+                page = await store.get(answer.headers["Location"])
+            page.raise_for_status()
+        except httpx.HTTPError as error:
+            raise UnavailableError(f"the report cannot be fetched: {error or type(error).__name__}") from error
+        return page.content
 
     async def wait(self, job_id: str, *, timeout_s: float | None = None) -> Job:
         """Return a job when it has ended.

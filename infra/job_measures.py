@@ -11,9 +11,9 @@ from infra.database import read, write
 from infra.errors import CardOutdated
 from infra.fingerprints import evaluation_fingerprint
 from infra.ids import new_id
-from infra.job_model import CardRevision, Claim, Job, Measured
+from infra.job_model import CardRevision, Claim, Job, JobState, Measured
 from infra.job_results import UNKNOWN_DEVICE, charge_usage
-from infra.job_rows import JobRows
+from infra.job_rows import JobRows, state_is
 from infra.schema import artifacts, evaluations, jobs
 
 
@@ -143,14 +143,21 @@ class JobMeasures(JobRows):
     def measured_on(self, job: Job, artifact_job_id: str) -> Sequence[WithBaseline]:
         """Return what was measured on what a job made, newest first: for its model card.
 
-        What is complete counts, and what the job that asks has measured, which is about to be. A card is only sound if
-        the artifact was read before: what is added in between then shows the card to be an old one.
+        What is complete counts, what the job that asks has measured, which is about to be, and the parts that were done
+        before a job failed. A card is only sound if the artifact was read before: what is added in between then shows
+        the card to be an old one.
         """
         query = (
             select(evaluations, jobs.c.spec)
             .join(jobs, jobs.c.id == evaluations.c.job_id)
             .where(evaluations.c.tenant_id == job.tenant_id, evaluations.c.artifact_job_id == artifact_job_id)
-            .where(or_(evaluations.c.is_complete == 1, evaluations.c.job_id == job.id))
+            .where(
+                or_(
+                    evaluations.c.is_complete == 1,
+                    evaluations.c.job_id == job.id,
+                    state_is(JobState.FAILED),
+                )
+            )
             .order_by(evaluations.c.created_at.desc(), evaluations.c.id.desc())
         )
         with read(self._engine) as connection:
@@ -178,6 +185,17 @@ class JobMeasures(JobRows):
             .order_by(evaluations.c.created_at, evaluations.c.id)
         )
         return {row["fingerprint"]: Evaluation.from_row(row) for row in connection.execute(query).mappings()}
+
+    def put_card(self, claim: Claim, card: CardRevision) -> None:
+        """Make a stored model card the artifact's, with what a job has measured before it fails.
+
+        Raises:
+            LeaseLost: the claim is stale.
+            CardOutdated: the artifact has got another card since this one was made; nothing was written.
+        """
+        with write(self._engine) as connection:
+            self._held(connection, claim)
+            self._swing_card(connection, card)
 
     def _swing_card(self, connection: Connection, card: CardRevision) -> None:
         """Make a stored model card the artifact's, unless the artifact was deleted meanwhile.

@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+import structlog
+
 from duquant.errors import DuQuantError
 from infra.artifact_keys import ArtifactKeys
 from infra.errors import CardOutdated, JobNotFound, TransientError
@@ -10,6 +12,8 @@ from infra.jobs import CardRevision, Job, JobState
 from workers.cards import put_card, results_of
 from workers.endings import JobFailed
 from workers.measuring import MeasuringRun, Target
+
+log = structlog.stdlib.get_logger(__name__)
 
 _MOST_CARDS = 20
 """Cards made for one evaluation: each but the last was overtaken by another evaluation of the artifact."""
@@ -24,7 +28,11 @@ class EvaluationRun(MeasuringRun):
             target = self._target()
         except DuQuantError as err:
             raise JobFailed("bad_input", str(err)) from err
-        measured = self._measured(target)
+        try:
+            measured = self._measured(target)
+        except JobFailed:
+            self._card_of_what_is_done(target)
+            raise
         return {
             "artifact_job_id": target.artifact_job_id,
             "metrics": dict(measured.metrics),
@@ -41,6 +49,23 @@ class EvaluationRun(MeasuringRun):
             except CardOutdated:
                 continue
         raise TransientError("the artifact's model card changes faster than it can be made anew")
+
+    def _card_of_what_is_done(self, target: Target) -> None:
+        """Put the numbers of the parts before the one that failed on the model card."""
+        known = self._store.measured_before(self._claim.job, target.fingerprint)
+        if known is None or not known.metrics:
+            return
+        for attempt in range(1, _MOST_CARDS + 1):
+            try:
+                card = self._card(attempt)
+                if card is not None:
+                    self._store.put_card(self._claim, card)
+            except CardOutdated:
+                continue
+            except TransientError as err:
+                # How the job ended matters more than its card; a retry makes another.
+                log.warning("card_not_made", error=str(err))
+            return
 
     def _target(self) -> Target:
         job = self._claim.job

@@ -1,5 +1,6 @@
 """Evaluations and quality gates over HTTP: what is asked for, what is refused, what is shown."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
+from client.aio import AsyncClient
+from client.errors import ApiError
 from infra.artifact_keys import report_key
 from infra.jobs import Measured
 
@@ -105,6 +108,14 @@ def test_a_report_is_behind_a_link_that_needs_no_key(service: Any, cli: Any, tmp
     out = tmp_path / "page.html"
     status, _, err = cli("evaluation", "report", job["id"], "--out", str(out))
     assert (status, out.read_bytes()) == (0, page.content), err
+
+    async def fetch() -> bytes:
+        async with AsyncClient(service.url, service.token) as client:
+            with pytest.raises(ApiError):
+                await client.report("eval_nope")
+            return await client.report(job["id"])
+
+    assert asyncio.run(fetch()) == page.content
 
 
 @pytest.mark.parametrize("name", ["nope", "eval_" + "z" * 80, "EVAL_1", "eval_%00", "job_1/../2"])

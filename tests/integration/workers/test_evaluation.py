@@ -1,5 +1,6 @@
 """Evaluate jobs through the dispatcher, with real storage, a real database and a real (tiny) model."""
 
+import functools
 import json
 import threading
 import time
@@ -9,7 +10,9 @@ import pytest
 
 from duquant.artifact import read_manifest, verify
 from duquant.config import TextSource
+from duquant.evaluation import speed as speed_module
 from duquant.evaluation.perplexity import evaluate
+from duquant.evaluation.timing import ceilings
 from infra.artifact_keys import ArtifactKeys
 from infra.evaluations import EvaluationStore
 from infra.jobs import JobState
@@ -191,6 +194,42 @@ def test_evaluations_that_end_at_once_are_all_on_the_card_and_the_newest_of_each
     rows = EvaluationStore(side.engine).page("default", limit=9)
     newest, _ = (row.id for row in rows if row.metrics["windows"] == 1)
     assert newest in {result["id"] for result in results}
+
+
+def test_parts_done_before_one_that_fails_are_on_the_card(side, pull, tmp_path, model_root):
+    (model_root / "broken.yaml").write_text("task: broken\n")
+    side.submit()
+    made = side.run_one()
+    side.submit_evaluation(made, windows=1, tasks=[{**QUIZ, "name": "broken.yaml"}])
+    failed = side.run_one()
+    assert failed.state is JobState.FAILED
+    folder = pull(made, tmp_path / "failed")
+    assert verify(folder).ok
+    (result,) = read_manifest(folder).evaluation["results"]
+    assert result["perplexity"] > 1
+    assert "tasks" not in result
+    # They stay when another evaluation ends.
+    side.submit_evaluation(made, windows=2)
+    side.run_one()
+    results = read_manifest(pull(made, tmp_path / "after")).evaluation["results"]
+    assert sorted(each["windows"] for each in results) == [1, 2]
+
+
+def test_the_kernel_benchmark_is_a_part_like_others(side, pull, tmp_path, monkeypatch):
+    # Big copies and products take seconds, and say nothing here.
+    monkeypatch.setattr(speed_module, "ceilings", functools.partial(ceilings, copy_bytes=1 << 20, side=64))
+    monkeypatch.setitem(speed_module._FLUSH_BYTES, "cpu", 1 << 20)
+    side.submit()
+    made = side.run_one()
+    speed = {"prefill_tokens": 8, "decode_batches": [1], "context": 8, "seconds": 1.0}
+    side.submit_evaluation(made, text=..., speed=speed)
+    job = side.run_one()
+    assert job.state is JobState.SUCCEEDED, job.detail
+    assert job.result["parts"] == {"speed": {"state": "done"}}
+    measured = job.result["metrics"]["speed"]
+    assert measured["layer"][0]["times"][measured["artifact"]]["median_ms"] > 0
+    (result,) = read_manifest(pull(made, tmp_path / "artifact")).evaluation["results"]
+    assert result["speed"][0]["tokens_per_second"] > 0
 
 
 def test_a_part_that_fails_leaves_those_before_it_and_a_retry_goes_on_from_them(side, model_root):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from duquant import kernels
 from duquant.config import ActivationConfig, TransformConfig
+from duquant.evaluation.subjects import Load, model_call
 from duquant.evaluation.timing import ceilings, interleaved
 from duquant.kernels import LinearWeight, PackedWeight, PreparedTransform
 from duquant.kernels.cpu import CpuBackend
@@ -33,6 +34,7 @@ from duquant.transforms.site import SiteTransform, search_transform
 MODEL = "demo:smollm2-135m"
 TOKENS = (1, 4, 16, 64, 256)
 TRANSFORM_TOKENS = (1, 16, 256)
+DECODE_BATCHES = (16, 64)
 DTYPE = torch.bfloat16
 _CACHE_BYTES = 110_000_000
 
@@ -229,6 +231,7 @@ def whole_model(artifact: str | None, rounds: int) -> dict[str, Any]:
     result = {
         "model": MODEL,
         "context": prompt.shape[1],
+        "batches": [_decode_batch(full, packed, batch, prompt.shape[1], rounds) for batch in DECODE_BATCHES],
         "decode": decode,
         "decode_speedup": round(decode["bfloat16"]["median_ms"] / decode["int4"]["median_ms"], 2),
         "decode_tokens_per_second": {name: round(1e3 / value["median_ms"], 1) for name, value in decode.items()},
@@ -238,6 +241,21 @@ def whole_model(artifact: str | None, rounds: int) -> dict[str, Any]:
     }
     print(f"model: decode {result['decode_speedup']}x, prefill {result['prefill_speedup']}x", flush=True)
     return result
+
+
+@torch.inference_mode()
+def _decode_batch(full: Any, packed: Any, batch: int, context: int, rounds: int) -> dict[str, Any]:
+    """One new token for each of `batch` sequences of random states."""
+    load = Load("decode", batch=batch, tokens=batch, context=context)
+    times = interleaved(
+        {"bfloat16": model_call(full, load), "int4": model_call(packed, load)}, rounds=max(3, rounds // 2), least_s=0.0
+    )
+    return {
+        "batch": batch,
+        "times": times,
+        "tokens_per_second": {name: round(batch / value["median_ms"] * 1e3, 1) for name, value in times.items()},
+        "speedup": round(times["bfloat16"]["median_ms"] / times["int4"]["median_ms"], 2),
+    }
 
 
 @torch.inference_mode()

@@ -126,6 +126,16 @@ def _model(model: dict[str, Any]) -> str:
                 f"{model['decode_speedup']:.2f}x",
                 "1.2 / 2",
             ),
+            *(
+                (
+                    f"decode of {row['batch']} sequences, tokens/s",
+                    f"{row['tokens_per_second']['bfloat16']}",
+                    f"{row['tokens_per_second']['int4']}",
+                    f"{row['speedup']:.2f}x",
+                    "",
+                )
+                for row in model.get("batches", ())
+            ),
             (
                 f"prefill of {model['context']} tokens, ms",
                 _ms(model["prefill"], "bfloat16"),

@@ -8,10 +8,6 @@
 
 #include <type_traits>
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
 namespace duquant {
 namespace {
 

@@ -14,6 +14,28 @@ inline float clamp(float value, float low, float high) {
     return value < high ? value : high;
 }
 
+// The smallest and the largest of some values, sixteen at a time.
+inline void range_of(const float* values, int64_t count, float& low, float& high) {
+    low = high = values[0];
+    int64_t i = 0;
+    if (count >= kLanes) {
+        Floats lows = load<Floats>(values), highs = lows;
+        for (i = kLanes; i + kLanes <= count; i += kLanes) {
+            const Floats each = load<Floats>(values + i);
+            lows = each < lows ? each : lows;
+            highs = each > highs ? each : highs;
+        }
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+            low = lows[lane] < low ? lows[lane] : low;
+            high = highs[lane] > high ? highs[lane] : high;
+        }
+    }
+    for (; i < count; ++i) {
+        low = values[i] < low ? values[i] : low;
+        high = values[i] > high ? values[i] : high;
+    }
+}
+
 }  // namespace
 
 void DUQUANT_NAMED(quantize_kv)(const KvRows& args, int64_t begin, int64_t end) {
@@ -25,11 +47,8 @@ void DUQUANT_NAMED(quantize_kv)(const KvRows& args, int64_t begin, int64_t end) 
         const int64_t at = place.batch * args.x_strides[0] + place.head * args.x_strides[1] + place.token * args.x_strides[2];
         read(args.x, at, dim, args.x_is_bfloat16, values);
         rotate(values, args.rotation, dim, rotated);
-        float low = rotated[0], high = rotated[0];
-        for (int64_t d = 1; d < dim; ++d) {
-            low = rotated[d] < low ? rotated[d] : low;
-            high = rotated[d] > high ? rotated[d] : high;
-        }
+        float low, high;
+        range_of(rotated, dim, low, high);
         low *= args.clip_ratio;
         high *= args.clip_ratio;
         const uint16_t low16 = to_float16(clamp(low, -kLargestFloat16, kLargestFloat16));

@@ -3,6 +3,10 @@
 
 #include <cstring>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include "floats.h"
 #include "kernels.h"
 
@@ -49,13 +53,22 @@ inline void write(void* to, int64_t at, int64_t count, bool is_bfloat16, const f
     }
 }
 
+// sum + a * b, in one rounding where the machine can.
+inline Floats fused(float a, const Floats& b, const Floats& sum) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps(_mm512_set1_ps(a), (__m512)b, (__m512)sum);
+#else
+    return sum + a * b;
+#endif
+}
+
 // Columns [first, first + kVectors * kLanes) of x R.
 template <int kVectors>
 inline void rotate_columns(const float* x, const float* rotation, int64_t dim, int64_t first, float* to) {
     Floats sums[kVectors] = {};
     for (int64_t k = 0; k < dim; ++k) {
         const float* row = rotation + k * dim + first;
-        for (int v = 0; v < kVectors; ++v) sums[v] += x[k] * load<Floats>(row + v * kLanes);
+        for (int v = 0; v < kVectors; ++v) sums[v] = fused(x[k], load<Floats>(row + v * kLanes), sums[v]);
     }
     for (int v = 0; v < kVectors; ++v) store(to + first + v * kLanes, sums[v]);
 }

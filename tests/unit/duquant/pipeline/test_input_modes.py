@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from duquant.artifact import verify
 from duquant.calibration.statistics import StatisticsRecorder, load_statistics
 from duquant.calibration.sweep import read_tokens, shard_windows
-from duquant.config import KVCacheConfig, LearningConfig, Recipe, WeightConfig
+from duquant.config import LearningConfig, Recipe, WeightConfig, preset
 from duquant.errors import ScratchError
 from duquant.inference import load
 from duquant.models.families import architecture_of
@@ -116,7 +116,7 @@ class Seen:
             row_stride=run.recipe.calibration.samples * run.recipe.calibration.seq_len // 48,
         )
         skeleton = run._skeleton
-        with skeleton.layer(layer, skeleton.load(run.source, layer)) as module, recorder.attached(module):
+        with skeleton.layer(layer, skeleton.load(run._model, layer)) as module, recorder.attached(module):
             for X in self.inputs(layer, shard):
                 skeleton.forward(module, X)
         return recorder.finish()
@@ -125,20 +125,35 @@ class Seen:
 FAMILIES = ("llama", "qwen2", "gemma3_text", "mixtral")
 
 
-@pytest.mark.parametrize(("model_type", "kv_bits"), [*((family, 4) for family in FAMILIES), ("llama", 16)])
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_statistics_are_those_of_the_artifact_s_own_layers(
-    tiny_model: Model, recipe: Recipe, tmp_path: Path, model_type: str, kv_bits: int
+    tiny_model: Model, recipe: Recipe, tmp_path: Path, model_type: str
 ) -> None:
-    kv_cache = KVCacheConfig(bits=16) if kv_bits == 16 else replace(recipe.kv_cache, sink_tokens=3)
-    chosen = replace(in_mode(recipe, "quantized"), kv_cache=kv_cache)
-    model = tiny_model(model_type)
-    out = tmp_path / "out"
+    kv_cache = replace(recipe.kv_cache, sink_tokens=3)
+    assert_statistics_of_artifact(tiny_model(model_type), replace(recipe, kv_cache=kv_cache), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gptq", "quarot", "spinquant", "atom"])
+def test_statistics_are_those_of_the_artifact_whatever_the_preset(
+    tiny_model: Model, recipe: Recipe, tmp_path: Path, name: str
+) -> None:
+    """16-bit activations and cache; symmetric grids; a rotated residual stream; outlier channels and groups."""
+    learning = LearningConfig(samples=2, seq_len=16, epochs=1)
+    chosen = replace(preset(name), calibration=recipe.calibration, learning=learning)
+    if chosen.outlier_channels:
+        chosen = replace(chosen, outlier_channels=16)  # the model has 64
+    assert_statistics_of_artifact(tiny_model(), chosen, tmp_path)
+
+
+def assert_statistics_of_artifact(model: Path, recipe: Recipe, folder: Path) -> None:
+    """Compare what layer 1 was quantized from with what the artifact's layer 0 gives."""
+    chosen, out = in_mode(recipe, "quantized"), folder / "out"
     quantize_model(str(model), out, chosen, device="cpu")
-    run = ModelRun(model, chosen, tmp_path / "work", device=CPU)
-    (tmp_path / "steps").mkdir()
+    run = ModelRun(model, chosen, folder / "work", device=CPU)
+    (folder / "steps").mkdir()
     for step in run.steps():
-        run.do(step.id, tmp_path / "steps")
-    assert shards_of(tmp_path / "steps") == shards_of(out)
+        run.do(step.id, folder / "steps")
+    assert shards_of(folder / "steps") == shards_of(out)
     seen = Seen(run, out)
     for shard in range(run.shards):
         recorded = load_statistics(run.work.statistics(1, shard), CPU)

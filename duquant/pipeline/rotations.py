@@ -236,7 +236,7 @@ class _Learner:
             while inputs:
                 X = inputs.pop().requires_grad_()
                 with self._layer(len(inputs)) as run:
-                    run(X).backward(gradient)
+                    run(X).backward(gradient)  # type: ignore[no-untyped-call]  # torch's
                 assert X.grad is not None
                 gradient = X.grad
         return float(loss.detach())

@@ -4,11 +4,12 @@
     python docs/generate.py --check    # say what is out of date, exit code 1
     python docs/generate.py --break    # write openapi.json also when it breaks clients of the one before
 
-Field descriptions are read from the docstrings under the fields in duquant/config.py and the settings classes, the
+Field descriptions are read from the docstrings under the fields in duquant/config and the settings classes, the
 same text that the OpenAPI schema shows.
 """
 
 import ast
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from pydantic import SecretStr
 from service_results import PAGE as SERVICE_PAGE
 from service_results import page as service_page
 
+from duquant import config
 from duquant.config import DEFAULT_PRESET, PRESETS
 from service.app import create_app
 from service.catalogue import CATALOGUE
@@ -61,6 +63,11 @@ _SETTINGS = (
     ("`python -m infra.gc`", "infra/gc.py", ("GcSettings",)),
 )
 _OTHER_SECTIONS = {"transform", "learning", "weight", "activation", "kv_cache", "calibration", "source"}
+
+
+def config_source(class_name: str) -> Path:
+    """Return the file that a part of a recipe is defined in."""
+    return Path(inspect.getfile(getattr(config, class_name)))
 
 
 def documented_fields(path: Path, class_name: str) -> list[tuple[str, str, str, str]]:
@@ -111,7 +118,7 @@ def config_page() -> str:
         lines.append(f"| `{name}`{' (default)' if name == DEFAULT_PRESET else ''} | {summary} |")
     lines += ["", "## Recipe fields", "", "| field | type | default | meaning |", "| --- | --- | --- | --- |"]
     for class_name, prefix in _RECIPE:
-        for name, kind, default, text in documented_fields(REPOSITORY / "duquant" / "config.py", class_name):
+        for name, kind, default, text in documented_fields(config_source(class_name), class_name):
             if name not in _OTHER_SECTIONS:
                 lines.append(f"| `{prefix}{name}` | `{kind}` | {default} | {text} |")
     lines += [

@@ -100,7 +100,7 @@ class StatisticsRecorder:
     def add(self, site: str, X: Float[Tensor, "batch seq channels"]) -> None:
         """Add one micro-batch of a site's inputs."""
         rows = X.reshape(-1, X.shape[-1])
-        for block in rows.split(_block_rows(rows)):
+        for block in torch.split(rows, _block_rows(rows)):
             # Not aminmax: over the first axis it is five times slower than this.
             absmax = block.abs().amax(0).float()
             known = self._absmax.get(site)

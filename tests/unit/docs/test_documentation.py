@@ -67,7 +67,7 @@ def test_the_configuration_page_has_every_recipe_field_and_preset(generate):
 
 def test_every_recipe_field_has_a_docstring(generate):
     for class_name, _ in generate._RECIPE:
-        documented = {name for name, *_ in generate.documented_fields(Path(config.__file__), class_name)}
+        documented = {name for name, *_ in generate.documented_fields(generate.config_source(class_name), class_name)}
         assert documented == {item.name for item in fields(getattr(config, class_name))}, class_name
 
 

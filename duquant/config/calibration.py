@@ -1,0 +1,120 @@
+"""Calibration and learning: which text, how much of it, and how it is cut for the work."""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, ClassVar, Literal, get_args
+
+from duquant.config.checks import LATER, STRICT_FIELDS, check_choice, check_range
+from duquant.errors import ConfigError
+
+
+def even_ranges(count: int, parts: int) -> list[range]:
+    """Cut range(count) into parts, at most `count` of them; the first get one more when there is a remainder.
+
+    >>> even_ranges(5, 2)
+    [range(0, 3), range(3, 5)]
+    """
+    parts = min(parts, count)
+    base, extra = divmod(count, parts)
+    edges = [index * base + min(index, extra) for index in range(parts + 1)]
+    return [range(first, last) for first, last in pairwise(edges)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextSource:
+    """Where calibration or evaluation text comes from."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_FIELDS
+
+    kind: Literal["builtin", "file", "object", "hub", "random", "self"] = "builtin"
+    """builtin: text that ships with Python; file: a text or JSONL file; object: a key in the object store;
+    hub: a Hugging Face data set; random: uniformly random tokens; self: sampled from the model itself."""
+    name: str = "pydoc-topics"
+    """The built-in text's name, the file's path, the object's key, or the data set's name; unused for the rest."""
+    part: Literal["all", "calibration", "evaluation"] = "all"
+    """The whole text, or one of its two disjoint halves (cut at a line end)."""
+    config: str | None = None
+    """The hub data set's configuration, for example wikitext-2-raw-v1."""
+    split: str = "train"
+    """The hub data set's split."""
+    text_field: str = "text"
+    """The field that holds the text in JSONL files and hub data sets."""
+
+    def __post_init__(self) -> None:
+        kinds = get_args(TextSource.__dataclass_fields__["kind"].type)
+        check_choice("source", "kind", self.kind, kinds)
+        check_choice("source", "part", self.part, ("all", "calibration", "evaluation"))
+        if self.kind in ("builtin", "file", "object", "hub") and not self.name:
+            raise ConfigError(f"source.name is empty; a {self.kind} source needs one", field="source.name")
+        if self.kind == "builtin" and self.name != "pydoc-topics":
+            raise ConfigError(f"source.name is {self.name!r}; the built-in text is pydoc-topics", field="source.name")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationConfig:
+    """The text that the statistics come from, and how it is cut for the work.
+
+    Floating-point sums depend on how they are split, so `shards` and `micro_batch` are part of the recipe: any number
+    of workers then gives the same bytes.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_FIELDS
+
+    source: TextSource = field(default_factory=lambda: TextSource(part="calibration"))
+    """The calibration text."""
+    samples: int = 32
+    """Windows of seq_len tokens."""
+    seq_len: int = 2048
+    """Tokens in a window."""
+    shards: int = 4
+    """Independent groups of windows, which layers are run over in parallel."""
+    micro_batch: int = 1
+    """Windows in one forward pass."""
+    search_tokens: int = 1024
+    """Tokens per site, evenly spread, that rotation and permutation are searched on."""
+    moment_tokens: int = 16384
+    """Tokens per site, evenly spread, that second moments are summed over, where the recipe needs them."""
+
+    def __post_init__(self) -> None:
+        check_range("calibration", "samples", self.samples, 1, 65536)
+        check_range("calibration", "seq_len", self.seq_len, 8, 131072)
+        check_range("calibration", "shards", self.shards, 1, 1024)
+        check_range("calibration", "micro_batch", self.micro_batch, 1, 1024)
+        check_range("calibration", "search_tokens", self.search_tokens, 16, 1048576)
+        check_range("calibration", "moment_tokens", self.moment_tokens, 16, 16777216)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LearningConfig:
+    """The budget of what is learned by gradients.
+
+    weight.clip=learned and transform.smooth_learned: by AdamW, layer by layer; the loss is the squared distance between
+    the outputs of the quantized layer and of the unquantized one. transform.residual_rotation=learned: by Cayley SGD;
+    the loss is the cross-entropy of the next token, activations and KV cache rounded, weights in 16 bits.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_FIELDS
+
+    samples: int = 16
+    """Calibration windows that are learned on, evenly spread; each is one step of an epoch."""
+    seq_len: int = 512
+    """Tokens of each, its first ones."""
+    epochs: int = 6
+    """Most times that the samples are gone through."""
+    patience: int = 2
+    """Epochs without a smaller loss after which learning stops early. The best epoch's values are kept."""
+    clip_rate: float = 0.1
+    """Learning rate of the clips."""
+    smooth_rate: float = 0.005
+    """Learning rate of the smoothing scales' logarithms."""
+    rotation_rate: float = field(default=1.5, metadata=LATER)
+    """Learning rate of the rotations; it falls to zero linearly."""
+
+    def __post_init__(self) -> None:
+        check_range("learning", "samples", self.samples, 1, 65536)
+        check_range("learning", "seq_len", self.seq_len, 8, 131072)
+        check_range("learning", "epochs", self.epochs, 1, 1000)
+        check_range("learning", "patience", self.patience, 1, 1000)
+        check_range("learning", "clip_rate", self.clip_rate, 1e-6, 1.0)
+        check_range("learning", "smooth_rate", self.smooth_rate, 1e-6, 1.0)
+        check_range("learning", "rotation_rate", self.rotation_rate, 1e-6, 1000.0)

@@ -89,7 +89,7 @@ def quantize(
     """Quantize a model into a packed checkpoint."""
     source = None if calibration is None else parse_text(calibration, default_part="calibration")
     chosen = with_calibration(load_recipe(recipe), source=source, samples=samples, seq_len=seq_len)
-    modes = {"input_mode": input_mode, "refine_passes": refine_passes}
+    modes: dict[str, Any] = {"input_mode": input_mode, "refine_passes": refine_passes}
     chosen = replace(chosen, **{name: value for name, value in modes.items() if value is not None})
     _check_out(out, force=force)
     # After the checks: importing torch takes seconds, and a typing error should not cost them.

@@ -1,6 +1,6 @@
 """What a step that makes a shard tells of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,3 +29,29 @@ class ShardOutcome:
     def from_dict(cls, values: Mapping[str, Any]) -> "ShardOutcome":
         """Undo `to_dict`."""
         return cls(**{**values, "shard": ShardInfo.from_dict(values["shard"])})
+
+
+def summary_of(outcomes: Sequence[ShardOutcome]) -> dict[str, Any]:
+    """Return the sizes of the artifact that these shards are."""
+    size = sum(outcome.shard.size_bytes for outcome in outcomes)
+    source_bytes = sum(outcome.source_bytes for outcome in outcomes)
+    weights = sum(outcome.quantized_weights for outcome in outcomes)
+    packed_bytes = sum(outcome.shard.tensor_bytes for outcome in outcomes if outcome.layer >= 0)
+    return {
+        "size_bytes": size,
+        "source_bytes": source_bytes,
+        "size_ratio": round(size / source_bytes, 4),
+        "quantized_weights": weights,
+        "bits_per_weight": round(8 * packed_bytes / weights, 4) if weights else 16.0,
+    }
+
+
+def report_of(outcomes: Sequence[ShardOutcome]) -> dict[str, Any]:
+    """Return how the layers fared; what the extra shard tells is of the whole model."""
+    report: dict[str, Any] = {
+        "layers": {str(outcome.layer): outcome.metrics for outcome in outcomes if outcome.layer >= 0}
+    }
+    for outcome in outcomes:
+        if outcome.layer < 0:
+            report.update(outcome.metrics)
+    return report

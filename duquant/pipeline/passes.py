@@ -3,7 +3,6 @@
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal
 
 from duquant.pipeline.steps import Found, Step, StepId, StepKind
 
@@ -52,7 +51,9 @@ class Pass:
         *,
         is_last: bool,
     ) -> None:
-        self._index, self._stages, self._shards, self._found = index, stages, shards, found
+        self._index, self._stages, self._shards = index, stages, shards
+        self._statistics = found.statistics
+        self._boundaries, self._chains = _by_shard(found.boundaries), _by_shard(found.chains)
         self._wanted = wanted
         self._quantizes: StepKind = "quantize" if is_last else "draft"
         # Text cannot be run through a layer that is neither there nor made.
@@ -81,17 +82,17 @@ class Pass:
                 self._follow(stage, shard, planned)
         for stage in self._stages:
             for layer in (layer for layer in stage if layer in self._wanted):
-                recorder: Literal["sweep", "observe"] = "sweep" if layer == stage.start else "observe"
-                recorded = (self._id(recorder, layer, shard) for shard in range(self._shards))
+                records: StepKind = "sweep" if layer == stage.start else "observe"
+                recorded = (self._id(records, layer, shard) for shard in range(self._shards))
                 self._add(self._id(self._quantizes, layer), recorded)
         return [Step(step, self._needs[step]) for step in sorted(self._needs, key=self._place)]
 
     def _way(self, stage: range, shard: int) -> _Way | None:
         """Return a shard's way through a stage; None when all statistics that are wanted are there."""
-        unknown = [layer for layer in stage if layer in self._wanted and (layer, shard) not in self._found.statistics]
+        unknown = [layer for layer in stage if layer in self._wanted and (layer, shard) not in self._statistics]
         if not unknown:
             return None
-        there = (layer for layer, s in self._found.chains if s == shard and stage.start < layer <= unknown[0])
+        there = (layer for layer in self._chains.get(shard, ()) if stage.start < layer <= unknown[0])
         return _Way(max(there, default=stage.start), unknown[-1], frozenset(unknown))
 
     def _reach(self, stage: range, shard: int) -> None:
@@ -100,7 +101,7 @@ class Pass:
         start = stage.start
         if way is None or way.first != start:
             return
-        origin = max((layer for layer, s in self._found.boundaries if s == shard and layer <= start), default=-1)
+        origin = max((layer for layer in self._boundaries.get(shard, ()) if layer <= start), default=-1)
         if origin < 0:
             self._needs[self._id("embed", shard=shard)] = (StepId("tokenize"),)
         for layer in range(max(origin, 0), start + (start in way.unknown)):
@@ -148,3 +149,11 @@ class Pass:
         depth = next((layer - stage.start for stage in self._stages if step.layer in stage), 0)
         kinds = ("embed", "sweep", "propagate", "observe", "draft", "quantize")
         return (0 if step.kind == "sweep" else depth, layer, kinds.index(step.kind), step.shard)
+
+
+def _by_shard(pairs: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
+    """Return the layers of (layer, shard) pairs by shard."""
+    found: dict[int, list[int]] = {}
+    for layer, shard in pairs:
+        found.setdefault(shard, []).append(layer)
+    return found

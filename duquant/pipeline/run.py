@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ from duquant.models.tensor_files import copy_file, hash_tensors, save_tensors
 from duquant.pipeline.folds import LayerShape
 from duquant.pipeline.layer import QuantizedLayer, quantize_layer
 from duquant.pipeline.learning import LayerSamples
-from duquant.pipeline.outcome import ShardOutcome
+from duquant.pipeline.outcome import ShardOutcome, report_of, summary_of
 from duquant.pipeline.plan import plan
 from duquant.pipeline.propagate import propagate_layer
 from duquant.pipeline.rotations import rotate_first, write_rotations
@@ -180,14 +179,17 @@ class ModelRun:
         embed_shard(self._model, self._skeleton, self.recipe, self._work(pass_index), shard)
 
     def sweep(self, layer: int, shard: int, pass_index: int = 0) -> None:
-        """Run one layer over one shard of unquantized inputs."""
+        """Run one layer over one shard of unquantized inputs, then delete them unless a chain starts from them."""
         work = self._work(pass_index)
         sweep_layer(self._model, self._skeleton, self.recipe, work, layer, shard)
-        if not self._is_propagated(layer, pass_index):
-            work.boundary(layer, shard).unlink(missing_ok=True)  # no later step reads it
+        if layer != self._stage(layer, pass_index).start or not self._is_propagated(layer, pass_index):
+            work.boundary(layer, shard).unlink(missing_ok=True)
 
     def observe(self, layer: int, shard: int, pass_index: int = 0) -> None:
-        """Record the statistics of one layer over one shard of inputs behind quantized layers."""
+        """Record the statistics of one layer over one shard of inputs behind quantized layers.
+
+        The last layer's inputs are then deleted; the others are to be propagated.
+        """
         work = self._work(pass_index)
         observe_layer(self._model, self._skeleton, self.recipe, work, layer, shard)
         if not self._is_propagated(layer, pass_index):
@@ -310,21 +312,6 @@ class ModelRun:
         """Write the small files into `out`; return the manifest, which the caller writes last."""
         ordered = sorted(outcomes, key=lambda outcome: outcome.layer)
         digest = hashlib.sha256("".join(outcome.source_sha256 for outcome in ordered).encode()).hexdigest()
-        size = sum(outcome.shard.size_bytes for outcome in ordered)
-        source_bytes = sum(outcome.source_bytes for outcome in ordered)
-        weights = sum(outcome.quantized_weights for outcome in ordered)
-        packed_bytes = sum(outcome.shard.tensor_bytes for outcome in ordered if outcome.layer >= 0)
-        summary = {
-            "size_bytes": size,
-            "source_bytes": source_bytes,
-            "size_ratio": round(size / source_bytes, 4),
-            "quantized_weights": weights,
-            "bits_per_weight": round(8 * packed_bytes / weights, 4) if weights else 16.0,
-        }
-        report: dict[str, Any] = {
-            "layers": {str(outcome.layer): outcome.metrics for outcome in ordered if outcome.layer >= 0}
-        }
-        report.update(ordered[0].metrics)  # of the extra shard: how the rotations were learned
         return write_small_files(
             out,
             self.source,
@@ -332,7 +319,7 @@ class ModelRun:
             [outcome.shard for outcome in ordered],
             source_name=name,
             source_sha256=digest,
-            summary=summary,
-            report=report,
+            summary=summary_of(ordered),
+            report=report_of(ordered),
             is_rotated=self.recipe.transform.rotates_residual,
         )

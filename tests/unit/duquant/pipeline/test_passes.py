@@ -37,7 +37,8 @@ class Disk:
                 self.files.add(("boundary", index, 0, shard))
             case "sweep":
                 given = ("boundary", *given[1:])
-                self.record(given, behind=layer + 1 in stage, is_recorded=layer == stage.start)
+                is_start = layer == stage.start
+                self.record(given, behind=is_start and layer + 1 in stage, is_recorded=is_start)
                 if layer < stages[-1].start:
                     self.files.add(("boundary", index, layer + 1, shard))
             case "observe":

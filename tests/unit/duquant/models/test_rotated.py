@@ -29,7 +29,7 @@ def orthogonal(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen3_moe"])
 def test_every_layer_maps_rotated_inputs_to_rotated_outputs(tiny_model: Callable[..., Path], model_type: str) -> None:
-    """For every family, with biases, fused linears, experts and their router. In float64, but for transformers' norms."""
+    """Every family: biases, fused linears, experts and their router. In float64, but for transformers' norms."""
     source = SourceCheckpoint(tiny_model(model_type))
     skeleton = Skeleton(source, CPU, dtype=torch.float64)
     R1, R2 = orthogonal(64), orthogonal(skeleton.head_dim)

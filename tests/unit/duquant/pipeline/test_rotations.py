@@ -169,7 +169,10 @@ def test_a_loss_that_is_not_finite_restores_the_best_and_says_so(
 def test_a_loss_that_is_not_finite_at_the_start_is_an_error(
     make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Skeleton, "embed", lambda _self, tokens, _table: torch.full((*tokens.shape, 64), torch.inf).bfloat16())
+    def infinite(_self: Skeleton, tokens: torch.Tensor, _table: torch.Tensor) -> torch.Tensor:
+        return torch.full((*tokens.shape, 64), torch.inf).bfloat16()
+
+    monkeypatch.setattr(Skeleton, "embed", infinite)
     with pytest.raises(CalibrationError, match="loss is nan before any rotation is learned"):
         make_case().learn()
 

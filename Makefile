@@ -66,7 +66,7 @@ bench-queue: $(VENV)/.dev ## measure claims and endings of jobs on both database
 	$(BIN)/python benchmarks/job_store.py
 
 bench-kernels: $(VENV)/.demo ## measure the CPU kernels beside torch's: benchmarks/results/kernels-cpu.json
-	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/cpu_kernels.py
 
 bench-gpu: ## check and measure the GPU kernels: benchmarks/results/gpu.json; PYTHON needs torch with CUDA, not .venv
 	$(PYTHON) benchmarks/gpu.py

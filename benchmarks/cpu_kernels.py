@@ -1,7 +1,7 @@
 """The CPU kernels beside torch's own, checked before they are timed, with the machine's ceilings from the same run.
 
-    python benchmarks/kernels.py                                  # makes benchmarks/results/kernels-cpu.json
-    python benchmarks/kernels.py --rounds 3 --size 1024 --out -   # a quick look
+    python benchmarks/cpu_kernels.py                                  # makes benchmarks/results/kernels-cpu.json
+    python benchmarks/cpu_kernels.py --rounds 3 --size 1024 --out -   # a quick look
 
 Every contender runs once in each round, in turn, so that what slows the machine down slows all of them. Weights are as
 many copies as do not fit the last-level cache: a model's next layer is never in it. One thread.
@@ -45,7 +45,7 @@ def main() -> None:
     torch.manual_seed(0)
     result: dict[str, Any] = {
         **describe(),
-        "command": shlex.join(["python", "benchmarks/kernels.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/cpu_kernels.py", *sys.argv[1:]]),
         "threads": arguments.threads,
         "rounds": arguments.rounds,
         "instruction_set": library().isa,

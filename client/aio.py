@@ -100,7 +100,7 @@ class AsyncClient:
                 page = await store.get(answer.headers["Location"])
             page.raise_for_status()
         except httpx.HTTPError as error:
-            raise UnavailableError(f"the report cannot be fetched: {error or type(error).__name__}") from error
+            raise UnavailableError(f"the report cannot be fetched: {str(error) or type(error).__name__}") from error
         return page.content
 
     async def wait(self, job_id: str, *, timeout_s: float | None = None) -> Job:

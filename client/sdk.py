@@ -259,7 +259,7 @@ class Client:
             page = httpx.get(answer.headers["Location"], timeout=_READ_SECONDS)
             page.raise_for_status()
         except httpx.HTTPError as error:
-            raise UnavailableError(f"the report cannot be fetched: {error or type(error).__name__}") from error
+            raise UnavailableError(f"the report cannot be fetched: {str(error) or type(error).__name__}") from error
         return page.content
 
     def _changes(self, job_id: str, deadline: float | None) -> Iterator[None]:
@@ -287,7 +287,9 @@ class Client:
                     raise wire.api_error(answer)
                 yield from sse.parse(_until(deadline, answer.iter_lines()))
         except (httpx.HTTPError, ValueError) as error:
-            raise UnavailableError(f"the event stream of {self.url} broke: {error or type(error).__name__}") from error
+            raise UnavailableError(
+                f"the event stream of {self.url} broke: {str(error) or type(error).__name__}"
+            ) from error
 
 
 def _until(deadline: float | None, lines: Iterator[str]) -> Iterator[str]:

@@ -99,7 +99,7 @@ def unsent(url: str, error: Exception) -> ClientError:
     if isinstance(error, httpx.ConnectError):
         return UnavailableError(f"cannot reach {url}: {error}; is `duquant up` running?")
     if isinstance(error, httpx.HTTPError):
-        return UnavailableError(f"{url} did not answer: {error or type(error).__name__}")
+        return UnavailableError(f"{url} did not answer: {str(error) or type(error).__name__}")
     return BadInputError(f"this cannot be sent as JSON: {error}")
 
 

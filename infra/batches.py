@@ -195,6 +195,7 @@ class BatchStore:
         query = query.order_by(jobs.c.kind, jobs.c.id).limit(_AT_ONCE)
         while True:
             with transaction(self._engine), write(self._engine) as connection:
+                _take_turns(connection, tenant_id)
                 ids = connection.execute(query).scalars().all()
                 for job_id in ids:
                     with contextlib.suppress(JobConflict):  # it has ended meanwhile

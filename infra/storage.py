@@ -4,9 +4,9 @@ import base64
 import contextlib
 import functools
 import hashlib
-import os
 import re
 import threading
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -250,9 +250,9 @@ class ObjectStore:
         Raises:
             ObjectNotFound: no such object.
             ChecksumMismatch: the bytes are damaged; `path` is untouched.
-            InfraError: the file cannot be written.
+            InfraError: the file cannot be written; `__cause__` is the OSError.
         """
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
         digest = hashlib.sha256()
         size = 0
         try:

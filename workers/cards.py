@@ -58,12 +58,23 @@ def put_card(
     return manifest_key, revised
 
 
-def results_of(measured: Sequence[WithBaseline]) -> list[dict[str, Any]]:
-    """Return what a manifest says of evaluations: the newest of each fingerprint, newest first."""
-    newest: dict[str, WithBaseline] = {}
+def results_of(measured: Sequence[WithBaseline], *, whole: str | None = None) -> list[dict[str, Any]]:
+    """Return what a manifest says of evaluations: of each fingerprint the newest that is whole, else the newest.
+
+    Args:
+        measured: Newest first.
+        whole: The job whose evaluation is about to be complete.
+    """
+    best: dict[str, WithBaseline] = {}
     for each in measured:
-        newest.setdefault(each.evaluation.fingerprint, each)
-    return [_result(each) for each in newest.values()]
+        known = best.setdefault(each.evaluation.fingerprint, each)
+        if not _is_whole(known, whole) and _is_whole(each, whole):
+            best[each.evaluation.fingerprint] = each
+    return [_result(each) for each in best.values()]
+
+
+def _is_whole(measured: WithBaseline, whole: str | None) -> bool:
+    return bool(measured.evaluation.is_complete) or measured.evaluation.job_id == whole
 
 
 def _result(measured: WithBaseline) -> dict[str, Any]:

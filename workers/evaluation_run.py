@@ -7,7 +7,7 @@ import structlog
 
 from duquant.errors import DuQuantError
 from infra.artifact_keys import ArtifactKeys
-from infra.errors import CardOutdated, JobNotFound, TransientError
+from infra.errors import CardOutdated, InfraError, JobNotFound, LeaseLost, TransientError
 from infra.jobs import CardRevision, Job, JobState
 from workers.cards import put_card, results_of
 from workers.endings import JobFailed
@@ -45,26 +45,31 @@ class EvaluationRun(MeasuringRun):
         """End the job well, with a model card that has its numbers and those of all others."""
         for attempt in range(1, _MOST_CARDS + 1):
             try:
-                return self._store.complete(self._claim, result, card=self._card(attempt))
+                return self._store.complete(self._claim, result, card=self._card(attempt, is_whole=True))
             except CardOutdated:
                 continue
         raise TransientError("the artifact's model card changes faster than it can be made anew")
 
     def _card_of_what_is_done(self, target: Target) -> None:
         """Put the numbers of the parts before the one that failed on the model card."""
-        known = self._store.measured_before(self._claim.job, target.fingerprint)
-        if known is None or not known.metrics:
-            return
+        try:
+            known = self._store.measured_before(self._claim.job, target.fingerprint)
+            if known is not None and known.metrics:
+                self._put_card()
+        except LeaseLost:
+            raise
+        except (InfraError, DuQuantError, OSError) as err:
+            # How the job ended matters more than its card; a retry makes another.
+            log.warning("card_not_made", error=str(err))
+
+    def _put_card(self) -> None:
         for attempt in range(1, _MOST_CARDS + 1):
             try:
-                card = self._card(attempt)
+                card = self._card(attempt, is_whole=False)
                 if card is not None:
                     self._store.put_card(self._claim, card)
             except CardOutdated:
                 continue
-            except TransientError as err:
-                # How the job ended matters more than its card; a retry makes another.
-                log.warning("card_not_made", error=str(err))
             return
 
     def _target(self) -> Target:
@@ -85,7 +90,7 @@ class EvaluationRun(MeasuringRun):
             raise JobFailed("bad_input", f"{artifact_job} is {made_by.state} and has no artifact")
         return ArtifactKeys(made_by.tenant_id, made_by.id).manifest
 
-    def _card(self, attempt: int) -> CardRevision | None:
+    def _card(self, attempt: int, *, is_whole: bool) -> CardRevision | None:
         """Store a card with what is measured by now; none where there is no artifact (any more)."""
         job = self._claim.job
         artifact_job = job.spec.get("artifact_job_id")
@@ -93,7 +98,8 @@ class EvaluationRun(MeasuringRun):
         if artifact is None:
             return None
         document = json.loads(self._storage.get_bytes(artifact.manifest_key))
-        results = results_of(self._store.measured_on(job, artifact.job_id))
+        own = job.id if is_whole else None
+        results = results_of(self._store.measured_on(job, artifact.job_id), whole=own)
         evaluation = {**document.get("evaluation", {}), "results": results}
         keys = ArtifactKeys(artifact.tenant_id, artifact.job_id)
         key, revised = put_card(self._storage, document, evaluation, keys=keys, claim=self._claim, attempt=attempt)

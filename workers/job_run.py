@@ -50,7 +50,7 @@ class JobRun(ClaimedRun):
         layers = run.source.layers
         self._store.progress(self._claim, phase="plan", done=0, total=run.quantizations)
         rows = self._store.plan(self._claim, [-1, *range(layers)])
-        self._rows = {row.layer: self._checked(row) for row in rows}
+        self._rows = {row.layer: self._checked(row, run) for row in rows}
         finished = frozenset(layer for layer, row in self._rows.items() if row.state == "done")
         total = run.quantizations
         self._drive(spec, run, Schedule(run.steps(finished)), total)
@@ -80,10 +80,12 @@ class JobRun(ClaimedRun):
         # For looking and for the small files: the dispatcher's machine need not have the workers' device.
         return ModelRun(path, recipe, spec.work_dir, device=torch.device("cpu"))
 
-    def _checked(self, row: LayerRow) -> LayerRow:
-        """Return a layer's row, reopened when its object is not what was committed."""
+    def _checked(self, row: LayerRow, run: ModelRun) -> LayerRow:
+        """Return a layer's row, reopened when its object is not what was committed or cannot go with the others."""
         if row.state != "done":
             return row
+        if run.has_lost_rotations:
+            return self._store.reopen_layer(self._claim, row.layer, "the rotations that it was folded with are gone")
         assert row.key is not None
         try:
             info = self._storage.head(row.key)

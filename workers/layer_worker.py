@@ -55,14 +55,16 @@ class LayerWorker:
         except TransientError as err:
             return Completion(task, error=str(err), kind="transient")
         except InfraError as err:
-            return Completion(task, error=str(err), kind="error")
+            local = err.__cause__  # a file that cannot be written is a matter of this machine's disk
+            return (
+                _disk_error(task, local)
+                if isinstance(local, OSError)
+                else Completion(task, error=str(err), kind="error")
+            )
         except torch.OutOfMemoryError as err:
             return Completion(task, error=f"out of device memory: {err}", kind="error")
         except OSError as err:
-            full = err.errno in (errno.ENOSPC, errno.EDQUOT)
-            what = "the disk is full" if full else (err.strerror or str(err))
-            kind = "scarce" if full else "transient"
-            return Completion(task, error=f"{what}: {err.filename or task.run.work_dir}", kind=kind)
+            return _disk_error(task, err)
 
     def _evaluate(self, task: EvaluationTask) -> dict[str, Any]:
         # The model that is measured needs the memory of the skeleton that is kept open.
@@ -109,3 +111,10 @@ class LayerWorker:
 def _device_name(setting: str) -> str:
     device = resolve_device(setting)
     return torch.cuda.get_device_name(device)[:_LONGEST_NAME] if device.type == "cuda" else device.type
+
+
+def _disk_error(task: Task | EvaluationTask, err: OSError) -> Completion[Any]:
+    full = err.errno in (errno.ENOSPC, errno.EDQUOT)
+    what = "the disk is full" if full else (err.strerror or str(err))
+    kind = "scarce" if full else "transient"
+    return Completion(task, error=f"{what}: {err.filename or task.run.work_dir}", kind=kind)

@@ -66,12 +66,17 @@ class Recipe:
                 "transform.smooth_learned is learned together with the clips: it takes weight.clip='learned'",
                 field="transform.smooth_learned",
             )
-
         if self.activation.group_size not in (None, self.weight.group_size):
             raise ConfigError(
                 f"activation.group_size is {self.activation.group_size}; it must be weight.group_size, "
                 f"{self.weight.group_size}, or null",
                 field="activation.group_size",
+            )
+        if self.transform.residual_rotation == "learned" and self.activation.bits == 16 and self.kv_cache.bits == 16:
+            raise ConfigError(
+                "transform.residual_rotation 'learned' learns from rounded activations or a rounded KV cache; both "
+                "have 16 bits",
+                field="transform.residual_rotation",
             )
         self._check_outliers()
 

@@ -191,6 +191,8 @@ def linear_bytes(packed: Any) -> dict[str, int | float]:
         for readers in module.readers if isinstance(module, SiteModule) else ():
             if (W := readers.joined) is not None:
                 tensors += [W.data, W.scale, W.zero_point, W.weight_sum]
+                if isinstance(W.state, Tensor):  # what a backend has made of the codes beside them
+                    tensors.append(W.state)
     # Linears are parts of the kernels' tensors: each piece of memory counts once.
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     held = sum(storages.values())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from duquant import kernels
-from duquant.config import ActivationConfig
+from duquant.config import ActivationConfig, Recipe
 from duquant.errors import KernelError, UnsupportedModelError
 from duquant.evaluation.contender_names import ARTIFACT, BFLOAT16, RTN
 from duquant.evaluation.contenders import Transforms, dense_twin, linear_bytes
@@ -111,7 +111,7 @@ class _Bench:
             _FLUSH_BYTES[self.loaded.device.type] // 4, dtype=torch.int32, device=self._model.device
         )
         self._dense_bytes = _dense_bytes(self._model)
-        if self._recipe is not None and self._recipe.activation.bits < 16:
+        if self._recipe is not None and _has_contenders(self._recipe):
             self._transforms = Transforms(self._model, self._recipe)
 
     @property
@@ -284,6 +284,12 @@ class _Bench:
     def _synchronize(self) -> None:
         if self.loaded.device.type == "cuda":
             torch.cuda.synchronize(self.loaded.device)
+
+
+def _has_contenders(recipe: Recipe) -> bool:
+    """Whether other transforms can take the places of an artifact's own: not where grids or codes go by channel."""
+    activation = recipe.activation
+    return activation.bits < 16 and activation.group_size is None and not recipe.outlier_channels
 
 
 def _check_site(kind: str, site: SiteModule, activation: ActivationConfig) -> float:

@@ -62,6 +62,8 @@ class DuQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
                 split_experts(layer, architecture.experts)
             for site in architecture.kept_sites(recipe.skip_linears, index):
                 pack_site(layer, site, recipe)
+        # Before accelerate wraps what a model on several devices runs.
+        use_norm_kernel(model)
 
     def update_weight_conversions(self, _weight_conversions: list[Any], _model: Any) -> list[Any]:
         """Return none: tensors of an artifact have the names of the modules, whatever the source's had."""
@@ -73,7 +75,6 @@ class DuQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 module.register_forward_pre_hook(_as_one_matrix)
-        use_norm_kernel(model)
         attach_cache(model, self.quantization_config.parsed())
 
     def is_serializable(self, *_args: Any, **_kwargs: Any) -> bool:
@@ -86,12 +87,14 @@ class DuQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         return False
 
 
-def _as_one_matrix(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _as_one_matrix(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Hand a linear its rows next to each other.
 
     For rows that are not (the last tokens of a prompt, on their way to the head), torch multiplies batch row by batch
     row, each with a copy of the weight, unless the weight wants a gradient.
     """
+    if not args:  # given by its name: as torch has it
+        return None
     X, *rest = args
     return X.reshape(-1, X.shape[-1]).contiguous().view(X.shape), *rest
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from duquant.config import Recipe
 from duquant.inference.modules import DuQuantLinear, SiteModule
+from duquant.inference.norms import use_norm_kernel
 from duquant.models.architecture import Site
 
 
@@ -21,6 +22,7 @@ def packed_layer(layer: nn.Module, sites: Iterable[Site], recipe: Recipe, tensor
     """
     for site in sites:
         pack_site(layer, site, recipe)
+    use_norm_kernel(layer)
     layer.load_state_dict(tensors, assign=True)
     return layer.requires_grad_(False)
 

@@ -25,7 +25,7 @@ def use_norm_kernel(model: nn.Module) -> None:
 
 def _forward(self: Any, hidden_states: Tensor) -> Tensor:
     X, weight = hidden_states, self.weight
-    is_known = X.device.type == "cpu" and X.dtype in _DTYPES and weight.dtype == X.dtype
+    is_known = X.device.type == weight.device.type == "cpu" and X.dtype in _DTYPES and weight.dtype == X.dtype
     if not is_known or (torch.is_grad_enabled() and (X.requires_grad or weight.requires_grad)):
         plain: Tensor = type(self).forward(self, X)
         return plain

@@ -238,12 +238,13 @@ def rms_norm(
         epsilon: added to the mean in float32.
 
     Raises:
-        ShapeError: sizes or dtypes differ, or X is neither float32 nor bfloat16.
+        ShapeError: sizes, dtypes or devices differ, or X is neither float32 nor bfloat16.
     """
-    if X.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != X.dtype or X.shape[-1:] != weight.shape:
+    is_like = weight.dtype == X.dtype and weight.device == X.device and weight.shape == X.shape[-1:]
+    if X.dtype not in (torch.float32, torch.bfloat16) or not is_like:
         raise ShapeError(
-            f"RMSNorm takes rows and a weight of one dtype, float32 or bfloat16, and one width, not {X.dtype} "
-            f"{tuple(X.shape)} and {weight.dtype} {tuple(weight.shape)}"
+            f"RMSNorm takes rows and a weight of one dtype, float32 or bfloat16, one width and one device, not "
+            f"{X.dtype} {tuple(X.shape)} on {X.device} and {weight.dtype} {tuple(weight.shape)} on {weight.device}"
         )
     for backend in able(X.device.type, X.device.index):
         if hasattr(backend, "rms_norm"):

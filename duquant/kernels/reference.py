@@ -66,7 +66,8 @@ class ReferenceBackend:
         """
         config = transform.config
         transformed = transform.transform.apply(X.float())
-        grouped = transformed.reshape(X.shape[0], -1, resolve_group_size(X.shape[1], config.group_size))
+        group_size = resolve_group_size(X.shape[1], config.group_size)
+        grouped = transformed.reshape(X.shape[0], X.shape[1] // group_size, group_size)
         grid = row_grid(
             grouped, bits=config.bits, symmetric=config.symmetric, clip_ratio=transform.clip_ratio.to(X.device)
         )

@@ -206,7 +206,7 @@ def unpack_pairs(data: Tensor, in_features: int) -> Int8[Tensor, "tokens in_feat
     if data.shape[1] != -(-in_features // 2):
         raise ShapeError(f"{data.shape[1]} bytes of two codes do not hold {in_features} channels")
     pairs = torch.stack((data & 15, data >> 4), dim=-1)  # (tokens, bytes, 2)
-    return pairs.view(data.shape[0], -1)[:, :in_features].to(torch.int8).sub_(8)
+    return pairs.flatten(1)[:, :in_features].to(torch.int8).sub_(8)
 
 
 def join_weights(weights: Sequence[PackedWeight], backend: Backend) -> LinearWeight:

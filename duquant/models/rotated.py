@@ -42,13 +42,14 @@ class ResidualRotations:
         """Read what `save` wrote.
 
         Raises:
-            ScratchError: the file is missing or broken; it is deleted, so that the next try makes it again.
+            ScratchError: the file is missing or broken; a broken one is deleted, so that the next try makes it again.
         """
         try:
             with safe_open(path, framework="pt") as reader:
                 return cls(reader.get_tensor("R1"), reader.get_tensor("R2")), dict(reader.metadata() or {})
         except (OSError, SafetensorError) as err:
-            path.unlink(missing_ok=True)
+            if isinstance(err, SafetensorError):
+                path.unlink(missing_ok=True)
             raise ScratchError(f"cannot read the rotations of the residual stream, {path}: {err}") from err
 
 

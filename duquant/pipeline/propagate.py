@@ -28,7 +28,7 @@ def propagate_layer(skeleton: Skeleton, recipe: Recipe, layer: int, *, packed: P
         target: where its outputs go.
 
     Raises:
-        ScratchError: the shard is missing or broken; it is deleted, so that the next try gets it anew.
+        ScratchError: the shard is missing or broken; a broken one is deleted, so that the next try gets it anew.
     """
     if target.exists():
         return
@@ -37,7 +37,8 @@ def propagate_layer(skeleton: Skeleton, recipe: Recipe, layer: int, *, packed: P
         with safe_open(packed, framework="pt", device=str(skeleton.device)) as reader:
             tensors = {name.removeprefix(prefix): reader.get_tensor(name) for name in list(reader.keys())}
     except (OSError, SafetensorError) as err:
-        packed.unlink(missing_ok=True)
+        if isinstance(err, SafetensorError):
+            packed.unlink(missing_ok=True)
         raise ScratchError(f"cannot read the quantized layer {packed}: {err}") from err
     sites = skeleton.architecture.kept_sites(recipe.skip_linears, layer)
     module = packed_layer(skeleton.empty_layer(layer), sites, recipe, tensors)

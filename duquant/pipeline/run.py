@@ -208,6 +208,14 @@ class ModelRun:
         """Return the file of the quantized layer that a pass runs text through."""
         return self.work.of_pass(max(pass_index - 1, 0)).packed(layer)
 
+    @property
+    def has_lost_rotations(self) -> bool:
+        """Whether layers that are finished cannot go with those to come: others would be folded with other rotations.
+
+        Learning again gives the same bytes only on the same kind of device with as many threads.
+        """
+        return self.recipe.transform.rotates_residual and not self.work.rotations.exists()
+
     def runs_shard(self, step: StepId) -> bool:
         """Tell whether a step runs a layer of the artifact, whose shard may be fetched from where it is kept."""
         return step.kind == "propagate" and not self.recipe.refine_passes

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from duquant.errors import KernelUnavailableError
 from duquant.kernels.gpu.attention_kernels import combine_kernel, decode_kernel, sink_kernel
-from duquant.kernels.gpu.cache import MAX_HEAD_DIM, grid_strides, padded_pairs, rotation_halves
+from duquant.kernels.gpu.cache import MAX_HEAD_DIM, MAX_SINKS, grid_strides, padded_pairs, rotation_halves
 from duquant.kernels.gpu.configs import attention_config
 from duquant.quantizers.kv import KVQuantizer, PackedKV
 
@@ -40,6 +40,9 @@ def int4_kv_attention(
         raise KernelUnavailableError(f"GPU attention takes even heads of up to {MAX_HEAD_DIM}, not {head_dim}")
     if Q.numel() == 0:
         return torch.empty_like(Q)
+    first = 0 if sinks is None else sinks[0].shape[2]
+    if first > MAX_SINKS:
+        raise KernelUnavailableError(f"GPU attention takes up to {MAX_SINKS} tokens that are not packed, not {first}")
     shared = heads // kv_heads
     Q = Q if Q.stride(3) == 1 else Q.contiguous()
     R = rotation_halves(quantizer, Q.device)
@@ -51,7 +54,6 @@ def int4_kv_attention(
     padded = tiles * config.rows
     sums = torch.empty(batch * kv_heads, splits, padded, 2, pairs, dtype=torch.float32, device=Q.device)
     stats = torch.empty(batch * kv_heads, splits, padded, 2, dtype=torch.float32, device=Q.device)
-    first = 0 if sinks is None else sinks[0].shape[2]
     kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
     seen = Q if mask is None else mask.expand(batch, heads, queries, first + tokens)
     strides = (0, 0, 0, 0) if mask is None else seen.stride()

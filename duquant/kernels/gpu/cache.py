@@ -12,6 +12,8 @@ from duquant.kernels.gpu.cache_kernels import dequantize_kv_kernel, quantize_kv_
 from duquant.quantizers.kv import KVQuantizer, PackedKV
 
 MAX_HEAD_DIM = 256
+MAX_SINKS = 64
+"""Tokens that are not packed: the kernel takes all of them at once."""
 _ROWS = 16
 _OUT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _halves: WeakKeyDictionary[KVQuantizer, dict[torch.device, Tensor]] = WeakKeyDictionary()

@@ -215,6 +215,21 @@ def test_parts_done_before_one_that_fails_are_on_the_card(side, pull, tmp_path, 
     assert sorted(each["windows"] for each in results) == [1, 2]
 
 
+def test_what_is_whole_stays_on_the_card_when_the_same_fails_later(side, pull, tmp_path, model_root):
+    quiz = model_root / "passing.jsonl"
+    quiz.write_bytes((model_root / QUIZ["name"]).read_bytes())
+    settings = {"windows": 1, "tasks": [{**QUIZ, "name": quiz.name}]}
+    side.submit()
+    made = side.run_one()
+    side.submit_evaluation(made, **settings)
+    assert side.run_one().state is JobState.SUCCEEDED
+    quiz.write_text("broken\n")
+    side.submit_evaluation(made, **settings)
+    assert side.run_one().state is JobState.FAILED
+    (result,) = read_manifest(pull(made, tmp_path / "after")).evaluation["results"]
+    assert "tasks" in result
+
+
 def test_the_kernel_benchmark_is_a_part_like_others(side, pull, tmp_path, monkeypatch):
     # Big copies and products take seconds, and say nothing here.
     monkeypatch.setattr(speed_module, "ceilings", functools.partial(ceilings, copy_bytes=1 << 20, side=64))

@@ -118,6 +118,19 @@ def test_unknown_field_is_named(values: dict[str, Any], field: str) -> None:
         ({"weight": {"clip": "learned", "solver": "gptq"}}, "weight.clip"),
         ({"weight": {"clip": "learned", "symmetric": True}}, "weight.clip"),
         ({"transform": {"residual_rotation": "learned"}}, "transform.residual_rotation"),
+        (
+            {
+                "transform": {
+                    "residual_rotation": "learned",
+                    "fold_gains": True,
+                    "rotation": "hadamard",
+                    "permutation": "transpose",
+                },
+                "activation": {"bits": 16},
+                "kv_cache": {"bits": 16},
+            },
+            "transform.residual_rotation",
+        ),
         ({"transform": {"residual_rotation": "greedy"}}, "transform.residual_rotation"),
         ({"learning": {"rotation_rate": 0.0}}, "learning.rotation_rate"),
         ({"learning": {"epochs": 0}}, "learning.epochs"),

@@ -1,5 +1,6 @@
 """Loading, saving, and refusing what was changed."""
 
+import copy
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from duquant.config import ActivationConfig, KVCacheConfig, Recipe, TransformCon
 from duquant.errors import ArtifactError
 from duquant.inference import DuQuantConfig, generate_text, load, save
 from duquant.inference.cache import DuQuantCache
+from duquant.kernels import rms_norm
 from duquant.models.families.llama import LLAMA
 
 SHARD = "model-layer-0001.safetensors"
@@ -261,3 +263,27 @@ def test_a_model_runs_while_another_thread_has_set_the_default_dtype(tiny_artifa
         assert torch.equal(model(**ids).logits, expected)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text"])
+def test_norms_of_a_loaded_model_take_one_pass_where_there_is_a_kernel(
+    tiny_model: Callable[..., Path],
+    tiny_artifact: Callable[..., Any],
+    recipe: Recipe,
+    model_type: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, _ = load(tiny_artifact(tiny_model(model_type), recipe).artifact)
+    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+    calls = []
+
+    def counted(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        return rms_norm(*args)
+
+    monkeypatch.setattr("duquant.inference.norms.rms_norm", counted)
+    logits(model)
+    assert len(calls) == (0 if model_type == "gemma3_text" else len(norms))
+    calls.clear()
+    logits(copy.deepcopy(model))
+    assert len(calls) == (0 if model_type == "gemma3_text" else len(norms))

@@ -20,6 +20,7 @@ from duquant.kernels import (
 from duquant.kernels.cpu import CpuBackend
 from duquant.kernels.onednn import OneDnnBackend
 from duquant.kernels.reference import ReferenceBackend
+from duquant.kernels.settings import BACKENDS
 from duquant.kernels.types import pack_pairs
 from duquant.quantizers.packing import pack
 from duquant.transforms.site import SiteTransform, search_transform
@@ -235,10 +236,13 @@ def test_threads_change_no_bit(isa: str, tokens: int) -> None:
     assert torch.equal(results[0][1], results[1][1])
 
 
-def test_no_tokens_give_no_rows() -> None:
+@pytest.mark.parametrize("backend", ["", "onednn", "reference"])
+def test_no_tokens_give_no_rows(backend: str, fresh_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend:
+        monkeypatch.setenv(BACKENDS, backend)
     X = torch.empty(0, 64)
     q = transform_quantize_pack(X, prepare_transform(SiteTransform(), ActivationConfig(), CLIP))
-    assert int4_linear(q, prepared(random_weight(5, 64)[0])).shape == (0, 5)
+    assert int4_linear(q, prepare_weight([random_weight(5, 64)[0]])).shape == (0, 5)
 
 
 def test_words_are_not_copied_and_take_a_quarter_of_bfloat16() -> None:

@@ -59,5 +59,5 @@ def test_no_rows_give_none() -> None:
     ],
 )
 def test_other_widths_and_dtypes_are_refused(X: torch.Tensor, weight: torch.Tensor) -> None:
-    with pytest.raises(ShapeError, match="one dtype, float32 or bfloat16, and one width"):
+    with pytest.raises(ShapeError, match="one dtype, float32 or bfloat16, one width and one device"):
         rms_norm(X, weight, 1e-5)

@@ -102,7 +102,11 @@ def test_a_rotation_of_nothing_that_is_rounded_stays(make_case: Callable[..., Ca
 
 def test_without_rounding_the_loss_is_the_model_s_own(make_case: Callable[..., Case], spinquant: Recipe) -> None:
     """The network that is learned on is the model, its activations and cache apart: whatever the rotations are."""
-    exact = replace(spinquant, activation=ActivationConfig(bits=16), kv_cache=KVCacheConfig(bits=16))
+    # Nothing could be learned without rounding, and such a recipe is refused: these rotations stay as they are.
+    transform = replace(spinquant.transform, residual_rotation="hadamard")
+    exact = replace(
+        spinquant, transform=transform, activation=ActivationConfig(bits=16), kv_cache=KVCacheConfig(bits=16)
+    )
     case = make_case("qwen2", exact)
     model = AutoModelForCausalLM.from_pretrained(case.source.path, dtype=torch.float32)
     with torch.no_grad():

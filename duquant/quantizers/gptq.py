@@ -80,7 +80,7 @@ class GPTQSolver:
         behind = weight_grid(W[:, most:], OUTLIER_WEIGHTS) if outliers else None
         columns = _column_grids(grid, most) + ([] if behind is None else _column_grids(behind, outliers))
         column_grids = [columns[channel] for channel in self.order.tolist()]
-        # Transposed, a column is one piece of memory: two to three times faster.
+        # Transposed, a column is one piece of memory: up to twice as fast.
         W = W.float().T[self.order]  # a copy: it changes below
         codes = torch.empty(W.shape, dtype=torch.int8, device=W.device)
         for first in range(0, channels, _COLUMNS):

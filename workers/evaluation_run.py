@@ -1,7 +1,8 @@
 """EvaluationRun: takes one claimed evaluate job from its artifact or model to its numbers."""
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import structlog
 
@@ -12,6 +13,8 @@ from infra.jobs import CardRevision, Job, JobState
 from workers.cards import put_card, results_of
 from workers.endings import JobFailed
 from workers.measuring import MeasuringRun, Target
+
+_T = TypeVar("_T")
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -43,34 +46,32 @@ class EvaluationRun(MeasuringRun):
 
     def complete(self, result: dict[str, Any]) -> Job:
         """End the job well, with a model card that has its numbers and those of all others."""
-        for attempt in range(1, _MOST_CARDS + 1):
-            try:
-                return self._store.complete(self._claim, result, card=self._card(attempt, is_whole=True))
-            except CardOutdated:
-                continue
-        raise TransientError("the artifact's model card changes faster than it can be made anew")
+        return self._with_card(lambda card: self._store.complete(self._claim, result, card=card), is_whole=True)
 
     def _card_of_what_is_done(self, target: Target) -> None:
         """Put the numbers of the parts before the one that failed on the model card."""
         try:
             known = self._store.measured_before(self._claim.job, target.fingerprint)
             if known is not None and known.metrics:
-                self._put_card()
+                self._with_card(self._put_card, is_whole=False)
         except LeaseLost:
             raise
         except (InfraError, DuQuantError, OSError) as err:
             # How the job ended matters more than its card; a retry makes another.
             log.warning("card_not_made", error=str(err))
 
-    def _put_card(self) -> None:
+    def _put_card(self, card: CardRevision | None) -> None:
+        if card is not None:
+            self._store.put_card(self._claim, card)
+
+    def _with_card(self, store: Callable[[CardRevision | None], _T], *, is_whole: bool) -> _T:
+        """Make a card and store it; make another as long as other evaluations are faster."""
         for attempt in range(1, _MOST_CARDS + 1):
             try:
-                card = self._card(attempt, is_whole=False)
-                if card is not None:
-                    self._store.put_card(self._claim, card)
+                return store(self._card(attempt, is_whole=is_whole))
             except CardOutdated:
                 continue
-            return
+        raise TransientError("the artifact's model card changes faster than it can be made anew")
 
     def _target(self) -> Target:
         job = self._claim.job

@@ -56,11 +56,9 @@ class LayerWorker:
             return Completion(task, error=str(err), kind="transient")
         except InfraError as err:
             local = err.__cause__  # a file that cannot be written is a matter of this machine's disk
-            return (
-                _disk_error(task, local)
-                if isinstance(local, OSError)
-                else Completion(task, error=str(err), kind="error")
-            )
+            if isinstance(local, OSError):
+                return _disk_error(task, local)
+            return Completion(task, error=str(err), kind="error")
         except torch.OutOfMemoryError as err:
             return Completion(task, error=f"out of device memory: {err}", kind="error")
         except OSError as err:

@@ -264,9 +264,10 @@ class ModelRun:
         windows = [len(shard) for shard in shard_windows(self.recipe.calibration)]
         statistics = merge([load_statistics(file, self.device) for file in files], windows)
         shape = LayerShape(kv_heads=self._skeleton.kv_heads, head_dim=self._skeleton.head_dim)
-        tensors = {name: tensor.to(self.device) for name, tensor in stored.items()}
         if isinstance(self._model, RotatedCheckpoint):
             tensors = self._model.rotate(layer, stored)
+        else:
+            tensors = {name: tensor.to(self.device) for name, tensor in stored.items()}
         samples = None
         if self.recipe.learns:
             samples = LayerSamples(self._skeleton, load_inputs(work, layer, self.shards, self.device))

@@ -1,16 +1,15 @@
 """Recipes with a step or with tensors of their own, as jobs: the bytes that the library makes in one process."""
 
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.dying import DyingWorker, die, made_here, shards_of
 
-from duquant.config import LearningConfig, Recipe, TextSource, preset
-from duquant.pipeline import StepId, quantize_model
+from duquant.config import LearningConfig, Recipe, preset
+from duquant.pipeline import StepId
 from infra.jobs import JobState
 from workers.executors.local import LocalExecutor
-from workers.layer_worker import LayerWorker
 
 pytestmark = pytest.mark.integration
 
@@ -34,17 +33,6 @@ def recipes(side) -> dict[str, Recipe]:
     }
 
 
-def shards_of(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(directory.glob("*.safetensors"))}
-
-
-def made_here(recipe: Recipe, model_root: Path, out: Path) -> dict[str, bytes]:
-    source = TextSource(kind="file", name=str(model_root / "text.txt"))
-    local = replace(recipe, calibration=replace(recipe.calibration, source=source))
-    quantize_model(str(model_root / "tiny"), out, local, device="cpu", threads=1)
-    return shards_of(out)
-
-
 def test_outliers_make_the_bytes_of_the_library(side, pull, recipes, model_root: Path, tmp_path: Path) -> None:
     side.submit(recipes["atom"])
     job = side.run_one()
@@ -57,24 +45,24 @@ def test_a_killed_job_does_not_learn_its_rotations_again(
 ) -> None:
     expected = made_here(recipes["spinquant"], model_root, tmp_path / "here")
     side.submit(recipes["spinquant"])
-    worker = LayerWorker(side.storage, threads=1)
-    do = worker.do
-
-    def dies_at_the_second_layer(task):
-        if task.step == StepId("quantize", 1):
-            raise KeyboardInterrupt
-        return do(task)
-
-    monkeypatch.setattr(worker, "do", dies_at_the_second_layer)
-    claim = side.store.claim("first", lease_seconds=600)
-    with pytest.raises(KeyboardInterrupt):
-        side.dispatcher(LocalExecutor(worker), beat_seconds=3600).run_job(claim)
-    side.store.heartbeat(claim, lease_seconds=0.1)
-    while side.store.sweep() == 0:
-        time.sleep(0.05)
+    die(side, StepId("quantize", 1))
     monkeypatch.setattr(
         "duquant.pipeline.rotations.learn_rotations", lambda *_: pytest.fail("the rotations were learned again")
     )
     job = side.run_one()
     assert job.state is JobState.SUCCEEDED, job.detail
+    assert shards_of(pull(job, tmp_path / "job")) == expected
+
+
+def test_layers_of_lost_rotations_are_quantized_again(side, pull, recipes, model_root: Path, tmp_path: Path) -> None:
+    side.submit(recipes["spinquant"])
+    first = die(side, StepId("quantize", 1))
+    assert StepId("quantize", 0) in first.did
+    (rotations,) = (tmp_path / "work").glob("**/rotations.safetensors")
+    rotations.unlink()
+    again = DyingWorker(side.storage)
+    job = side.run_one(LocalExecutor(again))
+    assert job.state is JobState.SUCCEEDED, job.detail
+    assert {StepId("rotate"), StepId("quantize", 0), StepId("extra")} <= set(again.did)
+    expected = made_here(recipes["spinquant"], model_root, tmp_path / "here")
     assert shards_of(pull(job, tmp_path / "job")) == expected

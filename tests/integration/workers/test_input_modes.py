@@ -1,19 +1,16 @@
 """Jobs whose layers are calibrated on what quantized layers give: the same bytes whatever happens to them."""
 
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.dying import DyingWorker, die, made_here, shards_of
 
-from duquant.config import Recipe, TextSource
-from duquant.pipeline import StepId, quantize_model
+from duquant.config import Recipe
+from duquant.pipeline import StepId
 from infra.jobs import JobState
-from infra.storage import ObjectStore
 from workers.executors.local import LocalExecutor
-from workers.layer_worker import LayerWorker
-from workers.tasks import Completion, Task
 
 pytestmark = pytest.mark.integration
 
@@ -27,45 +24,11 @@ def expected(model_root: Path, tmp_path_factory: pytest.TempPathFactory):
 
     def make(recipe: Recipe) -> dict[str, bytes]:
         if recipe.digest() not in known:
-            source = TextSource(kind="file", name=str(model_root / "text.txt"))
-            local = replace(recipe, calibration=replace(recipe.calibration, source=source))
             out = tmp_path_factory.mktemp("local") / "out"
-            quantize_model(str(model_root / "tiny"), out, local, device="cpu", threads=1)
-            known[recipe.digest()] = shards_of(out)
+            known[recipe.digest()] = made_here(recipe, model_root, out)
         return known[recipe.digest()]
 
     return make
-
-
-def shards_of(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(directory.glob("*.safetensors"))}
-
-
-class DyingWorker(LayerWorker):
-    """Dies like a killed process at one step; keeps what it did."""
-
-    def __init__(self, storage: ObjectStore, at: StepId | None = None) -> None:
-        super().__init__(storage, threads=1)
-        self._at = at
-        self.did: list[StepId] = []
-
-    def do(self, task: Task) -> Completion:
-        if task.step == self._at:
-            raise KeyboardInterrupt
-        self.did.append(task.step)
-        return super().do(task)
-
-
-def die(side, at: StepId) -> DyingWorker:
-    """Run a job until a step, then let the process end without a word, and the lease run out."""
-    worker = DyingWorker(side.storage, at)
-    claim = side.store.claim("first", lease_seconds=600)
-    with pytest.raises(KeyboardInterrupt):
-        side.dispatcher(LocalExecutor(worker), beat_seconds=3600).run_job(claim)
-    side.store.heartbeat(claim, lease_seconds=0.1)
-    while side.store.sweep() == 0:
-        time.sleep(0.05)
-    return worker
 
 
 @pytest.mark.parametrize(("mode", "passes"), MODES)

@@ -36,6 +36,8 @@ class Manifest:
     versions: dict[str, str]
     summary: dict[str, Any]
     """Sizes: parameters, packed and unpacked bytes, bits per weight."""
+    algorithm_version: int = ALGORITHM_VERSION
+    """Of the duquant that made it, which may be older than this one."""
     evaluation: dict[str, Any] = field(default_factory=dict)
     """What was measured on it: `results`, newest first, and `quality_gate` where the job had one; empty at first.
 
@@ -48,7 +50,7 @@ class Manifest:
         return {
             "schema_version": SCHEMA_VERSION,
             "format": FORMAT,
-            "algorithm_version": ALGORITHM_VERSION,
+            "algorithm_version": self.algorithm_version,
             "fingerprint": self.fingerprint,
             "source": self.source,
             "recipe": self.recipe.to_dict(),
@@ -110,6 +112,7 @@ def parse_manifest(values: object, where: str) -> Manifest:
             files=files,
             versions=dict(values["versions"]),
             summary=dict(values["summary"]),
+            algorithm_version=int(values["algorithm_version"]),
             evaluation=dict(values.get("evaluation", {})),
         )
     except (KeyError, TypeError, ValueError, OverflowError) as err:

@@ -207,7 +207,7 @@ def _run_layer(
 ) -> None:
     """Run one unquantized layer over the windows of `given`; write its outputs to `target`, its statistics, or both."""
     recorder = _recorder(source, recipe, layer)
-    keeps = records and recipe.learns
+    keeps = records and recipe.learns_by_layer
     wanted = set(learning_windows(recipe, shard)) if keeps else set()
     with (
         BoundaryWriter(target) if target else nullcontext() as out,

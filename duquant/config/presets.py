@@ -74,7 +74,7 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
             ),
             weight=WeightConfig(symmetric=True, clip="search", solver="gptq"),
             kv_cache=KVCacheConfig(bits=4, rotate=True),
-            learning=LearningConfig(samples=32, seq_len=512, epochs=3, patience=3, rotation_rate=0.2),
+            learning=LearningConfig(samples=32, seq_len=512, epochs=3, patience=3),
         ),
     ),
     "atom": (

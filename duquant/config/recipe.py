@@ -85,7 +85,7 @@ class Recipe:
         if self.outlier_channels == 0:
             return
         transform = self.transform
-        if transform.rotation != "none" or transform.is_smoothed or self.learns:
+        if transform.rotation != "none" or transform.is_smoothed or self.learns_by_layer:
             raise ConfigError(
                 "outlier_channels take a transform without rotation and smoothing, and no learned clips",
                 field="outlier_channels",
@@ -127,8 +127,11 @@ class Recipe:
         return [range(stage.start, min(stage.stop, end)) for stage in stages if stage.start < end]
 
     @property
-    def learns(self) -> bool:
-        """Whether calibration has to keep inputs of the layers to learn on."""
+    def learns_by_layer(self) -> bool:
+        """Whether layers learn on their outputs, so that calibration has to keep inputs of each.
+
+        Rotations of the residual stream are learned before, on the network's loss, and need no such inputs.
+        """
         return self.weight.clip == "learned"
 
     @property
@@ -158,6 +161,9 @@ class Recipe:
         # Through from_dict: 1 and 1.0 make equal recipes and must not differ in JSON.
         plain = counted(Recipe.from_dict(self.to_dict()))
         del plain["name"], plain["quality_gate"]
+        if self.transform.residual_rotation == "learned":
+            # Its default was another once: where it is used it counts always, or an artifact of then would be found.
+            plain.setdefault("learning", {})["rotation_rate"] = self.learning.rotation_rate
         return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

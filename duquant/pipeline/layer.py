@@ -101,7 +101,7 @@ def quantize_layer(
     # One by one: float32 rows and rotations of all sites at once take room. Learning needs them together.
     prepared: Iterable[PreparedSite] = prepare()
     learned = None
-    if recipe.learns and sites:
+    if recipe.learns_by_layer and sites:
         if samples is None:
             raise CalibrationError(f"layer {layer}: the recipe learns, and the calibration kept no inputs", layer=layer)
         prepared = list(prepared)

@@ -269,7 +269,7 @@ class ModelRun:
         else:
             tensors = {name: tensor.to(self.device) for name, tensor in stored.items()}
         samples = None
-        if self.recipe.learns:
+        if self.recipe.learns_by_layer:
             samples = LayerSamples(self._skeleton, load_inputs(work, layer, self.shards, self.device))
         return quantize_layer(
             tensors, statistics, self.source.architecture, shape, self.recipe, layer=layer, samples=samples

@@ -217,6 +217,17 @@ def test_fields_that_came_later_keep_the_digests_of_older_recipes() -> None:
     assert len({Recipe().digest(), *(recipe.digest() for recipe in later)}) == 4
 
 
+def test_rate_of_learned_rotations_counts_where_it_is_used() -> None:
+    """Its default was 1.5 once; artifacts of then are other bytes."""
+    spinquant = PRESETS["spinquant"][1]
+    assert spinquant.digest() == "6c8000ffe0015f3f44551a5611ef9115ce8bfc015adfd0d734f52374048c36db"
+    faster = replace(spinquant, learning=replace(spinquant.learning, rotation_rate=1.5))
+    assert faster.digest() != spinquant.digest()
+    # By its default budget, too, which counts as a whole nowhere else.
+    plain = replace(spinquant, learning=LearningConfig())
+    assert len({replace(plain, learning=LearningConfig(rotation_rate=rate)).digest() for rate in (0.2, 1.5)}) == 2
+
+
 def test_digest_survives_json() -> None:
     for _, recipe in PRESETS.values():
         assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))).digest() == recipe.digest()

@@ -23,6 +23,11 @@ def test_manifest_survives_json(values: dict[str, Any]) -> None:
     assert parse_manifest(values, "here").to_dict() == values
 
 
+def test_an_older_algorithm_stays_that_of_the_artifact(values: dict[str, Any]) -> None:
+    values["algorithm_version"] = 1
+    assert parse_manifest(values, "here").to_dict()["algorithm_version"] == 1
+
+
 def test_directory_without_a_manifest_is_no_artifact(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"has no manifest\.json: it is not a finished duquant artifact"):
         read_manifest(tmp_path)
@@ -56,7 +61,9 @@ def test_file_name_that_leaves_the_directory_is_refused(values: dict[str, Any], 
         parse_manifest(values, "here")
 
 
-@pytest.mark.parametrize("field", ["fingerprint", "source", "recipe", "files", "versions", "summary"])
+@pytest.mark.parametrize(
+    "field", ["algorithm_version", "fingerprint", "source", "recipe", "files", "versions", "summary"]
+)
 def test_missing_field_is_named(values: dict[str, Any], field: str) -> None:
     del values[field]
     with pytest.raises(ArtifactError, match=f"here is malformed: KeyError '{field}'"):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from duquant.artifact.card import model_card
 from duquant.artifact.manifest import read_manifest
 from duquant.artifact.shards import ShardInfo, write_index, write_shard
+from duquant.config import ALGORITHM_VERSION
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -64,6 +65,8 @@ def test_card_tells_recipe_sizes_and_measurements(tiny_artifact: Callable[..., A
     card = model_card(manifest)
     assert "Nothing has been measured" in card
     assert "4 bits, asymmetric, per output channel" in card
+    assert f"digest `{manifest.recipe.digest()[:12]}`, version {ALGORITHM_VERSION} of the algorithm" in card
+    assert "version 1 of the algorithm" in model_card(replace(manifest, algorithm_version=1))
     assert "from duquant.inference import load" in card
     result = {"perplexity": 38.2, "text": {"kind": "file", "name": "a.txt"}, "windows": 2, "seq_len": 64}
     measured = model_card(replace(manifest, evaluation={"results": [result]}))

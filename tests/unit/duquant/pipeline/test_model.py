@@ -56,7 +56,7 @@ def test_presets_of_the_family_make_intact_artifacts(
     path = tiny_artifact(with_recipe=chosen).artifact
     assert verify(path).ok
     report = json.loads((path / "report.json").read_text(encoding="utf-8"))
-    assert all(("learning" in layer) is chosen.learns for layer in report["layers"].values())
+    assert all(("learning" in layer) is chosen.learns_by_layer for layer in report["layers"].values())
 
 
 def test_learning_gives_the_same_bytes_and_leaves_no_inputs_behind(

@@ -21,6 +21,9 @@ def recipe_rows(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield "rotation", _rotation(transform)
     if transform.permutation != "transpose":
         yield "permutation", transform.permutation
+    if transform.alignment != "none":
+        where = "" if transform.alignment == "always" else ", at the sites where that helps"
+        yield "alignment", f"the dominant direction onto the zero points{where}"
     yield "weights", _weights(recipe.weight)
     yield "activations", _activations(recipe.activation)
     if recipe.outlier_channels:

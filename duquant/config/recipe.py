@@ -78,6 +78,11 @@ class Recipe:
                 "have 16 bits",
                 field="transform.residual_rotation",
             )
+        if self.transform.alignment != "none" and (self.activation.symmetric or self.activation.bits == 16):
+            raise ConfigError(
+                "transform.alignment takes rounded activations on asymmetric grids: a zero point is what it is for",
+                field="transform.alignment",
+            )
         self._check_outliers()
 
     def _check_outliers(self) -> None:

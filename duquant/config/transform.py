@@ -39,6 +39,10 @@ class TransformConfig:
     """zigzag: deal channels, largest first, back and forth over the blocks between R1 and R2. transpose: channel j of
     block i becomes channel i of block j; with rotation=hadamard R1 and R2 then are one Hadamard matrix over all
     channels, whose factors' sides are chosen by the width."""
+    alignment: Literal["none", "always", "search"] = field(default="none", metadata=LATER)
+    """always: turn the dominant direction of a site's inputs into a value that all channels of a token share, which the
+    zero point takes up; search: at the sites where that makes the output error less. Both take rotation=hadamard or
+    balanced, permutation=zigzag and asymmetric activations."""
     block_size: int = 128
     """Largest side of a rotation block. A width it does not divide takes its largest divisor below. Not used with
     permutation=transpose."""
@@ -63,6 +67,7 @@ class TransformConfig:
         check_choice("transform", "residual_rotation", self.residual_rotation, ("none", "hadamard", "learned"))
         check_choice("transform", "rotation", self.rotation, ("none", "greedy", "hadamard", "balanced", "reference"))
         check_choice("transform", "permutation", self.permutation, ("none", "zigzag", "transpose"))
+        check_choice("transform", "alignment", self.alignment, ("none", "always", "search"))
         check_range("transform", "block_size", self.block_size, 2, 32768)
         check_range("transform", "greedy_steps", self.greedy_steps, 1, 4096)
         check_range("transform", "balance_alpha", self.balance_alpha, 0.0, 1.0)
@@ -92,6 +97,14 @@ class TransformConfig:
             raise ConfigError(
                 "transform.permutation 'transpose' takes rotation='hadamard' and a shared_rotation",
                 field="transform.permutation",
+            )
+        if self.alignment != "none" and not (
+            self.rotation in ("hadamard", "balanced") and self.permutation == "zigzag"
+        ):
+            # The searches make peaks small, which a reflection behind them would undo.
+            raise ConfigError(
+                "transform.alignment takes rotation='hadamard' or 'balanced' and permutation='zigzag'",
+                field="transform.alignment",
             )
         if self.rotates_residual and not (self.fold_gains and self.permutation == "transpose"):
             raise ConfigError(

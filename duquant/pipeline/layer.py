@@ -41,6 +41,8 @@ class SiteReport:
     """What the low and the high end of a token's range are multiplied by."""
     damp: float
     """What gptq's second moment was damped by; 0 without gptq."""
+    is_aligned: bool = False
+    """Whether the transform maps the inputs' dominant direction onto the zero points."""
     unseen_experts: int = 0
     """Experts that no calibration token was sent to: they are rounded by what the others saw."""
 
@@ -145,6 +147,7 @@ def quantize_layer(
             act_clip_low=float(each.clip_ratio[0]),
             act_clip_high=float(each.clip_ratio[1]),
             damp=rounder.damp,
+            is_aligned=each.is_aligned,
             unseen_experts=statistics[site.name].unseen_experts,
         )
     unseen = max((entry.unseen_experts for entry in report.values()), default=0)

@@ -1,7 +1,7 @@
 """What is decided at a site before its weights are rounded: the transform and the activations' clip ratios."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -11,9 +11,11 @@ from duquant.calibration.statistics import SiteStatistics
 from duquant.config import Recipe
 from duquant.errors import CalibrationError
 from duquant.models.architecture import Site
+from duquant.pipeline.candidates import candidate_error
 from duquant.pipeline.folds import Folds
 from duquant.pipeline.site import SiteWeights, activation_clip, site_moments, site_seed
 from duquant.quantizers.outliers import by_energy
+from duquant.transforms.alignment import align
 from duquant.transforms.site import SiteTransform, search_transform
 
 
@@ -31,6 +33,8 @@ class PreparedSite:
     """Of the activations: low end, high end."""
     peak_before: float
     """max|X| after smoothing, before the transform."""
+    is_aligned: bool = False
+    """Whether the transform maps the inputs' dominant direction onto the zero points."""
 
     @property
     def peak_after(self) -> float:
@@ -73,9 +77,19 @@ def prepare_site(
     except CalibrationError as err:
         raise CalibrationError(f"layer {layer} site {site.name}: {err}", layer=layer, site=site.name) from err
     del moments
-    transformed = transform.apply(rows)
-    del rows
     weights = SiteWeights(site, state, folds, transform.for_weights())
+    transformed = transform.apply(rows)
+    is_aligned = False
+    if recipe.transform.alignment != "none":
+        other = align(transform, rows)
+        reflected, those = other.apply(rows), replace(weights, transform=other.for_weights())
+        is_aligned = recipe.transform.alignment == "always" or (
+            candidate_error(reflected, those, recipe) < candidate_error(transformed, weights, recipe)
+        )
+        if is_aligned:
+            transform, weights, transformed = other, those, reflected
+        del other, those, reflected
+    del rows
     return PreparedSite(
         site=site,
         transform=transform,
@@ -83,6 +97,7 @@ def prepare_site(
         transformed=transformed,
         clip_ratio=activation_clip(transformed, weights, recipe.activation),
         peak_before=peak_before,
+        is_aligned=is_aligned,
     )
 
 

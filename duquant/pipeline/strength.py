@@ -9,9 +9,9 @@ from torch import Tensor
 from duquant.calibration.statistics import SiteStatistics
 from duquant.config import Recipe, TransformConfig
 from duquant.models.architecture import Site
-from duquant.pipeline.folds import BLOCK_ELEMENTS, Folds, SiteErrorOf
-from duquant.pipeline.site import SiteError, SiteWeights, site_seed
-from duquant.quantizers.weight import quantize_weight
+from duquant.pipeline.candidates import candidate_error
+from duquant.pipeline.folds import Folds, SiteErrorOf
+from duquant.pipeline.site import SiteWeights, site_seed
 from duquant.transforms.site import search_transform
 
 
@@ -20,27 +20,18 @@ def smoothing_error(
 ) -> SiteErrorOf:
     """Return the function that `smooth` asks for a site's output error, all linears of the site together.
 
-    Ten candidates at every site have to be cheap: weights are rounded to nearest with a fixed clip, and a greedy or a
+    Ten candidates at every site have to be cheap: weights are rounded as `candidate_error` does, and a greedy or a
     balanced transform is stood in for by Hadamard blocks of the same sides. The candidates differ in the scale alone.
     """
     transform_config = _stand_in(recipe.transform)
-    weight_config = recipe.weight
-    if weight_config.clip != "fixed":
-        weight_config = replace(weight_config, clip="none")
-    activation = recipe.activation
 
     def error_of(site: Site, columns: Tensor, folds: Folds) -> float:
         rows = statistics[site.name].rows.float().div_(columns)
         generator = torch.Generator().manual_seed(site_seed(recipe.seed, layer, site.name))
         transform = search_transform(rows, transform_config, generator)
-        clip_ratio = torch.full((2,), activation.clip_ratio, device=rows.device, dtype=torch.float32)
-        error = SiteError(transform.apply(rows), clip_ratio, activation)
         smoothed = Folds(columns={site.name: columns}, rows=folds.rows)
         weights = SiteWeights(site, state, smoothed, transform.for_weights())
-        for linear in site.linears:
-            for W in weights.blocks(linear, BLOCK_ELEMENTS):
-                error.add(W, quantize_weight(W, weight_config))
-        return error.nmse()
+        return candidate_error(transform.apply(rows), weights, recipe)
 
     return error_of
 

@@ -131,6 +131,21 @@ def test_unknown_field_is_named(values: dict[str, Any], field: str) -> None:
             },
             "transform.residual_rotation",
         ),
+        ({"transform": {"alignment": "always"}}, "transform.alignment"),
+        ({"transform": {"alignment": "best"}}, "transform.alignment"),
+        ({"transform": {"alignment": "search"}}, "transform.alignment"),
+        ({"transform": {"alignment": "search", "rotation": "hadamard"}}, "transform.alignment"),
+        (
+            {"transform": {"alignment": "search", "rotation": "greedy", "permutation": "zigzag"}},
+            "transform.alignment",
+        ),
+        (
+            {
+                "transform": {"alignment": "search", "rotation": "hadamard", "permutation": "zigzag"},
+                "activation": {"symmetric": True},
+            },
+            "transform.alignment",
+        ),
         ({"transform": {"residual_rotation": "greedy"}}, "transform.residual_rotation"),
         ({"learning": {"rotation_rate": 0.0}}, "learning.rotation_rate"),
         ({"learning": {"epochs": 0}}, "learning.epochs"),

@@ -5,7 +5,7 @@ from xml.sax.saxutils import escape
 
 from accuracy_rows import FP, Entry, Section
 
-_WIDTH, _LABELS, _ROOM = 760, 170, 420
+_WIDTH, _LABELS, _ROOM = 860, 170, 420
 _BAR, _GAP, _HEADING, _AXIS = 16, 8, 34, 30
 _LARGEST_D = 1.0
 """Longer bars are cut off: baselines would make all others too short to compare."""
@@ -59,7 +59,7 @@ def _bar(entry: Entry, top: float) -> Iterator[str]:
     if entry.loss > _LARGEST_D:
         label += ", cut off"
     if entry.note:
-        label += f" ({entry.note})"
+        label += " (measured earlier)"
     yield f'<text x="{end + 6:.1f}" y="{top + 12}">{escape(label)}</text>'
 
 

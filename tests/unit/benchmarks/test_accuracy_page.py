@@ -103,7 +103,8 @@ def test_rows_of_before_say_so_and_have_no_mean_with_those_of_today(
         ((math.log(1.4),), note),
     ]
     assert f"| `{GOOD}` ({note}) | 0.336 |" in made.page(rows)
-    assert f"({note})" in made.picture(made.sections(rows))
+    assert "(measured earlier)" in made.picture(made.sections(rows))
+    assert "(measured earlier)" not in made.picture(made.sections(ROWS))
     assert "Rows with a note" not in made.page(ROWS)
 
 

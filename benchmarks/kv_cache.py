@@ -1,0 +1,126 @@
+"""Keys at 4 bits, rounded before or after the rotary embedding: benchmarks/results/kv-cache.json.
+
+    python benchmarks/kv_cache.py                                    # measures all of it
+    python benchmarks/kv_cache.py --windows 1 --seq-len 256 --out -
+
+Weights and activations stay in 16 bits. Values are rounded as our presets round them, rotated and clipped at 0.95, in
+every row. The text is WikiText-2 valid: nothing is chosen on the test text. `make docs` then writes
+docs/results/kv-cache.md.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import product
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from machine import RESULTS, data_folder, describe, load_average
+from torch import Tensor
+from transformers.models.llama import modeling_llama
+
+from duquant.config import KVCacheConfig, TextSource
+from duquant.evaluation.loading import load_for_evaluation
+from duquant.evaluation.perplexity import measure_perplexity
+from duquant.quantizers.kv import KVQuantizer
+
+MODEL = "demo:smollm2-135m"
+TEXT = "wikitext2-valid.tokens.txt"
+PLACES = ("after", "before")
+CLIPS, SINKS = (1.0, 0.95), (0, 4)
+VALUES = KVCacheConfig(bits=4, rotate=True, clip_ratio=0.95)
+
+
+def main() -> None:
+    """Measure every combination and write the results."""
+    arguments = _parse()
+    text = data_folder() / TEXT
+    if not text.is_file():
+        raise SystemExit(f"the cache is measured on {TEXT}, and it is not in {text.parent}")
+    source, sizes = (
+        TextSource(kind="file", name=str(text)),
+        {"seq_len": arguments.seq_len, "windows": arguments.windows},
+    )
+    result: dict[str, Any] = {
+        **describe(),
+        "command": shlex.join(["python", "benchmarks/kv_cache.py", *sys.argv[1:]]),
+        "load_at_start": load_average(),
+        "model": MODEL,
+        "evaluation": {"text": TEXT, **sizes},
+    }
+    loaded = load_for_evaluation(MODEL, device="cpu")
+    result["fp_perplexity"] = fp = measure_perplexity(loaded, source, **sizes).perplexity
+    print(f"16 bits: perplexity {fp:.3f}", flush=True)
+    result["rows"] = []
+    for place, rotate, clip_ratio, sinks in product(PLACES, (False, True), CLIPS, SINKS):
+        keys = KVCacheConfig(bits=4, rotate=rotate, clip_ratio=clip_ratio, sink_tokens=sinks)
+        with rounded_cache(loaded.model, keys, place=place):
+            perplexity = measure_perplexity(loaded, source, **sizes).perplexity
+        row = {"place": place, "rotate": rotate, "clip_ratio": clip_ratio, "sink_tokens": sinks}
+        result["rows"].append({**row, "perplexity": perplexity, "D": round(math.log(perplexity / fp), 5)})
+        print(f"{row}: perplexity {perplexity:.3f}, D {math.log(perplexity / fp):.4f}", flush=True)
+    written = json.dumps(result, indent=2) + "\n"
+    if arguments.out == "-":
+        print(written)
+    else:
+        (RESULTS / "kv-cache.json").write_text(written, encoding="utf-8")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--out", choices=("-",), help="print the results instead of writing them")
+    return parser.parse_args()
+
+
+@contextmanager
+def rounded_cache(model: Any, keys: KVCacheConfig, *, place: str, values: KVCacheConfig = VALUES) -> Iterator[None]:
+    """Let a model of the Llama kind, unquantized, attend to rounded keys and values.
+
+    Args:
+        model: as transformers loads it.
+        keys: how keys are rounded; its sinks are the values', too.
+        place: whether keys are rounded "after" the rotary embedding, as they are cached, or "before" it, so that a
+            cache would hold keys without positions and apply the embedding whenever it is read.
+        values: how values are rounded.
+    """
+    head_dim = int(model.config.head_dim)
+    round_keys, round_values = (_rounding(config, head_dim, keys.sink_tokens) for config in (keys, values))
+    embed = modeling_llama.apply_rotary_pos_emb
+
+    def embed_rounded(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if place == "before":
+            return embed(q, round_keys(k), *args, **kwargs)
+        q, k = embed(q, k, *args, **kwargs)
+        return q, round_keys(k)
+
+    def hook(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
+        heads = output.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # (batch, heads, tokens, head_dim)
+        return round_values(heads).transpose(1, 2).flatten(2)
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(modeling_llama, "apply_rotary_pos_emb", embed_rounded))
+        for layer in model.model.layers:
+            stack.callback(layer.self_attn.v_proj.register_forward_hook(hook).remove)
+        yield
+
+
+def _rounding(config: KVCacheConfig, head_dim: int, sinks: int) -> Callable[[Tensor], Tensor]:
+    """Return what rounds (batch, heads, tokens, head_dim) as the cache does, all but the first `sinks` tokens."""
+    quantizer = KVQuantizer(config, head_dim)
+
+    def rounded(X: Tensor) -> Tensor:
+        rest = X[:, :, sinks:]
+        return torch.cat((X[:, :, :sinks], quantizer.dequantize(quantizer.quantize(rest), X.dtype)), dim=2)
+
+    return rounded
+
+
+if __name__ == "__main__":
+    main()

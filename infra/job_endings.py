@@ -46,7 +46,7 @@ class JobEndings(JobMeasures):
                 self._swing_card(connection, card)
             if row["is_watched"]:
                 post_job_event(connection, job, self._now())
-            if row["is_awaited"]:
+            if row["awaited"]:
                 self._move_dependents(connection, job)
             return job
 

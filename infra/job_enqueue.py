@@ -5,7 +5,7 @@ from functools import cached_property
 from itertools import islice
 
 import structlog
-from sqlalchemy import Connection, bindparam, case, delete, exists, insert, select
+from sqlalchemy import Connection, bindparam, case, delete, exists, insert, select, update
 
 from infra import tracing
 from infra.database import insert_new, write
@@ -42,9 +42,10 @@ _SAME_WORK = Prepared(
 )
 
 _NEEDED = Prepared(
-    select(jobs)
+    update(jobs)
     .where(jobs.c.tenant_id == bindparam("of_tenant"), jobs.c.id == bindparam("needed"))
-    .with_for_update(key_share=True)
+    .values(awaited=1)
+    .returning(jobs)
 )
 _NEW_DEPENDENCY = Prepared(insert(job_deps), columns=("job_id", "depends_on"))
 
@@ -193,7 +194,7 @@ class JobEnqueue(JobRows):
         return Prepared(select(self._now().label("now")).select_from(queues).where(queues.c.name == bindparam("line")))
 
     def _is_blocked(self, connection: Connection, tenant_id: str, depends_on: Sequence[str]) -> bool:
-        """Look at the jobs that a new one waits for, and keep them from ending before it is in.
+        """Mark the jobs that a new one waits for, which keeps them from ending before it is in.
 
         A cycle cannot arise: only jobs that exist already can be named.
         """

@@ -47,9 +47,8 @@ def clean(detail: str) -> str:
 
 
 _is_watched = exists().where(webhooks.c.tenant_id == jobs.c.tenant_id, webhooks.c.enabled == 1).correlate(jobs)
-_is_awaited = exists().where(job_deps.c.depends_on == jobs.c.id).correlate(jobs)
-MOVED = (jobs, _is_watched.label("is_watched"), _is_awaited.label("is_awaited"))
-"""What an UPDATE that moves a job returns: its row, and whether anybody has to be told of it or waits for it."""
+MOVED = (jobs, _is_watched.label("is_watched"))
+"""What an UPDATE that moves a job returns: its row, and whether anybody has to be told of it."""
 
 
 class JobChanges(TypedDict, total=False):
@@ -140,7 +139,7 @@ class JobRows:
         """
         row = self._move(connection, job, to, event, actor=actor, data=data, **changes)
         moved = Job.from_row(row)
-        if to in TERMINAL and row["is_awaited"]:
+        if to in TERMINAL and row["awaited"]:
             self._move_dependents(connection, moved)
         return moved
 
@@ -202,7 +201,7 @@ class JobRows:
                 job = Job.from_row(row)
                 if cause.state is not JobState.SUCCEEDED:
                     failed = self._fail_dependent(connection, job, cause)
-                    if failed["is_awaited"]:
+                    if failed["awaited"]:
                         pending.append(Job.from_row(failed))
                 elif not self._has_unfinished_dependency(connection, job.id):
                     to = self._waiting_state(connection, job.run_at)

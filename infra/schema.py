@@ -147,6 +147,9 @@ jobs = Table(
     Column("recipe_name", String(200), nullable=False, server_default=text("''")),
     Column("labels", _json),
     Column("traceparent", String(64)),
+    # Whether other jobs wait for it. In its own row: whoever ends it sees what was written there a moment before, while
+    # a look into job_deps from the same statement would not.
+    Column("awaited", Integer, nullable=False, server_default=_ZERO),
     CheckConstraint(f"state IN ({_STATES})", name="state_known"),
     CheckConstraint(f"(finished_at IS NOT NULL) = (state IN ({_TERMINAL}))", name="finished_iff_terminal"),
     CheckConstraint(f"(lease_until IS NOT NULL) = (state IN ({_LEASED}))", name="leased_iff_held"),

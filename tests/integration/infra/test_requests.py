@@ -1,11 +1,13 @@
 """Times, deadlines, dependencies, retries and changes, and what is told of them. On SQLite and on PostgreSQL."""
 
 import itertools
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
-from sqlalchemy import Engine, insert, select
+from sqlalchemy import Engine, insert, select, text
 
-from infra.database import read, write
+from infra.database import read, transaction, write
 from infra.errors import DependencyFailed, DependencyNotFound, JobChanged, JobConflict, QueueNotFound
 from infra.jobs import Job, JobState, JobStore
 from infra.schema import artifacts, evaluations, tenants, usage_ledger, webhook_deliveries, webhooks
@@ -88,6 +90,42 @@ def test_a_job_waits_for_all_that_it_depends_on(desk, store: JobStore) -> None:
     store.complete(desk.claim(), {})
     assert state(store, after) is JobState.QUEUED
     assert desk.event_types(after) == ["enqueued", "unblocked"]
+
+
+@pytest.mark.parametrize("end", ["complete", "fail"])
+def test_a_job_that_ends_while_another_is_added_behind_it_is_still_waited_for(
+    desk, store: JobStore, engine: Engine, end: str
+) -> None:
+    first = desk.add("a")
+    taken = desk.claim()
+
+    def finish() -> None:
+        store.complete(taken, {}) if end == "complete" else store.fail(taken, "error", "broken")
+
+    with ThreadPoolExecutor(1) as pool:
+        with transaction(engine):
+            after = desk.add("b", depends_on=[first.id])
+            assert after.state is JobState.BLOCKED
+            ending = pool.submit(finish)
+            _await_lock(engine, ending)
+        ending.result(timeout=30)
+    assert state(store, after) is (JobState.QUEUED if end == "complete" else JobState.FAILED)
+
+
+def _await_lock(engine: Engine, work: "Future[None]") -> None:
+    """Wait until somebody else's statement waits for a row. SQLite's writers have waited since they began."""
+    if engine.dialect.name == "sqlite":
+        return
+    waiting = text(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and not work.done():
+        with engine.connect() as connection:
+            if connection.execute(waiting).scalar_one():
+                return
+        time.sleep(0.01)
+    raise AssertionError("the job ended without waiting for the one that was being added")
 
 
 def test_what_has_succeeded_blocks_nothing(desk, store: JobStore) -> None:

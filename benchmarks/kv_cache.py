@@ -1,21 +1,22 @@
 """Keys at 4 bits, rounded before or after the rotary embedding: benchmarks/results/kv-cache.json.
 
-    python benchmarks/kv_cache.py                                    # measures all of it
-    python benchmarks/kv_cache.py --windows 1 --seq-len 256 --out -
+    python benchmarks/kv_cache.py                                    # measures the rows that are missing
+    python benchmarks/kv_cache.py --windows 1 --seq-len 256 --out /tmp/small.json
 
 Weights and activations stay in 16 bits. Values are rounded as our presets round them, rotated and clipped at 0.95, in
-every row. The text is WikiText-2 valid: nothing is chosen on the test text. `make docs` then writes
-docs/results/kv-cache.md.
+every row. The text is WikiText-2 valid: nothing is chosen on the test text. Every finished row is written at once, so
+an interrupted run goes on where it was. `make docs` then writes docs/results/kv-cache.md.
 """
 
 import argparse
 import json
-import math
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict
 from itertools import product
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -32,50 +33,47 @@ from duquant.quantizers.kv import KVQuantizer
 MODEL = "demo:smollm2-135m"
 TEXT = "wikitext2-valid.tokens.txt"
 PLACES = ("after", "before")
-CLIPS, SINKS = (1.0, 0.95), (0, 4)
+KEYS = tuple(
+    KVCacheConfig(bits=4, rotate=rotate, clip_ratio=clip_ratio, sink_tokens=sinks)
+    for rotate, clip_ratio, sinks in product((False, True), (1.0, 0.95), (0, 4))
+)
 VALUES = KVCacheConfig(bits=4, rotate=True, clip_ratio=0.95)
 
 
 def main() -> None:
-    """Measure every combination and write the results."""
+    """Measure what is missing."""
     arguments = _parse()
-    text = data_folder() / TEXT
+    text, out = data_folder() / TEXT, Path(arguments.out)
     if not text.is_file():
         raise SystemExit(f"the cache is measured on {TEXT}, and it is not in {text.parent}")
-    source, sizes = (
-        TextSource(kind="file", name=str(text)),
-        {"seq_len": arguments.seq_len, "windows": arguments.windows},
-    )
-    result: dict[str, Any] = {
-        **describe(),
-        "command": shlex.join(["python", "benchmarks/kv_cache.py", *sys.argv[1:]]),
-        "load_at_start": load_average(),
-        "model": MODEL,
-        "evaluation": {"text": TEXT, **sizes},
-    }
+    rows: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
+    sizes = {"seq_len": arguments.seq_len, "windows": arguments.windows}
     loaded = load_for_evaluation(MODEL, device="cpu")
-    result["fp_perplexity"] = fp = measure_perplexity(loaded, source, **sizes).perplexity
-    print(f"16 bits: perplexity {fp:.3f}", flush=True)
-    result["rows"] = []
-    for place, rotate, clip_ratio, sinks in product(PLACES, (False, True), CLIPS, SINKS):
-        keys = KVCacheConfig(bits=4, rotate=rotate, clip_ratio=clip_ratio, sink_tokens=sinks)
-        with rounded_cache(loaded.model, keys, place=place):
-            perplexity = measure_perplexity(loaded, source, **sizes).perplexity
-        row = {"place": place, "rotate": rotate, "clip_ratio": clip_ratio, "sink_tokens": sinks}
-        result["rows"].append({**row, "perplexity": perplexity, "D": round(math.log(perplexity / fp), 5)})
-        print(f"{row}: perplexity {perplexity:.3f}, D {math.log(perplexity / fp):.4f}", flush=True)
-    written = json.dumps(result, indent=2) + "\n"
-    if arguments.out == "-":
-        print(written)
-    else:
-        (RESULTS / "kv-cache.json").write_text(written, encoding="utf-8")
+    for place, keys in [(None, None), *product(PLACES, KEYS)]:
+        planned = {
+            "model": MODEL,
+            "evaluation": {"text": TEXT, **sizes},
+            "place": place,
+            "keys": None if keys is None else asdict(keys),
+        }
+        if any(planned.items() <= row.items() for row in rows):
+            continue
+        facts = {**describe(), "command": shlex.join(["python", "benchmarks/kv_cache.py", *sys.argv[1:]])}
+        facts["load_at_start"] = load_average()
+        with nullcontext() if keys is None else rounded_cache(loaded.model, keys, place=str(place)):
+            found = measure_perplexity(loaded, TextSource(kind="file", name=str(text)), **sizes)
+        # What a row replaces is a measurement of the same place in the table, on other windows.
+        rows = [row for row in rows if (row["place"], row["keys"]) != (place, planned["keys"])]
+        rows.append({**planned, **facts, "perplexity": found.perplexity})
+        out.write_text(json.dumps({"rows": rows}, indent=2) + "\n", encoding="utf-8")
+        print(f"{place} {keys}: perplexity {found.perplexity:.3f}", flush=True)
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--out", choices=("-",), help="print the results instead of writing them")
+    parser.add_argument("--out", default=str(RESULTS / "kv-cache.json"))
     return parser.parse_args()
 
 

@@ -20,6 +20,8 @@ from input_mode_results import PAGE as INPUT_MODES_PAGE
 from input_mode_results import page as input_modes_page
 from kernel_results import PAGE as KERNELS_PAGE
 from kernel_results import page as kernels_page
+from kv_cache_results import PAGE as KV_CACHE_PAGE
+from kv_cache_results import page as kv_cache_page
 from pydantic import SecretStr
 from service_results import PAGE as SERVICE_PAGE
 from service_results import page as service_page
@@ -233,6 +235,7 @@ def main() -> int:
         KERNELS_PAGE: kernels_page(),
         SERVICE_PAGE: service_page(),
         INPUT_MODES_PAGE: input_modes_page(),
+        KV_CACHE_PAGE: kv_cache_page(),
     }
     broken = _broken_by(parts[OPENAPI])
     for change in broken:

@@ -50,6 +50,10 @@ def test_the_kernel_results_are_current(generate):
     assert generate.KERNELS_PAGE.read_text() == generate.kernels_page(), "run: make docs"
 
 
+def test_the_results_of_where_keys_are_rounded_are_current(generate):
+    assert generate.KV_CACHE_PAGE.read_text() == generate.kv_cache_page(), "run: make docs"
+
+
 def _leaves(recipe, prefix=""):
     for item in fields(recipe):
         value = getattr(recipe, item.name)

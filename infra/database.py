@@ -118,9 +118,8 @@ def _ping_if_idle(dialect: Dialect, connection: Any, record: ConnectionPoolEntry
         raise InvalidatePoolError from error
 
 
-def _to_json(value: object) -> str:
-    # PostgreSQL refuses NaN in JSON and SQLite keeps it: refuse it here, so that both behave the same.
-    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+# PostgreSQL refuses NaN in JSON and SQLite keeps it: refuse it here, so that both behave the same.
+_to_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
 def _make_sqlite_engine(url: URL) -> Engine:
@@ -138,6 +137,8 @@ def _make_sqlite_engine(url: URL) -> Engine:
         connect_args={"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False},
         # Writers that stand in line hold a connection each, and readers must not wait behind them.
         max_overflow=_MOST_THREADS,
+        # What a connection has read of the file is good until another one writes: use the one that wrote last.
+        pool_use_lifo=True,
     )
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "connect", functools.partial(_open_line, f"{engine.url.database}-line", threading.Lock()))
@@ -252,6 +253,17 @@ def write(engine: Engine, *, savepoint: bool = True) -> Iterator[Connection]:
 
 
 @contextmanager
+def alone(engine: Engine) -> Iterator[Connection]:
+    """A connection on which each statement is a transaction of its own, unless this thread is in one already."""
+    if (outer := _outer(engine)) is not None:
+        with _translated(engine):
+            yield outer
+        return
+    with _translated(engine), engine.connect() as connection:
+        yield connection.execution_options(isolation_level="AUTOCOMMIT")
+
+
+@contextmanager
 def transaction(engine: Engine) -> Iterator[None]:
     """One transaction around several calls of the stores: what they do inside, in this thread, commits as a whole.
 
@@ -280,6 +292,11 @@ def migration_lock(engine: Engine) -> Iterator[Connection]:
             connection.execute(text("SET LOCAL lock_timeout = 0"))
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _MIGRATION_LOCK})
         yield connection
+
+
+def writes_at_once(dialect: Dialect) -> bool:
+    """Whether one statement can change several tables (data-modifying WITH), which saves round trips."""
+    return dialect.name == "postgresql"
 
 
 def take_turns(connection: Connection, name: str) -> None:

@@ -25,8 +25,10 @@ _COLUMNS = (
     *("id", "tenant_id", "kind", "state", "spec", "fingerprint", "forced", "priority", "created_at", "run_at"),
     *("turn_at", "deadline_at", "queue", "batch_id", "gpus", "model_name", "recipe_name", "labels", "traceparent"),
     *("attempt", "max_attempts", "lease_losses", "max_lease_losses", "fence"),
-    *("phase", "progress_done", "progress_total", "version"),
+    *("phase", "progress_done", "progress_total", "version", "gpu_ms"),
 )
+_UNSET = dict.fromkeys(set(jobs.c.keys()) - set(_COLUMNS))
+"""What a new job does not have yet."""
 _SAME_WORK = Prepared(
     select(jobs)
     .where(jobs.c.tenant_id == bindparam("of_tenant"), jobs.c.fingerprint == bindparam("wanted"))
@@ -171,11 +173,11 @@ class JobEnqueue(JobRows):
             "progress_done": 0,
             "progress_total": 0,
             "version": 1,
+            "gpu_ms": 0,
         }
-        row = self._new_job.row(connection, values)
-        if row is None:
+        if self._new_job.row(connection, values) is None:
             return None
-        job = Job.from_row(row)
+        job = Job.from_row(_UNSET | values)
         for depends_on in dict.fromkeys(new.depends_on):
             _NEW_DEPENDENCY.run(connection, {"job_id": job.id, "depends_on": depends_on})
         data = {"to": job.state, "forced": force}
@@ -187,7 +189,7 @@ class JobEnqueue(JobRows):
 
     @cached_property
     def _new_job(self) -> Prepared:
-        return Prepared(insert_new(self._engine.dialect, jobs).returning(jobs), _COLUMNS)
+        return Prepared(insert_new(self._engine.dialect, jobs).returning(jobs.c.id), _COLUMNS)
 
     @cached_property
     def _queue(self) -> Prepared:

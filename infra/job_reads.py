@@ -33,13 +33,19 @@ _AHEAD = Prepared(
     )
 )
 """How many jobs of its own tenant are before a job, and the tenant's weight."""
-_RIVALS = Prepared(
-    select(func.count().label("count"), tenants.c.weight)
-    .select_from(jobs.join(tenants, tenants.c.id == jobs.c.tenant_id))
-    .where(jobs.c.tenant_id != bindparam("of_tenant"), tenants.c.paused == 0, _is_queued_beside)
-    .group_by(tenants.c.id, tenants.c.weight)
+_of_rival = (
+    select(jobs.c.id)
+    .where(jobs.c.tenant_id == tenants.c.id, _is_queued_beside)
+    .limit(FARTHEST_PLACE - 1)
+    .correlate(tenants)
+    .subquery()
 )
-"""How many jobs each other tenant has waiting, and its weight."""
+_RIVALS = Prepared(
+    select(select(func.count()).select_from(_of_rival).scalar_subquery().label("count"), tenants.c.weight).where(
+        tenants.c.id != bindparam("of_tenant"), tenants.c.paused == 0
+    )
+)
+"""How many jobs each other tenant has waiting, as far as they count, and its weight."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,8 +98,8 @@ class JobReads(JobRows):
         values = {"job_id": job.id, "of_tenant": job.tenant_id, "line": job.queue}
         with read(self._engine) as connection:
             own = _AHEAD.rows(connection, values)[0]
-            if own["before"] == 0:
-                return 0
+            if own["before"] in (0, FARTHEST_PLACE - 1):
+                return int(own["before"])
             rivals = _RIVALS.rows(connection, values)
         before, weight = own["before"], own["weight"]
         position: int = before + sum(

@@ -130,7 +130,14 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         openapi_url=None,  # ours is in routers/health.py
         # A path with a slash too many is another path, and a redirect would be built from the Host header.
         redirect_slashes=False,
-        telemetry={"operation_spans": False, "exclude": lambda scope: scope["path"].startswith(QUIET_PATHS)},
+        telemetry={
+            # Asked of each request; what is not set up anyway need not be.
+            "tracing": settings.otel_endpoint is not None,
+            "metrics": False,
+            "logs": False,
+            "operation_spans": False,
+            "exclude": lambda scope: scope["path"].startswith(QUIET_PATHS),
+        },
     )
     app.state.context = service
     for resource in ROUTERS:

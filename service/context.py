@@ -70,12 +70,17 @@ class Context:
     """Set when the server shuts down, so that open event streams end."""
 
 
-async def context(request: Request) -> Context:
-    """Return the app's object graph. A plain function would be sent to a thread, which costs more than it does."""
+def context_of(request: Request) -> Context:
+    """Return the object graph of the app that answers a request."""
     service = request.app.state.context
     assert isinstance(service, Context)
     return service
 
 
-Service = Annotated[Context, Depends(context)]
+async def _context(request: Request) -> Context:
+    # A plain function would be sent to a thread, which costs more than it does.
+    return context_of(request)
+
+
+Service = Annotated[Context, Depends(_context)]
 """The object graph, as endpoints ask for it."""

@@ -20,7 +20,7 @@ from infra.database import transaction
 from infra.errors import InfraError
 from infra.idempotency import Answer, KeyedRequest
 from service.auth import Caller
-from service.context import Context, context
+from service.context import Context, context_of
 from service.errors import FieldProblem, ProblemError
 from service.openapi import header
 
@@ -119,16 +119,15 @@ def _response(answer: Answer, *, replayed: bool = False) -> Response:
     return Response(answer.body, status_code=answer.status, headers=headers, media_type="application/json")
 
 
-async def _idempotent_request(
-    request: Request, service: Annotated[Context, Depends(context)], key: OptionalKey = None
-) -> IdempotentRequest:
+async def _idempotent_request(request: Request, key: OptionalKey = None) -> IdempotentRequest:
     if key is not None and not _KEY.fullmatch(key):
         detail = "Idempotency-Key must be 1 to 255 printable ASCII characters without spaces"
         raise ProblemError(
             "validation-failed", detail, [FieldProblem(location="header", pointer="/Idempotency-Key", detail=detail)]
         )
     body_hash = hashlib.sha256(await request.body()).hexdigest()
-    return IdempotentRequest(service, key, f"{request.method} {request.url.path}"[:200], body_hash)
+    route = f"{request.method} {request.scope['path']}"[:200]
+    return IdempotentRequest(context_of(request), key, route, body_hash)
 
 
 async def _keyed_request(

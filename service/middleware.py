@@ -3,12 +3,12 @@
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from urllib.parse import quote
 
 import anyio
 import structlog
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -35,6 +35,9 @@ SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
+_DEFAULTS = [(name.lower().encode(), value.encode()) for name, value in SECURITY_HEADERS.items()]
+_DEFAULTS.append((b"cache-control", b"no-store"))
+_EVENTS = b"text/event-stream"
 
 
 class RequestContext:
@@ -55,14 +58,10 @@ class RequestContext:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-Id"] = request_id
-                headers.update(scope["state"].get("extra_headers", {}))
-                for name, value in SECURITY_HEADERS.items():
-                    headers.setdefault(name, value)
-                headers.setdefault("Cache-Control", "no-store")
+                ours = {"X-Request-Id": request_id, **scope["state"].get("extra_headers", {})}
+                message["headers"] = headers = _completed(message.get("headers", ()), ours)
                 record.status = message["status"]
-                record.is_stream = headers.get("content-type", "").startswith("text/event-stream")
+                record.is_stream = any(pair[0] == b"content-type" and pair[1].startswith(_EVENTS) for pair in headers)
             await send(message)
 
         # The event loop may run this in the context of the request before on the same connection.
@@ -73,6 +72,15 @@ class RequestContext:
                 await self.app(scope, receive, send_with_headers)
             finally:
                 record.end()
+
+
+def _completed(given: Iterable[tuple[bytes, bytes]], ours: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    """Return an answer's headers with ours in the place of any of the same name, and the defaults that it lacks."""
+    own = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in ours.items()]
+    names = {name for name, _ in own}
+    kept = [pair for pair in given if pair[0] not in names]
+    names.update(name for name, _ in kept)
+    return [*kept, *own, *(pair for pair in _DEFAULTS if pair[0] not in names)]
 
 
 class _Record:

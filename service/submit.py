@@ -1,13 +1,15 @@
 """Turns a request into a job: resolves the recipe, checks the model and the text, computes the fingerprint."""
 
+import functools
+import json
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from duquant.config import ALGORITHM_VERSION, QualityGate, Recipe, TextSource, with_calibration
+from duquant.config import ALGORITHM_VERSION, PRESETS, QualityGate, Recipe, TextSource, with_calibration
 from duquant.errors import ConfigError
 from infra.errors import ObjectNotFound, PathForbidden, PathNotFound
 from infra.fingerprints import fingerprint_of, gate_settings
@@ -96,7 +98,7 @@ def work_fingerprint(
     identity = {
         "algorithm_version": ALGORITHM_VERSION,
         "model_identity": model_identity,
-        "recipe": recipe.digest(),
+        "recipe": _known_preset(recipe.name).digest if _is_preset(recipe) else recipe.digest(),
     }
     if text_identity is not None:
         identity["text_identity"] = text_identity
@@ -108,6 +110,28 @@ def work_fingerprint(
             **quality_gate,
         }
     return fingerprint_of(identity)
+
+
+class _KnownPreset(NamedTuple):
+    digest: str
+    as_json: str
+    """Text and not a dictionary, which whoever gets it could change."""
+
+
+@functools.cache
+def _known_preset(name: str) -> _KnownPreset:
+    # Most requests name a preset, and working this out again would take a tenth of a submit.
+    recipe = PRESETS[name][1]
+    return _KnownPreset(recipe.digest(), json.dumps(recipe.to_dict()))
+
+
+def _is_preset(recipe: Recipe) -> bool:
+    return recipe.name in PRESETS and PRESETS[recipe.name][1] is recipe
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(_known_preset(recipe.name).as_json) if _is_preset(recipe) else recipe.to_dict()
+    return plain
 
 
 def new_job(service: Context, caller: Caller, request: JobRequest) -> NewJob:
@@ -141,7 +165,7 @@ def quantize_job(tenant_id: str, work: Work) -> NewJob:
         "model": {"source": work.ref.source, "name": work.ref.name, "revision": work.ref.revision},
         "model_identity": work.model_identity,
         "text_identity": work.text_identity,
-        "recipe": work.recipe.to_dict(),
+        "recipe": _plain(work.recipe),
     }
     if work.quality_gate is not None:
         spec["quality_gate"] = dict(work.quality_gate)

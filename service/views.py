@@ -24,7 +24,10 @@ def job_detail(service: Context, job: Job) -> JobDetail:
 
 def job_submitted(service: Context, job: Job, *, created: bool, evaluation_job_id: str | None = None) -> JobSubmitted:
     """Show a job to whoever has just asked for it."""
-    return JobSubmitted(**_all_facts(service, job), reused=not created, evaluation_job_id=evaluation_job_id)
+    # A job that is new is measured by nothing but what was asked for with it.
+    evaluations = [each for each in (evaluation_job_id,) if each is not None] if created else None
+    facts = _all_facts(service, job, evaluations)
+    return JobSubmitted(**facts, reused=not created, evaluation_job_id=evaluation_job_id)
 
 
 def _facts(job: Job) -> dict[str, Any]:
@@ -54,7 +57,10 @@ def _facts(job: Job) -> dict[str, Any]:
     }
 
 
-def _all_facts(service: Context, job: Job) -> dict[str, Any]:
+def _all_facts(service: Context, job: Job, evaluations: Sequence[str] | None = None) -> dict[str, Any]:
+    """Return all that is shown of a job; `evaluations` are the jobs that measure its artifact, where they are known."""
+    if evaluations is None:
+        evaluations = [] if job.kind == "evaluate" else service.search.evaluations_of(job.id)
     # A job that nobody has ever claimed has not been planned, so it has no layers to ask for.
     layers = service.jobs.layers(job.id) if job.fence else []
     ahead = service.jobs.queue_position(job)
@@ -63,7 +69,7 @@ def _all_facts(service: Context, job: Job) -> dict[str, Any]:
         "recipe": job.spec.get("recipe"),
         "depends_on": list(service.search.dependencies(job.id)),
         "artifact_job_id": job.spec.get("artifact_job_id"),
-        "evaluation_job_ids": [] if job.kind == "evaluate" else list(service.search.evaluations_of(job.id)),
+        "evaluation_job_ids": list(evaluations),
         "layers": layer_counts(layers),
         "queue_position": None if ahead is None else ahead + 1,
         "eta_seconds": eta_seconds(job, layers),

@@ -1,5 +1,7 @@
 """Log lines are JSON on standard error, and secrets never reach them."""
 
+import errno
+import io
 import json
 import logging
 from collections.abc import Iterator
@@ -98,6 +100,20 @@ def test_no_secret_reaches_a_log_line(capsys: pytest.CaptureFixture[str], fmt: s
     assert "alice" not in output
     assert "crashed" in output
     assert "wrong key" in output
+
+
+class FullDisk(io.StringIO):
+    def write(self, _text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_line_that_cannot_be_written_fails_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = io.StringIO()
+    gone.close()
+    for stream in (FullDisk(), gone):
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.stderr", stream)
+            setup_logging("service").error("lost")
 
 
 def test_numbers_and_harmless_names_are_left_alone(capsys: pytest.CaptureFixture[str]) -> None:

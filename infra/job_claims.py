@@ -23,6 +23,7 @@ from sqlalchemy import (
     Float,
     Select,
     String,
+    Update,
     bindparam,
     case,
     cast,
@@ -36,9 +37,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.sql.dml import ReturningUpdate
 
-from infra.database import write
+from infra.database import alone, write, writes_at_once
 from infra.job_model import HELD, Claim, EventType, Job, JobKind, JobState, StopReason
-from infra.job_rows import MOVED, SWEEPER, JobRows, state_is
+from infra.job_rows import IS_WATCHED, MOVED, SWEEPER, JobRows, state_is
 from infra.outbox import post_job_event
 from infra.prepared import Prepared, Row, Statement, together
 from infra.schema import jobs, queues, tenants
@@ -53,12 +54,15 @@ _HEAD = cast(_waiting.c.turn_at, String) + ":" + _waiting.c.id
 """A job and its turn as one value: two would take two looks."""
 _start = bindparam("start", type_=Float)
 _starts_at = case((tenants.c.vtime > _start, tenants.c.vtime), else_=_start)
-_CHARGE = Prepared(
-    update(tenants)
-    .where(tenants.c.id == bindparam("payer"))
+
+
+def _charge(payer: ColumnElement[str], cost: ColumnElement[float]) -> Update:
     # Claims at the same moment chose by the same virtual time; each starts where the one before it ends.
-    .values(vstart=_starts_at, vtime=_starts_at + bindparam("cost", type_=Float) / tenants.c.weight)
-)
+    charged = update(tenants).where(tenants.c.id == payer)
+    return charged.values(vstart=_starts_at, vtime=_starts_at + cost / tenants.c.weight)
+
+
+_CHARGE = Prepared(_charge(bindparam("payer"), bindparam("cost", type_=Float)))
 
 
 class _Choice(NamedTuple):
@@ -87,13 +91,33 @@ class JobClaims(JobRows):
         suffice; smaller ones behind them go ahead.
         """
         wanted = tuple(kinds)
+        if writes_at_once(self._engine.dialect):
+            with alone(self._engine) as connection:
+                row = self._claim_at_once(connection, wanted, owner, lease_seconds)
+            if row is not None:
+                return _claim(row, owner)
         with write(self._engine) as connection:
             for choice in sorted(self._choices(connection, wanted)):
-                job = self._take(connection, choice, wanted, owner, lease_seconds)
-                if job is not None:
-                    return Claim(job=job, fence=job.fence, owner=owner)
+                row = self._take(connection, choice, wanted, owner, lease_seconds)
+                if row is not None:
+                    return _claim(row, owner)
                 # What waits there is being taken by others, or was cancelled while we looked.
         return None
+
+    def _claim_at_once(
+        self, connection: Connection, kinds: tuple[JobKind, ...], owner: str, lease_seconds: float
+    ) -> Row | None:
+        """Take the next job in two statements, each a transaction of its own.
+
+        None where more has to be done: slots are limited, a job is due, a webhook wants to know, others take that job.
+        """
+        rows = self._prepared(self._look, kinds).rows(connection, {})
+        choices = [_choice(row) for row in rows if row["head"] is not None]
+        if not choices or any(row["is_limited"] or row["is_due"] for row in rows):
+            return None
+        choice = min(choices)
+        values = {**_start_values(choice, owner, lease_seconds), "actor": owner, "start": choice.start}
+        return self._prepared(self._start_at_once, kinds).row(connection, values)
 
     def _choices(self, connection: Connection, kinds: tuple[JobKind, ...]) -> list[_Choice]:
         """Queue what is due; return who could be next. Waits for other claims where slots are limited."""
@@ -111,11 +135,14 @@ class JobClaims(JobRows):
     def _queue_locks(self) -> Prepared:
         return Prepared(select(queues.c.name).order_by(queues.c.name).with_for_update(key_share=True))
 
-    def _prepared(self, build: Callable[[Sequence[JobKind]], Statement], kinds: tuple[JobKind, ...]) -> Prepared:
+    def _prepared(
+        self, build: Callable[[Sequence[JobKind]], Statement | Prepared], kinds: tuple[JobKind, ...]
+    ) -> Prepared:
         """Return a statement that is about some kinds of jobs; which kinds are in its text."""
         key = (build.__name__, kinds)
         if key not in self._by_kinds:
-            self._by_kinds[key] = Prepared(build(kinds))
+            made = build(kinds)
+            self._by_kinds[key] = made if isinstance(made, Prepared) else Prepared(made)
         return self._by_kinds[key]
 
     @cached_property
@@ -174,26 +201,28 @@ class JobClaims(JobRows):
         kinds: tuple[JobKind, ...],
         owner: str,
         lease_seconds: float,
-    ) -> Job | None:
+    ) -> Row | None:
         """Start the first job of the choice that nobody else is taking."""
-        values = {
-            "taker": choice.tenant_id,
-            "line": choice.queue,
-            "room": choice.room,
-            "owner": owner,
-            "lease_ms": round(lease_seconds * 1000),
-        }
-        row = self._prepared(self._start, kinds).row(connection, values)
+        row = self._prepared(self._start, kinds).row(connection, _start_values(choice, owner, lease_seconds))
         if row is None:
             return None
         job = Job.from_row(row)
-        data = {"from": JobState.QUEUED, "to": job.state, "fence": job.fence, "attempt": job.attempt}
+        data = _claimed_facts(job.state, job.fence, job.attempt)
         with together(connection):
             self._event(connection, job.id, EventType.CLAIMED, owner, data)
             self._charge(connection, job, choice.start)
         if row["is_watched"]:
             post_job_event(connection, job, self._now())
-        return job
+        return row
+
+    def _start_at_once(self, kinds: Sequence[JobKind]) -> Prepared:
+        """As `_take`, in one statement, for a job that no webhook is told of."""
+        return self._at_once(
+            self._start(kinds).where(~IS_WATCHED),
+            EventType.CLAIMED,
+            lambda moved: _claimed_facts(moved.c.state, moved.c.fence, moved.c.attempt),
+            lambda moved: _charge(moved.c.tenant_id, moved.c.gpus * NOMINAL_GPU_SECONDS),
+        )
 
     def _start(self, kinds: Sequence[JobKind]) -> ReturningUpdate[Any]:
         free = (
@@ -254,6 +283,26 @@ class JobClaims(JobRows):
             self._held(connection, claim, phase=phase, progress_done=done, progress_total=total)
             data = {"phase": phase, "done": done, "total": total}
             self._event(connection, claim.job.id, EventType.PROGRESS, claim.owner, data)
+
+
+def _claim(row: Row, owner: str) -> Claim:
+    job = Job.from_row(row)
+    return Claim(job=job, fence=job.fence, owner=owner)
+
+
+def _claimed_facts(state: Any, fence: Any, attempt: Any) -> dict[str, Any]:
+    """What the event of a claim says: values, or columns of a statement that writes it."""
+    return {"from": JobState.QUEUED, "to": state, "fence": fence, "attempt": attempt}
+
+
+def _start_values(choice: _Choice, owner: str, lease_seconds: float) -> dict[str, Any]:
+    return {
+        "taker": choice.tenant_id,
+        "line": choice.queue,
+        "room": choice.room,
+        "owner": owner,
+        "lease_ms": round(lease_seconds * 1000),
+    }
 
 
 def _choice(row: Row) -> _Choice:

@@ -1,8 +1,9 @@
 """What a job leaves behind: its artifact or what it has measured, and the bill."""
 
 from collections.abc import Mapping
+from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, insert, update
+from sqlalchemy import CTE, ColumnElement, Connection, Insert, bindparam, insert, select, update
 
 from infra.database import insert_if_new
 from infra.ids import new_id
@@ -11,32 +12,36 @@ from infra.prepared import Prepared
 from infra.schema import artifacts, jobs, tenants, usage_ledger
 
 UNKNOWN_DEVICE = "unknown"
-_NEW_ARTIFACT = Prepared(
-    insert(artifacts),
-    columns=(
-        *("id", "tenant_id", "job_id", "fingerprint", "model_name", "recipe_name"),
-        *("manifest_key", "size_bytes", "summary", "created_at"),
-    ),
-)
+_OF_RESULT = ("manifest_key", "size_bytes", "summary")
+_OF_JOB = {
+    **{name: name for name in ("tenant_id", "fingerprint", "model_name", "recipe_name")},
+    "job_id": "id",
+    "created_at": "finished_at",
+}
+_NEW_ARTIFACT = Prepared(insert(artifacts), columns=("id", *_OF_RESULT, *_OF_JOB))
 
 
 def record_artifact(connection: Connection, job: Job) -> None:
     """Write the row of the artifact that a job that has just succeeded made, if it made one."""
-    artifact = (job.result or {}).get("artifact")
-    if job.kind == "quantize" and isinstance(artifact, Mapping):
-        values = {
-            "id": new_id("art"),
-            "tenant_id": job.tenant_id,
-            "job_id": job.id,
-            "fingerprint": job.fingerprint,
-            "model_name": job.model_name,
-            "recipe_name": job.recipe_name,
-            "manifest_key": artifact["manifest_key"],
-            "size_bytes": artifact["size_bytes"],
-            "summary": artifact["summary"],
-            "created_at": job.finished_at,
-        }
-        _NEW_ARTIFACT.run(connection, values)
+    values = artifact_of(job.kind, job.result or {})
+    if values is not None:
+        copied = {column: getattr(job, name) for column, name in _OF_JOB.items()}
+        _NEW_ARTIFACT.run(connection, {**values, **copied})
+
+
+def artifact_of(kind: str, result: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what an artifact's row says beside its job's own facts, if such a job's result has one."""
+    artifact = result.get("artifact")
+    if kind != "quantize" or not isinstance(artifact, Mapping):
+        return None
+    return {"id": new_id("art"), **{name: artifact[name] for name in _OF_RESULT}}
+
+
+def new_artifact_of(moved: CTE) -> Insert:
+    """Return the statement that writes the row of an artifact of a job that another part of it has just moved."""
+    made = [bindparam(f"artifact_{name}", type_=artifacts.c[name].type).label(name) for name in ("id", *_OF_RESULT)]
+    copied = [moved.c[name].label(column) for column, name in _OF_JOB.items()]
+    return insert(artifacts).from_select(("id", *_OF_RESULT, *_OF_JOB), select(*made, *copied))
 
 
 def measured_of(job: Job) -> Measured | None:

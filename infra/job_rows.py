@@ -6,21 +6,28 @@ from functools import cached_property
 from typing import Any, TypedDict
 
 from sqlalchemy import (
+    CTE,
     BigInteger,
     ColumnElement,
     Connection,
     Engine,
     FromClause,
+    Insert,
     Select,
+    String,
+    Update,
     bindparam,
     case,
     exists,
+    func,
     insert,
+    literal,
     literal_column,
     select,
     update,
 )
 from sqlalchemy.engine import RowMapping
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from infra import database
 from infra.errors import JobConflict, JobNotFound, LeaseLost
@@ -46,8 +53,9 @@ def clean(detail: str) -> str:
     return detail.replace("\0", "")[:_MAX_DETAIL]
 
 
-_is_watched = exists().where(webhooks.c.tenant_id == jobs.c.tenant_id, webhooks.c.enabled == 1).correlate(jobs)
-MOVED = (jobs, _is_watched.label("is_watched"))
+IS_WATCHED = exists().where(webhooks.c.tenant_id == jobs.c.tenant_id, webhooks.c.enabled == 1).correlate(jobs)
+"""Whether webhooks are told of what a job does."""
+MOVED = (jobs, IS_WATCHED.label("is_watched"))
 """What an UPDATE that moves a job returns: its row, and whether anybody has to be told of it."""
 
 
@@ -250,6 +258,31 @@ class JobRows:
     ) -> None:
         values = {"job_id": job_id, "type": event, "actor": actor, "data": dict(data or {})}
         self._new_event.run(connection, values)
+
+    def _at_once(
+        self,
+        step: ReturningUpdate[Any],
+        event: EventType,
+        data: Callable[[CTE], Mapping[str, Any]],
+        also: Callable[[CTE], Insert | Update],
+    ) -> Prepared:
+        """A step, its event and what else is written of the job that it moves, in one statement.
+
+        For PostgreSQL: a round trip takes longer than what is done there.
+        """
+        moved = step.cte("moved")
+        facts: list[ColumnElement[Any]] = []
+        for name, value in data(moved).items():
+            facts += (literal(name, String), literal(value, String) if isinstance(value, str) else value)
+        columns = (
+            moved.c.id,
+            self._now(),
+            literal(event, String),
+            bindparam("actor", type_=String),
+            func.jsonb_build_object(*facts),
+        )
+        told = insert(job_events).from_select(("job_id", "at", "type", "actor", "data"), select(*columns))
+        return Prepared(select(moved).add_cte(told.cte("told"), also(moved).cte("written")))
 
     @cached_property
     def _new_event(self) -> Prepared:

@@ -1,13 +1,13 @@
 """Cancel, retry, release; the transition table and the events, on SQLite and on PostgreSQL."""
 
 import pytest
-from sqlalchemy import Engine, text, update
+from sqlalchemy import Engine, select, text, update
 from sqlalchemy.exc import IntegrityError
 
-from infra.database import write
+from infra.database import read, write
 from infra.errors import DatabaseUnusable, JobConflict, LeaseLost
 from infra.jobs import ACTIVE, TRANSITIONS, Claim, Job, JobState, JobStore
-from infra.schema import jobs
+from infra.schema import artifacts, jobs
 
 LEASE = 60
 TERMINAL = [state for state in JobState if state.is_terminal]
@@ -212,3 +212,23 @@ def test_the_events_of_a_job_tell_its_whole_history(desk, store: JobStore, clock
         assert event.data.get("from") == state
         state = event.data["to"]
     assert state == store.get(job.id).state == JobState.SUCCEEDED
+
+
+def test_a_plain_job_s_events_and_artifact_say_the_same_in_every_database(
+    desk, store: JobStore, engine: Engine
+) -> None:
+    job = desk.add(model_name="m", recipe_name="r")
+    taken = desk.claim()
+    ended = store.complete(taken, {"artifact": {"manifest_key": "k", "size_bytes": 7, "summary": {"bits": 4}}})
+    assert [(event.type, event.actor, event.data) for event in store.events(job.id)][1:] == [
+        ("claimed", "worker", {"from": "queued", "to": "running", "fence": 1, "attempt": 1}),
+        ("succeeded", "worker", {"from": "running", "to": "succeeded"}),
+    ]
+    with read(engine) as connection:
+        made = dict(connection.execute(select(artifacts)).mappings().one())
+    assert made.pop("id").startswith("art_")
+    assert made == {
+        **{name: getattr(job, name) for name in ("tenant_id", "fingerprint", "model_name", "recipe_name")},
+        **{"job_id": job.id, "manifest_key": "k", "size_bytes": 7, "summary": {"bits": 4}},
+        **{"created_at": ended.finished_at, "expires_at": None, "deleted_at": None, "purged_at": None},
+    }

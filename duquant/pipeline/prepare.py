@@ -71,25 +71,16 @@ def prepare_site(
     weights = SiteWeights(site, state, folds, SiteTransform())
     try:
         moments = site_moments(statistics, columns, weights) if recipe.transform.is_balanced else None
-        transform = search_transform(rows, recipe.transform.online_at(site.name), generator, moments)
+        found = search_transform(rows, recipe.transform.online_at(site.name), generator, moments)
         if recipe.outlier_channels:
-            transform = SiteTransform(perm=by_energy(rows))
+            found = SiteTransform(perm=by_energy(rows))
     except CalibrationError as err:
         raise CalibrationError(f"layer {layer} site {site.name}: {err}", layer=layer, site=site.name) from err
     del moments
-    weights = SiteWeights(site, state, folds, transform.for_weights())
+    transform = _aligned(found, rows, weights, recipe)
     transformed = transform.apply(rows)
-    is_aligned = False
-    if recipe.transform.alignment != "none":
-        other = align(transform, rows)
-        reflected, those = other.apply(rows), replace(weights, transform=other.for_weights())
-        is_aligned = recipe.transform.alignment == "always" or (
-            candidate_error(reflected, those, recipe) < candidate_error(transformed, weights, recipe)
-        )
-        if is_aligned:
-            transform, weights, transformed = other, those, reflected
-        del other, those, reflected
     del rows
+    weights = replace(weights, transform=transform.for_weights())
     return PreparedSite(
         site=site,
         transform=transform,
@@ -97,8 +88,24 @@ def prepare_site(
         transformed=transformed,
         clip_ratio=activation_clip(transformed, weights, recipe.activation),
         peak_before=peak_before,
-        is_aligned=is_aligned,
+        is_aligned=transform is not found,
     )
+
+
+def _aligned(
+    transform: SiteTransform, rows: Float[Tensor, "sample channels"], weights: SiteWeights, recipe: Recipe
+) -> SiteTransform:
+    """Return the transform, aligned where the recipe wants that; `weights` are smoothed and not transformed."""
+    if recipe.transform.alignment == "none":
+        return transform
+    aligned = align(transform, rows)
+    if recipe.transform.alignment == "always":
+        return aligned
+    before, after = (
+        candidate_error(each.apply(rows), replace(weights, transform=each.for_weights()), recipe)
+        for each in (transform, aligned)
+    )
+    return aligned if after < before else transform
 
 
 def _peak(X: Tensor) -> float:

@@ -229,6 +229,12 @@ def test_a_plain_job_s_events_and_artifact_say_the_same_in_every_database(
     assert made.pop("id").startswith("art_")
     assert made == {
         **{name: getattr(job, name) for name in ("tenant_id", "fingerprint", "model_name", "recipe_name")},
-        **{"job_id": job.id, "manifest_key": "k", "size_bytes": 7, "summary": {"bits": 4}},
-        **{"created_at": ended.finished_at, "expires_at": None, "deleted_at": None, "purged_at": None},
+        "job_id": job.id,
+        "manifest_key": "k",
+        "size_bytes": 7,
+        "summary": {"bits": 4},
+        "created_at": ended.finished_at,
+        "expires_at": None,
+        "deleted_at": None,
+        "purged_at": None,
     }

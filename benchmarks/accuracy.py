@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from accuracy_page import write_page
+from accuracy_rows import FP
 from machine import RESULTS, data_folder, describe, load_average
 from quantize import find_texts, run_duquant, text_name
 
@@ -30,8 +31,6 @@ from duquant.config import ALGORITHM_VERSION, PRESETS, preset
 OUT = RESULTS / "accuracy.json"
 MODELS = ("demo:smollm2-135m", "demo:gemma3-270m")
 PIQA = data_folder() / "piqa-valid.jsonl"
-FP = "fp"
-"""The unquantized model's row."""
 
 
 def main() -> None:

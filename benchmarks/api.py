@@ -2,10 +2,11 @@
 
     python benchmarks/api.py                                  # writes benchmarks/results/api.json
     python benchmarks/api.py --seconds 3 --jobs 2000 --out -
+    python benchmarks/api.py --processes 4 --out -            # several processes serve the port
 
 The service runs as a process of its own on SQLite, with its defaults: one process, keys, rate limit. Each submit has a
 key, an Idempotency-Key of its own and `force`, so each makes a job; no object store is touched by it. Load comes from
-64 kept connections of this process, on the same cores. `cpu_ms` is what the service's process used for one request:
+64 kept connections of this process, on the same cores. `cpu_ms` is what the service's processes used for one request:
 unlike the latencies it hardly depends on what else the machine does.
 
 Steady: requests are sent when their time has come, whether or not earlier ones are answered, and a latency counts from
@@ -65,11 +66,13 @@ def main() -> None:
         "loop_ms": loop_ms(),
         "stolen_share": None,
         "connections": CONNECTIONS,
+        "processes": arguments.processes,
     }
     stolen = _stolen()
-    with tempfile.TemporaryDirectory() as folder, _service(Path(folder)) as (url, token, engine, process):
+    with tempfile.TemporaryDirectory() as folder, _service(Path(folder), arguments.processes) as service:
+        url, token, engine, process = service
         client = _Load(url, token)
-        asyncio.run(client.steady(RATE, 2.0))  # the first requests fill caches
+        asyncio.run(client.steady(RATE, 2.0 * arguments.processes))  # the first requests fill caches
         with _cpu_of(process) as used:
             result["steady"] = {"rate": RATE, **asyncio.run(client.steady(RATE, arguments.seconds))}
         result["steady"]["cpu_ms"] = round(used[0] * 1000 / result["steady"]["requests"], 2)
@@ -90,6 +93,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20.0, help="length of each of the two load phases")
     parser.add_argument("--jobs", type=int, default=100_000, help="finished jobs to list among")
+    parser.add_argument("--processes", type=int, default=1, help="API processes that serve the port")
     parser.add_argument("--out", default=str(RESULTS / "api.json"), help="where to write; - is nowhere")
     return parser.parse_args()
 
@@ -103,15 +107,20 @@ def _stolen(since: tuple[int, int] | None = None) -> Any:
 
 @contextmanager
 def _cpu_of(process: psutil.Process) -> Iterator[list[float]]:
-    """Measure the processor seconds of a process; they are the one item of the list after the block."""
+    """Measure the processor seconds of a process and its children: the one item of the list after the block."""
+    family = [process, *process.children()]
+
+    def total() -> float:
+        return sum(sum(each.cpu_times()[:2]) for each in family)
+
     used: list[float] = []
-    before = sum(process.cpu_times()[:2])
+    before = total()
     yield used
-    used.append(sum(process.cpu_times()[:2]) - before)
+    used.append(total() - before)
 
 
 @contextmanager
-def _service(folder: Path) -> Iterator[tuple[str, str, Engine, psutil.Process]]:
+def _service(folder: Path, processes: int) -> Iterator[tuple[str, str, Engine, psutil.Process]]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     token, database = new_token(), f"sqlite:///{folder / 'duquant.db'}"
@@ -121,6 +130,7 @@ def _service(folder: Path) -> Iterator[tuple[str, str, Engine, psutil.Process]]:
         "DUQUANT_HOME": str(folder),
         "DUQUANT_DATABASE_URL": database,
         "DUQUANT_PORT": str(port),
+        "DUQUANT_API_PROCESSES": str(processes),
         "DUQUANT_S3_ENDPOINT": "http://127.0.0.1:9",
         "DUQUANT_S3_BUCKET": "unused",
         "DUQUANT_S3_ACCESS_KEY": "unused",
@@ -138,7 +148,7 @@ def _service(folder: Path) -> Iterator[tuple[str, str, Engine, psutil.Process]]:
     finally:
         engine.dispose()
         process.terminate()
-        process.wait(20)
+        process.wait(30)
 
 
 def _await_key(url: str, token: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -1,10 +1,12 @@
 """`python -m service`: serve the API and the dashboard."""
 
+import argparse
 import socket
 import sys
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from infra.errors import InfraError
 from infra.logging import EXIT_BAD_SETTINGS, exit_status, setup_logging
@@ -12,6 +14,7 @@ from infra.tracing import setup_tracing
 from service.app import create_app
 from service.context import Context
 from service.settings import ServiceSettings
+from service.supervisor import Supervisor, end_with
 
 
 class _Server(uvicorn.Server):
@@ -28,19 +31,40 @@ class _Server(uvicorn.Server):
 
 def main() -> int:
     """Serve until told to stop; return the exit status: 0 after a signal, 2 for bad settings, 5 when a part is down."""
+    inherited = _parse()
     try:
         settings = ServiceSettings.load()
         setup_logging("service", level=settings.log_level, fmt=settings.log_format, secrets=settings.secrets())
-        setup_tracing("service", settings.otel_endpoint)
+        is_one_of_several = inherited.listener is not None
+        if settings.api_processes == 1 or is_one_of_several:
+            setup_tracing("service", settings.otel_endpoint)
+        # Also where others will serve it: what is wrong with the settings is said once, before any of them starts.
         app = create_app(settings)
     except InfraError as error:
         return _refuse(str(error), exit_status(error))
+    if is_one_of_several:
+        end_with(inherited.lifeline)
+        return _serve(app, socket.socket(fileno=inherited.listener))
     try:
         listener = _listen(settings.host, settings.port)
     except OSError as error:
         where = f"{settings.host}:{settings.port}"
         reason = f"cannot listen on {where}: {error.strerror or error}; set DUQUANT_HOST and DUQUANT_PORT"
         return _refuse(reason, EXIT_BAD_SETTINGS)
+    if settings.api_processes > 1:
+        with listener:
+            return Supervisor(listener, settings.api_processes).run()
+    return _serve(app, listener)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m service", description=__doc__)
+    parser.add_argument("--listener", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--lifeline", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _serve(app: FastAPI, listener: socket.socket) -> int:
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=5, timeout_keep_alive=30
     )

@@ -14,6 +14,8 @@ class ServiceSettings(InfraSettings):
     """Address to listen on."""
     port: int = Field(default=8000, ge=1, le=65535)
     """Port to listen on."""
+    api_processes: int = Field(default=1, ge=1, le=64)
+    """Processes that serve the port, each with a core at most; rate and stream limits are counted in each."""
     s3_public_endpoint: str | None = None
     """The object store's address as clients see it, for download links; null is the one this process uses."""
     max_body_bytes: int = Field(default=1_000_000, ge=1_000)

@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, Metric, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
 from infra.errors import InfraError
-from infra.metrics import REGISTRY, Families, merge
+from infra.metrics import Families, collected, merge
 from service.auth import BEARER, check_key
 from service.context import Context, Service
 from service.errors import ALWAYS, ProblemError, responses
@@ -63,11 +63,11 @@ async def _may_read(
     },
 )
 def get_metrics(service: Service) -> Response:
-    """Show what this process, the dispatchers and the database count.
+    """Show what the API processes on this port, the dispatchers and the database count.
 
     Without a key it answers this machine only, unless DUQUANT_METRICS_ACCESS says otherwise.
     """
-    families = merge([REGISTRY.collect(), _from_database(service)])
+    families = merge([collected(), _from_database(service)])
     return Response(generate_latest(Families(families)), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -1,6 +1,5 @@
 """How the service starts, and what it says when a part is down."""
 
-import os
 import signal
 import socket
 import subprocess
@@ -14,6 +13,7 @@ import httpx
 import pytest
 from sqlalchemy import event, text
 from support.receiver import wait_until
+from support.settings import service_environment as environment
 from support.small_disk import SmallDisk, needs_mount
 
 from client.main import run
@@ -23,13 +23,6 @@ from infra.keys import new_token
 pytestmark = pytest.mark.integration
 SUBMIT = {"model": {"source": "demo", "name": "smollm2-135m"}}
 KEY = new_token()
-SECRETS = {"S3_ACCESS_KEY": "access-key-1", "S3_SECRET_KEY": "secret-canary-1", "KEY_PEPPER": "pepper-canary-1"}
-
-
-def environment(home: Path, **values: Any) -> dict[str, str]:
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("DUQUANT_")}
-    given = {"HOME": home, "S3_ENDPOINT": "http://127.0.0.1:9", **SECRETS, **values}
-    return plain | {f"DUQUANT_{name}": str(value) for name, value in given.items() if value is not None}
 
 
 def start(env: dict[str, str]) -> subprocess.Popen[str]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import bindparam, delete, func, insert, select, tuple_, update
+from sqlalchemy import bindparam, case, delete, func, insert, select, tuple_, update
 
 from infra.database import read, write
 from infra.errors import JobNotFound
@@ -27,11 +27,19 @@ _before = (
     .limit(FARTHEST_PLACE - 1)
     .subquery()
 )
-_AHEAD = Prepared(
-    select(select(func.count()).select_from(_before).scalar_subquery().label("before"), tenants.c.weight).where(
-        tenants.c.id == bindparam("of_tenant")
-    )
+_farthest = (
+    select(jobs.c.turn_at)
+    .where(jobs.c.tenant_id == bindparam("of_tenant"), _is_queued_beside)
+    .order_by(jobs.c.turn_at, jobs.c.id)
+    .limit(1)
+    .offset(FARTHEST_PLACE - 2)
+    .scalar_subquery()
 )
+# Finding the last job that is counted takes half of what counting takes: in a long queue only the first is done.
+_count_before = case(
+    (_farthest < _place, FARTHEST_PLACE - 1), else_=select(func.count()).select_from(_before).scalar_subquery()
+)
+_AHEAD = Prepared(select(_count_before.label("before"), tenants.c.weight).where(tenants.c.id == bindparam("of_tenant")))
 """How many jobs of its own tenant are before a job, and the tenant's weight."""
 _of_rival = (
     select(jobs.c.id)

@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from machine import RESULTS, describe, load_average, loop_ms
+from machine import RESULTS, describe, flush_ms, load_average, loop_ms
 from sqlalchemy import Engine, func, insert, select, text
 
 from infra.database import make_engine, read, write
@@ -54,6 +54,7 @@ def main() -> None:
         "command": shlex.join(["python", "benchmarks/job_store.py", *sys.argv[1:]]),
         "load_before": load_average(),
         "loop_ms": loop_ms(),
+        "flush_ms": flush_ms(),
         "finished_rows": arguments.finished,
     }
     found["databases"] = {}

@@ -2,7 +2,10 @@
 
 import os
 import platform
+import statistics
 import subprocess
+import tempfile
+import time
 import timeit
 from datetime import UTC, datetime
 from importlib import metadata
@@ -43,6 +46,19 @@ def loop_ms() -> float:
     A core that is shared with other machines takes longer by the hour, and what is bound by Python does so with it.
     """
     return round(min(timeit.repeat("sum(range(1_000_000))", number=1, repeat=20)) * 1000, 1)
+
+
+def flush_ms() -> dict[str, float]:
+    """Return how long the temporary folder's disk takes to flush 8 KB that were appended to a file, as a commit does."""
+    times = []
+    with tempfile.TemporaryFile() as file:
+        for _ in range(300):
+            start = time.perf_counter()
+            file.write(b"\0" * 8192)
+            file.flush()
+            os.fdatasync(file.fileno())
+            times.append((time.perf_counter() - start) * 1000)
+    return {"mean": round(statistics.fmean(times), 2), "p90": round(statistics.quantiles(times, n=10)[-1], 2)}
 
 
 def data_folder() -> Path:

@@ -49,7 +49,7 @@ def loop_ms() -> float:
 
 
 def flush_ms() -> dict[str, float]:
-    """Return how long the temporary folder's disk takes to flush 8 KB that were appended to a file, as a commit does."""
+    """Return how long the temporary folder's disk takes to flush 8 KB at the end of a file, as a commit does."""
     times = []
     with tempfile.TemporaryFile() as file:
         for _ in range(300):

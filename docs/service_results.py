@@ -71,8 +71,8 @@ def _queue(result: dict[str, Any]) -> str:
     if "flush_ms" in result:  # not measured at first
         flush = result["flush_ms"]
         intro += (
-            f"The disk takes {flush['mean']} ms to flush 8 KB (p90 {flush['p90']} ms). PostgreSQL flushes at each of the "
-            "two commits of a job, before it answers; SQLite in WAL mode now and then.\n"
+            f"The disk takes {flush['mean']} ms to flush 8 KB (p90 {flush['p90']} ms). PostgreSQL flushes at "
+            "each of a job's two commits, before it answers; SQLite in WAL mode now and then.\n"
         )
     head = ("", "jobs a second", "claim, p50 / p99 ms", "end, p50 / p99 ms", "double claims")
     return "\n".join((_where(result), intro, _table(head, rows)))

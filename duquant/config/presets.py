@@ -143,6 +143,18 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
             kv_cache=_ROTATED_KV,
         ),
     ),
+    "duquant-gptq": (
+        "Between the two: the default's transform with zero points aligned, GPTQ, activation clipping searched by site.",
+        Recipe(
+            name="duquant-gptq",
+            transform=TransformConfig(
+                smooth_alpha=0.5, smooth_statistic="rms", rotation="hadamard", permutation="zigzag", alignment="always"
+            ),
+            weight=WeightConfig(clip="search", solver="gptq"),
+            activation=ActivationConfig(clip="search"),
+            kv_cache=replace(_ROTATED_KV, sink_tokens=4),
+        ),
+    ),
     "duquant-best": (
         "Our most accurate: balanced blocks around the zigzag, GPTQ, activation clipping searched by site. Minutes.",
         Recipe(

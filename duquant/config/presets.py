@@ -144,7 +144,7 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
         ),
     ),
     "duquant-gptq": (
-        "Between the two: the default's transform with zero points aligned, GPTQ, activation clipping searched by site.",
+        "Between the two: our default with zero points aligned, GPTQ, activation clipping searched by site. Minutes.",
         Recipe(
             name="duquant-gptq",
             transform=TransformConfig(

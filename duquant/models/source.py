@@ -13,6 +13,7 @@ from torch import Tensor
 from duquant.errors import SourceError
 from duquant.models.architecture import Architecture
 from duquant.models.families import architecture_of
+from duquant.models.magnitudes import is_finite
 
 _CHECK_CHUNK = 1 << 18
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -141,8 +142,8 @@ class SourceCheckpoint:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Look at a little at a time: torch.isfinite makes several copies of what it is given."""
-    return all(bool(torch.isfinite(chunk).all()) for chunk in torch.split(tensor.reshape(-1), _CHECK_CHUNK))
+    # A little at a time: the check makes copies of what it is given.
+    return all(is_finite(chunk) for chunk in torch.split(tensor.reshape(-1), _CHECK_CHUNK))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -93,9 +93,9 @@ class JobClaims(JobRows):
         wanted = tuple(kinds)
         if writes_at_once(self._engine.dialect):
             with alone(self._engine) as connection:
-                row = self._claim_at_once(connection, wanted, owner, lease_seconds)
-            if row is not None:
-                return _claim(row, owner)
+                row, is_settled = self._claim_at_once(connection, wanted, owner, lease_seconds)
+            if is_settled:
+                return None if row is None else _claim(row, owner)
         with write(self._engine) as connection:
             for choice in sorted(self._choices(connection, wanted)):
                 row = self._take(connection, choice, wanted, owner, lease_seconds)
@@ -106,18 +106,21 @@ class JobClaims(JobRows):
 
     def _claim_at_once(
         self, connection: Connection, kinds: tuple[JobKind, ...], owner: str, lease_seconds: float
-    ) -> Row | None:
-        """Take the next job in two statements, each a transaction of its own.
+    ) -> tuple[Row | None, bool]:
+        """Take the next job in two statements, each a transaction of its own; say whether that settles the claim.
 
-        None where more has to be done: slots are limited, a job is due, a webhook wants to know, others take that job.
+        It does not where slots are limited, a job is due, a webhook wants to know, or others take that job.
         """
         rows = self._prepared(self._look, kinds).rows(connection, {})
+        if any(row["is_limited"] or row["is_due"] for row in rows):
+            return None, False
         choices = [_choice(row) for row in rows if row["head"] is not None]
-        if not choices or any(row["is_limited"] or row["is_due"] for row in rows):
-            return None
+        if not choices:
+            return None, True
         choice = min(choices)
         values = {**_start_values(choice, owner, lease_seconds), "actor": owner, "start": choice.start}
-        return self._prepared(self._start_at_once, kinds).row(connection, values)
+        row = self._prepared(self._start_at_once, kinds).row(connection, values)
+        return row, row is not None
 
     def _choices(self, connection: Connection, kinds: tuple[JobKind, ...]) -> list[_Choice]:
         """Queue what is due; return who could be next. Waits for other claims where slots are limited."""

@@ -72,7 +72,8 @@ class JobEnqueue(JobRows):
             QuotaExceeded: the tenant has as much as it may have.
             JobConflict: the job that does the same work is being cancelled.
         """
-        # Whatever refuses a job does so before anything is written.
+        # Whatever refuses a job does so before anything is written but that others wait for what it depends on, which
+        # costs those a statement and is no harm where nobody does.
         with write(self._engine, savepoint=False) as connection:
             self._require_what_it_names(connection, new)
             for _ in range(3):

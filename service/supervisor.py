@@ -119,7 +119,9 @@ class Supervisor:
         def on_stop(_number: int, _frame: FrameType | None) -> None:
             self._is_stopping = True
 
-        before = {number: signal.signal(number, on_stop) for number in _SIGNALS}
+        # A signal that is ignored stays ignored, here and in the processes: nohup does so with SIGHUP.
+        heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, on_stop) for number in heard}
         try:
             yield
         finally:

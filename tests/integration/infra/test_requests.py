@@ -13,6 +13,7 @@ from infra.jobs import Job, JobState, JobStore
 from infra.schema import artifacts, evaluations, tenants, usage_ledger, webhook_deliveries, webhooks
 
 LEASE = 60
+MADE = {"artifact": {"manifest_key": "k", "size_bytes": 9, "summary": {}}}
 
 
 def state(store: JobStore, job: Job) -> JobState:
@@ -85,14 +86,14 @@ def test_a_job_waits_for_all_that_it_depends_on(desk, store: JobStore) -> None:
     first, second = desk.add("a"), desk.add("b")
     after = desk.add("c", depends_on=[first.id, second.id, first.id])
     assert after.state is JobState.BLOCKED
-    store.complete(desk.claim(), {})
+    store.complete(desk.claim(), MADE)
     assert state(store, after) is JobState.BLOCKED
     store.complete(desk.claim(), {})
     assert state(store, after) is JobState.QUEUED
     assert desk.event_types(after) == ["enqueued", "unblocked"]
 
 
-@pytest.mark.parametrize("end", ["complete", "fail"])
+@pytest.mark.parametrize("end", ["makes an artifact", "makes none", "fails"])
 def test_a_job_that_ends_while_another_is_added_behind_it_is_still_waited_for(
     desk, store: JobStore, engine: Engine, end: str
 ) -> None:
@@ -100,7 +101,10 @@ def test_a_job_that_ends_while_another_is_added_behind_it_is_still_waited_for(
     taken = desk.claim()
 
     def finish() -> None:
-        store.complete(taken, {}) if end == "complete" else store.fail(taken, "error", "broken")
+        if end == "fails":
+            store.fail(taken, "error", "broken")
+        else:
+            store.complete(taken, MADE if end == "makes an artifact" else {})
 
     with ThreadPoolExecutor(1) as pool:
         with transaction(engine):
@@ -109,7 +113,7 @@ def test_a_job_that_ends_while_another_is_added_behind_it_is_still_waited_for(
             ending = pool.submit(finish)
             _await_lock(engine, ending)
         ending.result(timeout=30)
-    assert state(store, after) is (JobState.QUEUED if end == "complete" else JobState.FAILED)
+    assert state(store, after) is (JobState.FAILED if end == "fails" else JobState.QUEUED)
 
 
 def _await_lock(engine: Engine, work: "Future[None]") -> None:
@@ -285,7 +289,7 @@ def test_an_artifact_is_listed_from_the_moment_its_job_succeeds(desk, store: Job
 
 def test_work_whose_artifact_was_deleted_is_done_again(desk, store: JobStore, engine: Engine) -> None:
     first = desk.add()
-    store.complete(desk.claim(), {"artifact": {"manifest_key": "k", "size_bytes": 9, "summary": {}}})
+    store.complete(desk.claim(), MADE)
     assert store.enqueue(desk.new_job(), actor="t") == (store.get(first.id), False)
     with write(engine) as connection:
         connection.execute(artifacts.update().values(deleted_at=1))
@@ -296,7 +300,7 @@ def test_work_whose_artifact_was_deleted_is_done_again(desk, store: JobStore, en
 
 def test_an_evaluation_belongs_to_its_artifact(desk, store: JobStore, engine: Engine) -> None:
     quantized = desk.add("q")
-    store.complete(desk.claim(), {"artifact": {"manifest_key": "k", "size_bytes": 9, "summary": {}}})
+    store.complete(desk.claim(), MADE)
     desk.add("e", kind="evaluate", model_name="tiny")
     metrics = {"perplexity": 7.5, "device": "cpu"}
     job = store.complete(desk.claim(), {"artifact_job_id": quantized.id, "metrics": metrics, "seconds": 2.5})

@@ -57,7 +57,7 @@ def test_every_step_of_a_job_is_told_once_and_signed(
     _, secret = hooks.create("default", f"{receiver.url}/hook?a=b", [], actor="key:a")
     job = desk.add()
     assert turn(hooks) == 0
-    store.complete(desk.claim(), {"artifact": None})
+    store.complete(desk.claim(), {"artifact": {"manifest_key": "k", "size_bytes": 1, "summary": {}}})
     assert turn(hooks) == 2
     assert turn(hooks) == 0
     messages = {json.loads(message.body)["type"]: message for message in receiver.messages}

@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +18,7 @@ from support.receiver import wait_until
 from support.settings import service_environment
 
 from infra.keys import new_token
-from service.supervisor import Supervisor
+from service.supervisor import _LOOK_S, Supervisor
 
 pytestmark = pytest.mark.integration
 
@@ -27,12 +28,12 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 
 
 @contextmanager
-def running(home: Path) -> Iterator[tuple[str, psutil.Process]]:
+def running(home: Path, *under: str) -> Iterator[tuple[str, psutil.Process]]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     env = service_environment(home, PORT=port, BOOTSTRAP_KEY=KEY, API_PROCESSES=COUNT)
     with (home / "log").open("w") as log:
-        process = subprocess.Popen([sys.executable, "-m", "service"], env=env, stderr=log)
+        process = subprocess.Popen([*under, sys.executable, "-m", "service"], env=env, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
     family = psutil.Process(process.pid)
     try:
@@ -94,9 +95,15 @@ def test_they_serve_one_port_share_counters_come_back_and_stop_together(tmp_path
     assert "canary" not in log
 
 
-def test_none_is_left_when_the_supervisor_is_killed(tmp_path: Path) -> None:
-    with running(tmp_path) as (url, family):
+def test_a_hangup_that_is_ignored_stops_nothing_and_none_is_left_when_the_supervisor_is_killed(tmp_path: Path) -> None:
+    with running(tmp_path, "nohup") as (url, family):
         children = family.children()
+        for process in (family, *children):
+            process.send_signal(signal.SIGHUP)
+        ask(url, 1)
+        time.sleep(2 * _LOOK_S)  # by then a signal that was heard has ended it
+        assert family.is_running()
+        assert family.children() == children
         family.kill()
         _, alive = psutil.wait_procs(children, timeout=20)
         assert alive == []

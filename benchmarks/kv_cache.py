@@ -1,21 +1,22 @@
-"""Keys at 4 bits, rounded before or after the rotary embedding: benchmarks/results/kv-cache.json.
+"""Keys at 4 bits, rounded before or after the rotary embedding, smoothed or not: benchmarks/results/kv-cache.json.
 
     python benchmarks/kv_cache.py                                    # measures the rows that are missing
     python benchmarks/kv_cache.py --windows 1 --seq-len 256 --out /tmp/small.json
 
 Weights and activations stay in 16 bits. Values are rounded as our presets round them, rotated and clipped at 0.95, in
-every row. The text is WikiText-2 valid: nothing is chosen on the test text. Every finished row is written at once, so
-an interrupted run goes on where it was. `make docs` then writes docs/results/kv-cache.md.
+every row. The text is the start of WikiText-2 valid, and keys are smoothed by its second half: nothing is chosen on the
+test text. Every finished row is written at once, so an interrupted run goes on where it was. `make docs` then writes
+docs/results/kv-cache.md.
 """
 
 import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict
-from itertools import product
+from dataclasses import asdict, replace
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,9 +26,11 @@ from machine import RESULTS, data_folder, describe, load_average
 from torch import Tensor
 from transformers.models.llama import modeling_llama
 
+from duquant.calibration.keys import KeyRecorder
 from duquant.config import KVCacheConfig, TextSource
-from duquant.evaluation.loading import load_for_evaluation
+from duquant.evaluation.loading import LoadedModel, load_for_evaluation
 from duquant.evaluation.perplexity import measure_perplexity
+from duquant.quantizers.keys import KeySmoothing, key_smoothing
 from duquant.quantizers.kv import KVQuantizer
 
 MODEL = "demo:smollm2-135m"
@@ -37,6 +40,7 @@ KEYS = tuple(
     KVCacheConfig(bits=4, rotate=rotate, clip_ratio=clip_ratio, sink_tokens=sinks)
     for rotate, clip_ratio, sinks in product((False, True), (1.0, 0.95), (0, 4))
 )
+SMOOTHED = tuple(replace(keys, smooth_keys=True) for keys in KEYS if keys.rotate)
 VALUES = KVCacheConfig(bits=4, rotate=True, clip_ratio=0.95)
 
 
@@ -49,18 +53,26 @@ def main() -> None:
     rows: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
     sizes = {"seq_len": arguments.seq_len, "windows": arguments.windows}
     loaded = load_for_evaluation(MODEL, device="cpu")
-    for place, keys in [(None, None), *product(PLACES, KEYS)]:
+    smoothing: list[KeySmoothing] = []
+    for place, keys in [(None, None), *product(PLACES, KEYS), *product(("after",), SMOOTHED)]:
         planned = {
             "model": MODEL,
             "evaluation": {"text": TEXT, **sizes},
             "place": place,
-            "keys": None if keys is None else asdict(keys),
+            "keys": None if keys is None else _described(keys),
         }
         if any(planned.items() <= row.items() for row in rows):
             continue
+        if keys is not None and keys.smooth_keys and not smoothing:
+            source = TextSource(kind="file", name=str(text), part="evaluation")  # the second half
+            smoothing = smoothing_of(loaded, source, **sizes)
         facts = {**describe(), "command": shlex.join(["python", "benchmarks/kv_cache.py", *sys.argv[1:]])}
         facts["load_at_start"] = load_average()
-        with nullcontext() if keys is None else rounded_cache(loaded.model, keys, place=str(place)):
+        rounding = nullcontext()
+        if keys is not None:
+            used = smoothing if keys.smooth_keys else None
+            rounding = rounded_cache(loaded.model, keys, place=str(place), smoothing=used)
+        with rounding:
             found = measure_perplexity(loaded, TextSource(kind="file", name=str(text)), **sizes)
         # What a row replaces is a measurement of the same place in the table, on other windows.
         rows = [row for row in rows if (row["place"], row["keys"]) != (place, planned["keys"])]
@@ -77,8 +89,39 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _described(keys: KVCacheConfig) -> dict[str, Any]:
+    """Return the config as rows name it: those without smoothing are older than it."""
+    return {name: value for name, value in asdict(keys).items() if name != "smooth_keys" or value}
+
+
+def smoothing_of(loaded: LoadedModel, source: TextSource, *, seq_len: int, windows: int) -> list[KeySmoothing]:
+    """Return the smoothing of each layer's keys by some windows of a text, in the unquantized model."""
+    recorders = [KeyRecorder(first_token=1) for _ in loaded.model.model.layers]
+    calls = 0
+    embed = modeling_llama.apply_rotary_pos_emb
+
+    def embed_recorded(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        nonlocal calls
+        q, k = embed(*args, **kwargs)
+        # Layers run one after the other.
+        recorders[calls % len(recorders)].add(q, k)
+        calls += 1
+        return q, k
+
+    with patch.object(modeling_llama, "apply_rotary_pos_emb", embed_recorded):
+        measure_perplexity(loaded, source, seq_len=seq_len, windows=windows)
+    return [key_smoothing(*recorder.finish().means()) for recorder in recorders]
+
+
 @contextmanager
-def rounded_cache(model: Any, keys: KVCacheConfig, *, place: str, values: KVCacheConfig = VALUES) -> Iterator[None]:
+def rounded_cache(
+    model: Any,
+    keys: KVCacheConfig,
+    *,
+    place: str,
+    values: KVCacheConfig = VALUES,
+    smoothing: Sequence[KeySmoothing] | None = None,
+) -> Iterator[None]:
     """Let a model of the Llama kind, unquantized, attend to rounded keys and values.
 
     Args:
@@ -87,16 +130,22 @@ def rounded_cache(model: Any, keys: KVCacheConfig, *, place: str, values: KVCach
         place: whether keys are rounded "after" the rotary embedding, as they are cached, or "before" it, so that a
             cache would hold keys without positions and apply the embedding whenever it is read.
         values: how values are rounded.
+        smoothing: of the keys of each layer.
     """
     head_dim = int(model.config.head_dim)
     round_keys, round_values = (_rounding(config, head_dim, keys.sink_tokens) for config in (keys, values))
     embed = modeling_llama.apply_rotary_pos_emb
+    # Layers run one after the other, in every forward pass anew.
+    layers = cycle(smoothing or ())
 
     def embed_rounded(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if place == "before":
             return embed(q, round_keys(k), *args, **kwargs)
         q, k = embed(q, k, *args, **kwargs)
-        return q, round_keys(k)
+        if smoothing is None:
+            return q, round_keys(k)
+        smooth = next(layers)
+        return q, smooth.restore(round_keys(smooth.smooth(k)))
 
     def hook(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
         heads = output.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # (batch, heads, tokens, head_dim)

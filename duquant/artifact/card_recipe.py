@@ -82,6 +82,8 @@ def _kv_cache(config: KVCacheConfig) -> str:
     parts = [f"{config.bits} bits, asymmetric, per token and head", _times(config.clip_ratio)]
     if config.rotate:
         parts.insert(1, "rotated over the head")
+    if config.smooth_keys:
+        parts.insert(1, "keys smoothed")
     if config.sink_tokens:
         parts.append(f"first {config.sink_tokens} tokens in 16 bits")
     return ", ".join(parts)

@@ -15,6 +15,8 @@ INDEX = "model.safetensors.index.json"
 EXTRA_SHARD = "model-extra.safetensors"
 """Embeddings, final norm and head."""
 REPORT = "report.json"
+KEY_SMOOTHING = "self_attn.key_smoothing"
+"""The submodule of a layer that holds what the cache does to keys before it rounds them."""
 
 
 def layer_shard(layer: int) -> str:

@@ -2,20 +2,24 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from duquant.calibration.keys import KeyStatistics
 from duquant.errors import CalibrationError, ScratchError
 from duquant.models.architecture import Site
 from duquant.models.magnitudes import SHORT_FORMATS, magnitude_bits
 from duquant.models.tensor_files import save_tensors
 
 _CACHED = 1 << 17
+_KEYS = "keys."
+"""What the names of the statistics of keys begin with in a file; no site is called that."""
 
 
 @dataclass(frozen=True)
@@ -204,9 +208,11 @@ def merge(
     return merged
 
 
-def save_statistics(path: Path, statistics: Mapping[str, SiteStatistics]) -> None:
-    """Write one shard's statistics; the file appears whole or not at all."""
+def save_statistics(path: Path, statistics: Mapping[str, SiteStatistics], keys: KeyStatistics | None = None) -> None:
+    """Write one shard's statistics, by site and of the keys; the file appears whole or not at all."""
     tensors: dict[str, Tensor] = {}
+    if keys is not None:
+        tensors.update({f"{_KEYS}{name}": tensor for name, tensor in keys.tensors().items()})
     for name, entry in statistics.items():
         tensors[f"{name}.absmax"] = entry.absmax
         tensors[f"{name}.rows"] = entry.rows
@@ -220,28 +226,44 @@ def save_statistics(path: Path, statistics: Mapping[str, SiteStatistics]) -> Non
 
 
 def load_statistics(path: Path, device: torch.device) -> dict[str, SiteStatistics]:
-    """Read what `save_statistics` wrote.
+    """Read what `save_statistics` wrote, by site.
 
     Raises:
         ScratchError: the file is missing or broken; it is deleted, so that the next try sweeps its layer again.
     """
+    with _reading(path, device) as reader:
+        names = frozenset(reader.keys())
+
+        def optional(name: str) -> Tensor | None:
+            return reader.get_tensor(name) if name in names else None
+
+        return {
+            site: SiteStatistics(
+                absmax=reader.get_tensor(f"{site}.absmax"),
+                rows=reader.get_tensor(f"{site}.rows"),
+                mean_square=optional(f"{site}.mean_square"),
+                second_moment=optional(f"{site}.second_moment"),
+                reached=optional(f"{site}.reached"),
+            )
+            for site in sorted({name.rpartition(".")[0] for name in names if not name.startswith(_KEYS)})
+        }
+
+
+def load_key_statistics(path: Path, device: torch.device) -> KeyStatistics:
+    """Read the statistics of keys that `save_statistics` wrote.
+
+    Raises:
+        ScratchError: as `load_statistics`; or the file has none.
+    """
+    with _reading(path, device) as reader:
+        return KeyStatistics(**{field.name: reader.get_tensor(_KEYS + field.name) for field in fields(KeyStatistics)})
+
+
+@contextmanager
+def _reading(path: Path, device: torch.device) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt", device=str(device)) as reader:
-            keys = frozenset(reader.keys())
-
-            def optional(key: str) -> Tensor | None:
-                return reader.get_tensor(key) if key in keys else None
-
-            return {
-                name: SiteStatistics(
-                    absmax=reader.get_tensor(f"{name}.absmax"),
-                    rows=reader.get_tensor(f"{name}.rows"),
-                    mean_square=optional(f"{name}.mean_square"),
-                    second_moment=optional(f"{name}.second_moment"),
-                    reached=optional(f"{name}.reached"),
-                )
-                for name in sorted({key.rsplit(".", 1)[0] for key in keys})
-            }
+            yield reader
     except (OSError, SafetensorError) as err:
         path.unlink(missing_ok=True)
         raise ScratchError(f"cannot read calibration statistics {path}: {err}") from err

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from duquant.calibration.boundaries import BoundaryWriter, read_micro_batches
+from duquant.calibration.keys import KeyRecorder
 from duquant.calibration.statistics import StatisticsRecorder, save_statistics
 from duquant.config import CalibrationConfig, Recipe, even_ranges
 from duquant.errors import CalibrationError, ScratchError, SourceError
@@ -207,12 +208,16 @@ def _run_layer(
 ) -> None:
     """Run one unquantized layer over the windows of `given`; write its outputs to `target`, its statistics, or both."""
     recorder = _recorder(source, recipe, layer)
+    # However few sinks a cache keeps, the first key is unlike the others, and the others are what is rounded together.
+    keys = KeyRecorder(first_token=max(1, recipe.kv_cache.sink_tokens))
+    records_keys = records and recipe.kv_cache.smooth_keys
     keeps = records and recipe.learns_by_layer
     wanted = set(learning_windows(recipe, shard)) if keeps else set()
     with (
         BoundaryWriter(target) if target else nullcontext() as out,
         skeleton.layer(layer, skeleton.load(source, layer)) as module,
         recorder.attached(module) if records else nullcontext(),
+        keys.attached(module) if records_keys else nullcontext(),
     ):
         kept: list[Tensor] = []
         first = 0
@@ -228,10 +233,10 @@ def _run_layer(
             save_tensors(work.inputs(layer, shard), {"inputs": torch.stack(kept)} if kept else {})
         if records:
             try:
-                statistics = recorder.finish()
+                statistics, key_statistics = recorder.finish(), keys.finish() if records_keys else None
             except CalibrationError as err:
                 raise CalibrationError(f"layer {layer}: {err}", layer=layer, **err.facts) from err
-            save_statistics(work.statistics(layer, shard), statistics)
+            save_statistics(work.statistics(layer, shard), statistics, key_statistics)
 
 
 def _recorder(source: SourceCheckpoint, recipe: Recipe, layer: int) -> StatisticsRecorder:

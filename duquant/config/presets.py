@@ -9,6 +9,7 @@ from duquant.config.transform import TransformConfig
 from duquant.errors import ConfigError
 
 _ROTATED_KV = KVCacheConfig(bits=4, rotate=True, clip_ratio=0.95)
+_SMOOTHED_KV = replace(_ROTATED_KV, smooth_keys=True)
 
 
 _QUAROT = Recipe(
@@ -140,7 +141,7 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
             ),
             weight=WeightConfig(clip="search"),
             activation=ActivationConfig(clip_ratio=0.87),
-            kv_cache=_ROTATED_KV,
+            kv_cache=_SMOOTHED_KV,
         ),
     ),
     "duquant-gptq": (
@@ -152,7 +153,7 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
             ),
             weight=WeightConfig(clip="search", solver="gptq"),
             activation=ActivationConfig(clip="search"),
-            kv_cache=replace(_ROTATED_KV, sink_tokens=4),
+            kv_cache=replace(_SMOOTHED_KV, sink_tokens=4),
         ),
     ),
     "duquant-best": (
@@ -170,7 +171,7 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
             ),
             weight=WeightConfig(clip="search", solver="gptq"),
             activation=ActivationConfig(clip="search"),
-            kv_cache=replace(_ROTATED_KV, sink_tokens=4),
+            kv_cache=replace(_SMOOTHED_KV, sink_tokens=4),
         ),
     ),
 }

@@ -91,8 +91,13 @@ class KVCacheConfig:
     """The range is multiplied by this before rounding."""
     sink_tokens: int = 0
     """The first tokens of a sequence, which all others attend to, stay in 16 bits: so many of them."""
+    smooth_keys: bool = field(default=False, metadata=LATER)
+    """Before rounding take off what the keys of a head have in common, and scale each of its channels, both by the
+    calibration text. Attention's scores stay what they are."""
 
     def __post_init__(self) -> None:
         check_choice("kv_cache", "bits", self.bits, (2, 4, 8, 16))
         check_range("kv_cache", "sink_tokens", self.sink_tokens, 0, 1024)
         check_range("kv_cache", "clip_ratio", self.clip_ratio, 0.1, 1.0)
+        if self.smooth_keys and self.bits == 16:
+            raise ConfigError("kv_cache.smooth_keys needs a rounded cache; kv_cache.bits is 16", field="kv_cache.bits")

@@ -46,6 +46,8 @@ def _from_codes(
         return None
     if keys.quantizer.config.bits != 4 or (torch.is_grad_enabled() and query.requires_grad):
         return None
+    if keys.smoothing is not None:
+        query = keys.smoothing.of_queries(query)
     sinks = None if keys.sinks is None or values.sinks is None else (keys.sinks, values.sinks)
     return int4_kv_attention(query, packed_keys, packed_values, keys.quantizer, scaling=scaling, mask=mask, sinks=sinks)
 

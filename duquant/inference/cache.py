@@ -1,6 +1,6 @@
 """The INT4 KV cache: a transformers Cache whose layers hold packed codes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from duquant.config import KVCacheConfig
 from duquant.kernels import dequantize_kv, quantize_kv
+from duquant.quantizers.keys import KeySmoothing
 from duquant.quantizers.kv import KVQuantizer, PackedKV
 
 _LEAST_ROOM = 32
@@ -18,11 +19,13 @@ _LEAST_ROOM = 32
 class CachedStates:
     """Keys or values of one layer, (batch, heads, tokens, ...); the first `sink_tokens` are not packed.
 
-    Codes are written into buffers with room to spare, so that a new token costs no copy of the old ones.
+    Codes are written into buffers with room to spare, so that a new token costs no copy of the old ones. With a
+    `smoothing`, for keys, all of it is smoothed, the sinks too, and `read` restores it.
     """
 
-    def __init__(self, quantizer: KVQuantizer) -> None:
+    def __init__(self, quantizer: KVQuantizer, smoothing: KeySmoothing | None = None) -> None:
         self.quantizer = quantizer
+        self.smoothing = smoothing
         self.sinks: Tensor | None = None
         self._buffers: PackedKV | None = None
         self._first = 0
@@ -43,6 +46,8 @@ class CachedStates:
 
     def append(self, states: Float[Tensor, "batch heads new_tokens head_dim"]) -> None:
         """Add new tokens behind the others."""
+        if self.smoothing is not None:
+            states = self.smoothing.smooth(states)
         whole = max(0, self.quantizer.config.sink_tokens - self._seen)
         self._seen += states.shape[2]
         if whole:
@@ -57,11 +62,12 @@ class CachedStates:
             self._count += new
 
     def read(self, dtype: torch.dtype) -> Float[Tensor, "batch heads tokens head_dim"]:
-        """Return all tokens, dequantized."""
+        """Return all tokens, dequantized and restored."""
         parts = [] if self.sinks is None else [self.sinks.to(dtype)]
         if (packed := self.packed) is not None:
             parts.append(dequantize_kv(packed, self.quantizer, dtype))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        states = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return states if self.smoothing is None else self.smoothing.restore(states)
 
     def change(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply a function of the batch axis to everything that is held."""
@@ -124,13 +130,21 @@ class DuQuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers 
 
     is_croppable = True
 
-    def __init__(self, quantizer: KVQuantizer, *, hands_out_packed: bool = False, window: int | None = None) -> None:
+    def __init__(
+        self,
+        quantizer: KVQuantizer,
+        *,
+        hands_out_packed: bool = False,
+        window: int | None = None,
+        smoothing: KeySmoothing | None = None,
+    ) -> None:
         super().__init__()
         self._quantizer = quantizer
+        self._smoothing = smoothing
         self._hands_out_packed = hands_out_packed
         self._window = window
         self._seen = 0
-        self._keys, self._values = CachedStates(quantizer), CachedStates(quantizer)
+        self._keys, self._values = CachedStates(quantizer, smoothing), CachedStates(quantizer)
 
     @property
     def is_sliding(self) -> bool:
@@ -183,7 +197,7 @@ class DuQuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers 
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self._keys, self._values = CachedStates(self._quantizer), CachedStates(self._quantizer)
+        self._keys, self._values = CachedStates(self._quantizer, self._smoothing), CachedStates(self._quantizer)
         self._seen = 0
         self.is_initialized = False
 
@@ -235,13 +249,28 @@ class DuQuantCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         windows: the sliding window of each layer; None where a layer sees all tokens.
         head_dim: channels of one head.
         hands_out_packed: see DuQuantCacheLayer.
+        smoothing: of the keys of each layer that has one, by its index.
     """
 
     def __init__(
-        self, config: KVCacheConfig, *, windows: Sequence[int | None], head_dim: int, hands_out_packed: bool = False
+        self,
+        config: KVCacheConfig,
+        *,
+        windows: Sequence[int | None],
+        head_dim: int,
+        hands_out_packed: bool = False,
+        smoothing: Mapping[int, KeySmoothing] | None = None,
     ) -> None:
         quantizer = KVQuantizer(config, head_dim)
-        made = [DuQuantCacheLayer(quantizer, hands_out_packed=hands_out_packed, window=window) for window in windows]
+        made = [
+            DuQuantCacheLayer(
+                quantizer,
+                hands_out_packed=hands_out_packed,
+                window=window,
+                smoothing=None if smoothing is None else smoothing.get(layer),
+            )
+            for layer, window in enumerate(windows)
+        ]
         super().__init__(layers=made)
 
     def size_bytes(self) -> int:

@@ -1,6 +1,6 @@
 """The transformers quantizer: swaps linears for packed ones before weights load, and gives the model its KV cache."""
 
-from functools import partial
+from collections.abc import Iterable
 from types import MethodType
 from typing import Any
 
@@ -14,6 +14,7 @@ from duquant.config import KVCacheConfig, Recipe
 from duquant.errors import ArtifactError
 from duquant.inference.attention import IMPLEMENTATION
 from duquant.inference.cache import DuQuantCache
+from duquant.inference.keys import add_key_smoothing, smoothing_by_layer
 from duquant.inference.layers import pack_site
 from duquant.inference.norms import use_norm_kernel
 from duquant.models.experts import split_experts
@@ -62,6 +63,8 @@ class DuQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
                 split_experts(layer, architecture.experts)
             for site in architecture.kept_sites(recipe.skip_linears, index):
                 pack_site(layer, site, recipe)
+            if recipe.kv_cache.smooth_keys:
+                add_key_smoothing(layer, kv_heads=model.config.num_key_value_heads, head_dim=head_dim_of(model.config))
         # Before accelerate wraps what a model on several devices runs.
         use_norm_kernel(model)
 
@@ -106,13 +109,25 @@ def sliding_windows(config: Any) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
-def new_cache(config: Any, kv_cache: KVCacheConfig) -> DuQuantCache:
-    """Return an empty cache for a model of this transformers config, packed as its attention takes it."""
+def head_dim_of(config: Any) -> int:
+    """Return the channels of one head by a transformers config."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def new_cache(config: Any, kv_cache: KVCacheConfig, layers: Iterable[nn.Module]) -> DuQuantCache:
+    """Return an empty cache for a model of this transformers config, packed as its attention takes it.
+
+    Args:
+        config: of the whole model.
+        kv_cache: how keys and values are rounded.
+        layers: the decoder layers that the cache is for; others may use it when their keys are not smoothed.
+    """
     return DuQuantCache(
         kv_cache,
         windows=sliding_windows(config),
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        head_dim=head_dim_of(config),
         hands_out_packed=config._attn_implementation == IMPLEMENTATION,
+        smoothing=smoothing_by_layer(layers),
     )
 
 
@@ -123,23 +138,26 @@ def attach_cache(model: Any, recipe: Recipe) -> None:
     config = model.config
     if config._attn_implementation == "sdpa":
         config._attn_implementation = IMPLEMENTATION
-    empty = partial(new_cache, config, recipe.kv_cache)
 
-    def fill_cache(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def fill_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         use_cache = kwargs.get("use_cache")
         wanted = config.use_cache if use_cache is None else use_cache
         if wanted and kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = empty()
+            kwargs["past_key_values"] = new_cache(config, recipe.kv_cache, module.layers)
         return args, kwargs
 
     model.model.register_forward_pre_hook(fill_cache, with_kwargs=True)
 
+    def empty(self: Any) -> DuQuantCache:
+        """Return an empty INT4 cache for this model."""
+        return new_cache(self.config, recipe.kv_cache, self.model.layers)
+
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Call transformers' generate with an INT4 cache unless the caller brings one or wants none."""
         if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is not False:
-            kwargs["past_key_values"] = empty()
+            kwargs["past_key_values"] = empty(self)
         return type(self).generate(self, *args, **kwargs)
 
-    # A bound method, so that a deep copy of the model gets one bound to the copy.
+    # Bound methods, so that a deep copy of the model gets those bound to the copy.
     model.generate = MethodType(generate, model)
-    model.duquant_new_cache = empty
+    model.duquant_new_cache = MethodType(empty, model)

@@ -5,7 +5,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from duquant.artifact.layout import KEY_SMOOTHING
 from duquant.config import Recipe
+from duquant.inference.keys import add_key_smoothing
 from duquant.inference.modules import DuQuantLinear, SiteModule
 from duquant.inference.norms import use_norm_kernel
 from duquant.models.architecture import Site
@@ -22,6 +24,9 @@ def packed_layer(layer: nn.Module, sites: Iterable[Site], recipe: Recipe, tensor
     """
     for site in sites:
         pack_site(layer, site, recipe)
+    if recipe.kv_cache.smooth_keys:
+        kv_heads, head_dim = tensors[f"{KEY_SMOOTHING}.center"].shape
+        add_key_smoothing(layer, kv_heads=kv_heads, head_dim=head_dim)
     use_norm_kernel(layer)
     layer.load_state_dict(tensors, assign=True)
     return layer.requires_grad_(False)

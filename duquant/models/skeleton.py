@@ -16,6 +16,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from duquant.errors import SourceError, UnsupportedModelError
 from duquant.models.architecture import Architecture
+from duquant.models.attention import OBSERVABLE
 from duquant.models.building import one_at_a_time
 from duquant.models.experts import split_experts
 from duquant.models.source import SourceCheckpoint
@@ -45,7 +46,7 @@ class Skeleton:
         self.config = load_config(source)
         try:
             with one_at_a_time(), init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(self.config, dtype=dtype, attn_implementation="sdpa")
+                model = AutoModelForCausalLM.from_config(self.config, dtype=dtype, attn_implementation=OBSERVABLE)
         except (ValueError, KeyError, TypeError, AttributeError) as err:
             raise UnsupportedModelError(
                 f"{source.path / 'config.json'}: transformers cannot build the model: {err}"

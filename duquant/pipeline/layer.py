@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-from duquant.artifact.layout import smallest_index_type
+from duquant.artifact.layout import KEY_SMOOTHING, smallest_index_type
+from duquant.calibration.keys import KeyStatistics
 from duquant.calibration.statistics import SiteStatistics
 from duquant.config import Recipe
 from duquant.errors import CalibrationError
@@ -19,6 +20,7 @@ from duquant.pipeline.prepare import PreparedSite, prepare_site
 from duquant.pipeline.rounding import make_rounder
 from duquant.pipeline.site import SiteError
 from duquant.pipeline.strength import smoothing_error
+from duquant.quantizers.keys import key_smoothing
 from duquant.quantizers.packing import pack
 from duquant.quantizers.weight import QuantizedWeight
 from duquant.transforms.site import SiteTransform
@@ -77,6 +79,7 @@ def quantize_layer(
     *,
     layer: int,
     samples: LayerSamples | None = None,
+    keys: KeyStatistics | None = None,
 ) -> QuantizedLayer:
     """Smooth, transform, round and pack one layer: a pure function of its arguments.
 
@@ -88,6 +91,7 @@ def quantize_layer(
         recipe: what to do.
         layer: the layer's index; with recipe.seed it decides every random choice.
         samples: inputs of the layer, for recipes that learn.
+        keys: statistics of its keys, for recipes that smooth them.
 
     Raises:
         CalibrationError: a smoothing scale, a loss or a packed value is not finite, or statistics are missing.
@@ -113,7 +117,7 @@ def quantize_layer(
                 fold_learned(site, learned.smooth[site.name], state, shape, folds)
         if learned.smooth:
             prepared = prepare()
-    output: dict[str, Tensor] = {}
+    output = _key_tensors(keys, recipe, layer)
     report: dict[str, SiteReport] = {}
     count = 0
     for each in prepared:
@@ -156,6 +160,18 @@ def quantize_layer(
     # Norms, biases and linears that were left out keep 16 bits.
     output.update({name: folds.tensor(name, tensor).to(torch.bfloat16) for name, tensor in state.items()})
     return QuantizedLayer(output, report, quantized_weights=count, learning=learned.report if learned else None)
+
+
+def _key_tensors(statistics: KeyStatistics | None, recipe: Recipe, layer: int) -> dict[str, Tensor]:
+    """Return what the cache does to keys before it rounds them, for recipes that smooth them."""
+    if not recipe.kv_cache.smooth_keys:
+        return {}
+    if statistics is None:
+        raise CalibrationError(
+            f"layer {layer}: the recipe smooths keys, and the calibration kept no statistics of them", layer=layer
+        )
+    smoothing = key_smoothing(*statistics.means())
+    return {f"{KEY_SMOOTHING}.center": smoothing.center, f"{KEY_SMOOTHING}.scale": smoothing.scale}
 
 
 def _packed_tensors(linear: str, quantized: QuantizedWeight) -> dict[str, Tensor]:

@@ -45,6 +45,6 @@ def propagate_layer(skeleton: Skeleton, recipe: Recipe, layer: int, *, packed: P
     del tensors
     with BoundaryWriter(target) as out:
         for X in read_micro_batches(given, recipe.calibration, skeleton.config.hidden_size):
-            cache = new_cache(skeleton.config, recipe.kv_cache) if recipe.kv_cache.bits < 16 else None
+            cache = new_cache(skeleton.config, recipe.kv_cache, [module]) if recipe.kv_cache.bits < 16 else None
             out.write(skeleton.forward(module, X.to(skeleton.device), cache=cache))
             del X, cache

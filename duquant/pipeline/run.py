@@ -14,7 +14,8 @@ from duquant.artifact.layout import EXTRA_SHARD, layer_shard
 from duquant.artifact.manifest import Manifest
 from duquant.artifact.shards import write_shard
 from duquant.artifact.writer import write_small_files
-from duquant.calibration.statistics import load_statistics, merge
+from duquant.calibration.keys import KeyStatistics
+from duquant.calibration.statistics import load_key_statistics, load_statistics, merge
 from duquant.calibration.sweep import (
     WorkDir,
     embed_shard,
@@ -271,8 +272,11 @@ class ModelRun:
         samples = None
         if self.recipe.learns_by_layer:
             samples = LayerSamples(self._skeleton, load_inputs(work, layer, self.shards, self.device))
+        keys = None
+        if self.recipe.kv_cache.smooth_keys:
+            keys = KeyStatistics.merge([load_key_statistics(file, self.device) for file in files])
         return quantize_layer(
-            tensors, statistics, self.source.architecture, shape, self.recipe, layer=layer, samples=samples
+            tensors, statistics, self.source.architecture, shape, self.recipe, layer=layer, samples=samples, keys=keys
         )
 
     def _named(self, layer: int, quantized: QuantizedLayer) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from duquant.config import KVCacheConfig
 from duquant.inference.cache import DuQuantCache
+from duquant.quantizers.keys import KeySmoothing
 from tests.support.tiny_models import make_tiny_model
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
@@ -38,17 +39,25 @@ def logits(model: Any, **kwargs: Any) -> torch.Tensor:
         return model(IDS, use_cache=True, **kwargs).logits
 
 
+@pytest.mark.parametrize("smooth_keys", [False, True])
 @pytest.mark.parametrize("sinks", [0, 4])
 @pytest.mark.parametrize("rotate", [False, True])
 def test_keys_rounded_after_the_embedding_are_those_of_our_cache(
-    kv_cache: ModuleType, model: Any, rotate: bool, sinks: int
+    kv_cache: ModuleType, model: Any, rotate: bool, sinks: int, smooth_keys: bool
 ) -> None:
-    config = KVCacheConfig(bits=4, rotate=rotate, clip_ratio=0.95, sink_tokens=sinks)
-    with kv_cache.rounded_cache(model, config, place="after", values=config):
-        found = logits(model)
-    layers = model.config.num_hidden_layers
-    cache = DuQuantCache(config, windows=[None] * layers, head_dim=model.config.head_dim)
-    torch.testing.assert_close(found, logits(model, past_key_values=cache), rtol=1e-4, atol=1e-4)
+    config = KVCacheConfig(bits=4, rotate=rotate, clip_ratio=0.95, sink_tokens=sinks, smooth_keys=smooth_keys)
+    layers, head_dim = model.config.num_hidden_layers, model.config.head_dim
+    smoothing = None
+    if smooth_keys:
+        shape, generator = (layers, model.config.num_key_value_heads, head_dim), torch.Generator().manual_seed(0)
+        centers, scales = (torch.randn(shape, generator=generator) for _ in range(2))
+        smoothing = [KeySmoothing(center, scale.exp()) for center, scale in zip(centers, scales, strict=True)]
+    with kv_cache.rounded_cache(model, config, place="after", values=config, smoothing=smoothing):
+        found = [logits(model) for _ in range(2)]
+    assert torch.equal(*found)
+    by_layer = None if smoothing is None else dict(enumerate(smoothing))
+    cache = DuQuantCache(config, windows=[None] * layers, head_dim=head_dim, smoothing=by_layer)
+    torch.testing.assert_close(found[0], logits(model, past_key_values=cache), rtol=1e-4, atol=1e-4)
 
 
 def test_places_differ_and_the_model_is_whole_again_afterwards(kv_cache: ModuleType, model: Any) -> None:

@@ -99,6 +99,7 @@ def test_unknown_field_is_named(values: dict[str, Any], field: str) -> None:
         ({"activation": {"clip_ratio": "1"}}, "activation.clip_ratio"),
         ({"kv_cache": {"bits": 3}}, "kv_cache.bits"),
         ({"kv_cache": {"clip_ratio": 1.01}}, "kv_cache.clip_ratio"),
+        ({"kv_cache": {"bits": 16, "smooth_keys": True}}, "kv_cache.bits"),
         ({"transform": {"smooth_alpha": -0.1}}, "transform.smooth_alpha"),
         ({"transform": {"rotation": "random"}}, "transform.rotation"),
         ({"transform": {"permutation": "zigzag"}}, "transform.permutation"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from duquant.calibration.statistics import load_statistics, merge
+from duquant.calibration.statistics import load_key_statistics, load_statistics, merge
 from duquant.calibration.sweep import (
     WorkDir,
     embed_shard,
@@ -119,6 +119,27 @@ def test_broken_inputs_are_swept_again(sweep: SweepFactory, recipe: Recipe) -> N
         load_inputs(run.work, 0, 2, CPU)
     run.layer(0, 1)
     assert torch.equal(load_inputs(run.work, 0, 2, CPU), before)
+
+
+def test_statistics_of_keys_are_in_the_file_of_those_that_smooth_them(sweep: SweepFactory, recipe: Recipe) -> None:
+    kv_cache = replace(recipe.kv_cache, smooth_keys=True, sink_tokens=4)
+    run, plain = sweep("with", with_recipe=replace(recipe, kv_cache=kv_cache)), sweep("without")
+    for each in (run, plain):
+        each.embed(0)
+        each.layer(0, 0)
+    file = run.work.statistics(0, 0)
+    found = load_key_statistics(file, CPU)
+    assert int(found.tokens) == 3 * (32 - 4)
+    assert found.key_sum.dtype == torch.float64
+    sites, expected = load_statistics(file, CPU), load_statistics(plain.work.statistics(0, 0), CPU)
+    assert sites.keys() == expected.keys()
+    for name, entry in expected.items():
+        assert torch.equal(sites[name].rows, entry.rows)
+    assert "keys.key_sum" not in load_file(plain.work.statistics(0, 0))
+    file.write_bytes(b"cut")
+    with pytest.raises(ScratchError, match="cannot read calibration statistics"):
+        load_key_statistics(file, CPU)
+    assert not file.exists()
 
 
 def test_shards_do_not_depend_on_the_order_of_work(sweep: SweepFactory) -> None:

@@ -5,6 +5,7 @@ import torch
 
 from duquant.config import KVCacheConfig
 from duquant.inference.cache import DuQuantCache, DuQuantCacheLayer
+from duquant.quantizers.keys import KeySmoothing
 from duquant.quantizers.kv import KVQuantizer
 
 HEAD_DIM = 16
@@ -202,3 +203,21 @@ def test_sliding_layer_is_cropped_as_long_as_it_remembers() -> None:
         layer.crop(-2)
     layer.reset()
     assert (layer.get_seq_length(), layer.get_mask_sizes(2)) == (0, (2, 0))
+
+
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_smoothed_keys_come_back_as_they_were_and_values_are_left_alone(sinks: int) -> None:
+    """A large mean takes most of a grid's range, until it is taken off."""
+    quantizer = KVQuantizer(KVCacheConfig(rotate=True, smooth_keys=True, sink_tokens=sinks), HEAD_DIM)
+    center = 20 * states(1, batch=1)[0, :, 0]
+    keys, values = states(7) + center[:, None], states(7, seed=1)
+    smoothing = {1: KeySmoothing(center, torch.full((2, HEAD_DIM), 3.0))}
+    cache = DuQuantCache(quantizer.config, windows=[None, None], head_dim=HEAD_DIM, smoothing=smoothing)
+    (plain, plain_values), (smooth, smooth_values) = (cache.update(keys, values, layer) for layer in (0, 1))
+    assert torch.equal(smooth_values, plain_values)
+    assert float((smooth - keys).square().sum()) < 0.01 * float((plain - keys).square().sum())
+    torch.testing.assert_close(smooth[:, :, :sinks], keys[:, :, :sinks])
+    more = cache.update(keys[:, :, :1], values[:, :, :1], 1)[0]
+    torch.testing.assert_close(more[:, :, :7], smooth)
+    cache.layers[1].reset()
+    torch.testing.assert_close(cache.update(keys, values, 1)[0], smooth)

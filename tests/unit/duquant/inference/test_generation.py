@@ -39,8 +39,9 @@ def plain(recipe: Recipe) -> Recipe:
 def strict(tiny_artifact: Callable[..., Any], plain: Recipe) -> Callable[..., Any]:
     """Factory of (model, tokenizer) in float64, without rotations."""
 
-    def make(model: Path | None = None, *, sinks: int = 0) -> Any:
-        recipe = replace(plain, kv_cache=replace(plain.kv_cache, sink_tokens=sinks))
+    def make(model: Path | None = None, *, sinks: int = 0, smooth_keys: bool = False) -> Any:
+        kv_cache = replace(plain.kv_cache, sink_tokens=sinks, smooth_keys=smooth_keys)
+        recipe = replace(plain, kv_cache=kv_cache)
         loaded, tokenizer = load(tiny_artifact(model, recipe).artifact)
         return loaded.double(), tokenizer
 
@@ -87,12 +88,13 @@ def test_rows_of_a_padded_batch_are_close_with_rotations(tiny_artifact: Callable
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("smooth_keys", [False, True])
 @pytest.mark.parametrize(("model_type", "prompt"), [("llama", 1), *((name, 15) for name in SIZES)])
 def test_tokens_one_by_one_give_the_logits_of_all_at_once(
-    tiny_model: Callable[..., Path], strict: Callable[..., Any], model_type: str, prompt: int
+    tiny_model: Callable[..., Path], strict: Callable[..., Any], model_type: str, prompt: int, smooth_keys: bool
 ) -> None:
     """Over more tokens than a sliding window has."""
-    model, tokenizer = strict(tiny_model(model_type))
+    model, tokenizer = strict(tiny_model(model_type), smooth_keys=smooth_keys)
     ids = tokenizer(PROMPTS[0] + PROMPTS[2], return_tensors="pt")["input_ids"]
     assert ids.shape[1] > 2 * 12
     whole = model(ids).logits
@@ -194,14 +196,15 @@ def test_beam_search_finds_nothing_less_likely_than_greedy(strict: Callable[...,
         assert scores[0] >= score(greedy[row], row) - 1e-4
 
 
+@pytest.mark.parametrize("smooth_keys", [False, True])
 @pytest.mark.parametrize("sinks", [0, 2])
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", SIZES)
 def test_attention_from_codes_is_attention_to_dequantized_states(
-    tiny_model: Callable[..., Path], strict: Callable[..., Any], model_type: str, sinks: int
+    tiny_model: Callable[..., Path], strict: Callable[..., Any], model_type: str, sinks: int, smooth_keys: bool
 ) -> None:
     """One new token for each row of a padded batch, by both attention implementations."""
-    model, tokenizer = strict(tiny_model(model_type), sinks=sinks)
+    model, tokenizer = strict(tiny_model(model_type), sinks=sinks, smooth_keys=smooth_keys)
     inputs = batch_of(tokenizer, PROMPTS, "left")
     results = []
     for implementation in (IMPLEMENTATION, "sdpa"):

@@ -133,11 +133,12 @@ def test_statistics_are_those_of_the_artifact_s_own_layers(
     assert_statistics_of_artifact(tiny_model(model_type), replace(recipe, kv_cache=kv_cache), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["gptq", "quarot", "spinquant", "atom"])
+@pytest.mark.parametrize("name", ["gptq", "quarot", "spinquant", "atom", "duquant-gptq"])
 def test_statistics_are_those_of_the_artifact_whatever_the_preset(
     tiny_model: Model, recipe: Recipe, tmp_path: Path, name: str
 ) -> None:
-    """16-bit activations and cache; symmetric grids; a rotated residual stream; outlier channels and groups."""
+    """16-bit activations and cache; symmetric grids; a rotated residual stream; outlier channels and groups; keys
+    that are smoothed."""
     learning = LearningConfig(samples=2, seq_len=16, epochs=1)
     chosen = replace(preset(name), calibration=recipe.calibration, learning=learning)
     if chosen.outlier_channels:

@@ -11,6 +11,7 @@ import torch
 from support.tiny_models import SIZES
 from torch import Tensor
 
+from duquant.calibration.keys import KeyStatistics
 from duquant.calibration.statistics import SiteStatistics, StatisticsRecorder
 from duquant.config import ActivationConfig, Recipe, TransformConfig, WeightConfig
 from duquant.errors import CalibrationError, ConfigError
@@ -458,3 +459,20 @@ def test_experts_that_see_no_token_are_rounded_and_counted(
     scales = [tensor for name, tensor in result.tensors.items() if name.endswith("down_proj.weight_scale")]
     assert len(scales) == 4
     assert all(bool(torch.isfinite(scale).all()) and bool((scale > 0).all()) for scale in scales)
+
+
+def test_keys_are_smoothed_by_their_statistics_alone(make_layer: Callable[..., Layer], recipe: Recipe) -> None:
+    layer = make_layer()
+    smoothing = replace(recipe, kv_cache=replace(recipe.kv_cache, smooth_keys=True))
+    with pytest.raises(CalibrationError, match="layer 0: the recipe smooths keys, and the calibration kept no stat"):
+        layer.quantize(smoothing)
+    sums = torch.rand(3, layer.shape.kv_heads, layer.shape.head_dim, dtype=torch.float64)
+    keys = KeyStatistics(torch.tensor(5), sums[0], 5 + sums[1], sums[2])
+    made = quantize_layer(
+        layer.tensors, layer.statistics, layer.source.architecture, layer.shape, smoothing, layer=0, keys=keys
+    ).tensors
+    plain = layer.quantize(recipe).tensors
+    names = {"self_attn.key_smoothing.center", "self_attn.key_smoothing.scale"}
+    assert made.keys() - plain.keys() == names
+    assert all(torch.equal(made[name], tensor) for name, tensor in plain.items())
+    torch.testing.assert_close(made["self_attn.key_smoothing.center"], (sums[0] / 5).float())

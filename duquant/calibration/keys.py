@@ -1,0 +1,91 @@
+"""What is kept of a layer's attention: means of keys, and of squares of keys and queries, by head and channel."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from duquant.errors import CalibrationError
+from duquant.models.attention import observed
+
+
+@dataclass(frozen=True)
+class KeyStatistics:
+    """Sums over calibration tokens of a layer's keys and queries, behind the rotary embedding; float64."""
+
+    tokens: Int64[Tensor, ""]
+    """How many tokens were counted."""
+    key_sum: Float[Tensor, "kv_heads head_dim"]
+    key_square_sum: Float[Tensor, "kv_heads head_dim"]
+    query_square_sum: Float[Tensor, "kv_heads head_dim"]
+    """Over the queries of all heads that attend to a key head."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the sums by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def means(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the means of keys, of their squares, and of their queries' squares, (kv_heads, head_dim)."""
+        return self.key_sum / self.tokens, self.key_square_sum / self.tokens, self.query_square_sum / self.tokens
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no sum is NaN or Inf."""
+        return all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors().values())
+
+    @classmethod
+    def merge(cls, parts: Sequence["KeyStatistics"]) -> "KeyStatistics":
+        """Join the statistics of all shards of one layer, in shard order."""
+        together: list[Mapping[str, Tensor]] = [part.tensors() for part in parts]
+        return cls(**{name: torch.stack([part[name] for part in together]).sum(0) for name in together[0]})
+
+
+class KeyRecorder:
+    """Collects KeyStatistics of one layer over micro-batches.
+
+    Args:
+        first_token: earlier tokens of a window are not counted: their keys are unlike all others.
+    """
+
+    def __init__(self, *, first_token: int) -> None:
+        self._first = first_token
+        self._found: KeyStatistics | None = None
+
+    @contextmanager
+    def attached(self, layer: nn.Module) -> Iterator[None]:
+        """Record every forward pass of a skeleton's `layer` inside the `with` block."""
+        with observed(layer, self.add):
+            yield
+
+    def add(
+        self,
+        queries: Float[Tensor, "batch heads tokens head_dim"],
+        keys: Float[Tensor, "batch kv_heads tokens head_dim"],
+    ) -> None:
+        """Count some windows' tokens."""
+        K, Q = keys[:, :, self._first :].detach().float(), queries[:, :, self._first :].detach().float()
+        by_key_head = Q.square().sum((0, 2), dtype=torch.float64).view(K.shape[1], -1, K.shape[3]).sum(1)
+        new = KeyStatistics(
+            tokens=torch.tensor(K.shape[0] * K.shape[2], dtype=torch.int64, device=K.device),
+            key_sum=K.sum((0, 2), dtype=torch.float64),
+            key_square_sum=K.square().sum((0, 2), dtype=torch.float64),
+            query_square_sum=by_key_head,
+        )
+        self._found = new if self._found is None else KeyStatistics.merge([self._found, new])
+
+    def finish(self) -> KeyStatistics:
+        """Return the statistics.
+
+        Raises:
+            CalibrationError: nothing was recorded, or keys or queries are NaN or Inf.
+        """
+        if self._found is None or not int(self._found.tokens):
+            raise CalibrationError(
+                f"no keys to learn the cache's smoothing from: windows have {self._first} tokens or fewer"
+            )
+        if not self._found.is_finite:
+            raise CalibrationError("keys or queries are NaN or Inf")
+        return self._found

@@ -9,7 +9,7 @@ from duquant.config.transform import TransformConfig
 from duquant.errors import ConfigError
 
 _ROTATED_KV = KVCacheConfig(bits=4, rotate=True, clip_ratio=0.95)
-_SMOOTHED_KV = replace(_ROTATED_KV, smooth_keys=True)
+_SMOOTHED_KV = KVCacheConfig(bits=4, rotate=True, smooth_keys=True, sink_tokens=4)
 
 
 _QUAROT = Recipe(
@@ -153,7 +153,7 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
             ),
             weight=WeightConfig(clip="search", solver="gptq"),
             activation=ActivationConfig(clip="search"),
-            kv_cache=replace(_SMOOTHED_KV, sink_tokens=4),
+            kv_cache=_SMOOTHED_KV,
         ),
     ),
     "duquant-best": (
@@ -171,7 +171,7 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
             ),
             weight=WeightConfig(clip="search", solver="gptq"),
             activation=ActivationConfig(clip="search"),
-            kv_cache=replace(_SMOOTHED_KV, sink_tokens=4),
+            kv_cache=_SMOOTHED_KV,
         ),
     ),
 }

@@ -4,8 +4,8 @@
 
 q cᵀ is the same for every key that a query looks at, so softmax cancels it. Only (k - c) s is rounded: c takes off what
 all keys have in common, s evens out what is left against what queries make of its errors. Taking the mean off keys is
-SageAttention's (arXiv 2410.02367v9, section 4.2; there of the keys at hand, here of the calibration text, so that a
-cache can grow token by token); the scale is smoothing as in duquant.transforms.balance with a diagonal map.
+SageAttention's (arXiv 2410.02367; there of the keys at hand, here of the calibration text, so that a cache can grow
+token by token); the scale is smoothing as in duquant.transforms.balance with a diagonal map.
 """
 
 from dataclasses import dataclass

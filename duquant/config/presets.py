@@ -157,7 +157,7 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
         ),
     ),
     "duquant-best": (
-        "Our most accurate: balanced blocks around the zigzag, GPTQ, activation clipping searched by site. Minutes.",
+        "Our most accurate: balanced blocks around the zigzag, aligned, GPTQ, activation clipping searched by site. Minutes.",
         Recipe(
             name="duquant-best",
             transform=TransformConfig(
@@ -168,6 +168,7 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
                 block_size=256,
                 shared_rotation=False,
                 rotation_dtype="float16",
+                alignment="always",
             ),
             weight=WeightConfig(clip="search", solver="gptq"),
             activation=ActivationConfig(clip="search"),

@@ -157,7 +157,7 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
         ),
     ),
     "duquant-best": (
-        "Our most accurate: balanced blocks around the zigzag, aligned, GPTQ, activation clipping searched by site. Minutes.",
+        "Our most accurate: balanced, aligned blocks around the zigzag, GPTQ, activation clips searched by site. Minutes.",
         Recipe(
             name="duquant-best",
             transform=TransformConfig(

@@ -157,7 +157,7 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
         ),
     ),
     "duquant-best": (
-        "Our most accurate: balanced, aligned blocks around the zigzag, GPTQ, activation clips searched by site. Minutes.",
+        "Our most accurate: balanced, aligned blocks around the zigzag, GPTQ, activation clips by site. Minutes.",
         Recipe(
             name="duquant-best",
             transform=TransformConfig(

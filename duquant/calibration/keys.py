@@ -28,7 +28,7 @@ class KeyStatistics:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def means(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the means of keys, of their squares, and of their queries' squares, (kv_heads, head_dim)."""
+        """Return the means over tokens of keys, of their squares, and of the sums of their queries' squares."""
         return self.key_sum / self.tokens, self.key_square_sum / self.tokens, self.query_square_sum / self.tokens
 
     @property
@@ -83,9 +83,7 @@ class KeyRecorder:
             CalibrationError: nothing was recorded, or keys or queries are NaN or Inf.
         """
         if self._found is None or not int(self._found.tokens):
-            raise CalibrationError(
-                f"no keys to learn the cache's smoothing from: windows have {self._first} tokens or fewer"
-            )
+            raise CalibrationError("no keys reached the statistics that the cache smooths them by")
         if not self._found.is_finite:
             raise CalibrationError("keys or queries are NaN or Inf")
         return self._found

@@ -208,8 +208,7 @@ def _run_layer(
 ) -> None:
     """Run one unquantized layer over the windows of `given`; write its outputs to `target`, its statistics, or both."""
     recorder = _recorder(source, recipe, layer)
-    # However few sinks a cache keeps, the first key is unlike the others, and the others are what is rounded together.
-    keys = KeyRecorder(first_token=max(1, recipe.kv_cache.sink_tokens))
+    keys = KeyRecorder(first_token=recipe.first_smoothed_key)
     records_keys = records and recipe.kv_cache.smooth_keys
     keeps = records and recipe.learns_by_layer
     wanted = set(learning_windows(recipe, shard)) if keeps else set()

@@ -78,6 +78,17 @@ class Recipe:
                 "have 16 bits",
                 field="transform.residual_rotation",
             )
+        if self.kv_cache.smooth_keys and self.transform.residual_rotation == "learned":
+            raise ConfigError(
+                "kv_cache.smooth_keys is not among what transform.residual_rotation='learned' learns behind",
+                field="kv_cache.smooth_keys",
+            )
+        if self.kv_cache.smooth_keys and self.calibration.seq_len <= self.first_smoothed_key:
+            raise ConfigError(
+                f"calibration.seq_len is {self.calibration.seq_len}; kv_cache.smooth_keys needs more than the "
+                f"{self.first_smoothed_key} first tokens of a window, which it leaves out",
+                field="calibration.seq_len",
+            )
         if self.transform.alignment != "none" and (self.activation.symmetric or self.activation.bits == 16):
             raise ConfigError(
                 "transform.alignment takes rounded activations on asymmetric grids: a zero point is what it is for",
@@ -138,6 +149,14 @@ class Recipe:
         Rotations of the residual stream are learned before, on the network's loss, and need no such inputs.
         """
         return self.weight.clip == "learned"
+
+    @property
+    def first_smoothed_key(self) -> int:
+        """How many first keys of a window smoothing is not made for: the sinks, and in any case the first.
+
+        It is unlike the others, however few sinks there are.
+        """
+        return max(1, self.kv_cache.sink_tokens)
 
     @property
     def needs_second_moments(self) -> bool:

@@ -93,7 +93,7 @@ class KVCacheConfig:
     """The first tokens of a sequence, which all others attend to, stay in 16 bits: so many of them."""
     smooth_keys: bool = field(default=False, metadata=LATER)
     """Before rounding take off what the keys of a head have in common, and scale each of its channels, both by the
-    calibration text. Attention's scores stay what they are."""
+    calibration text. What attention gives stays what it is."""
 
     def __post_init__(self) -> None:
         check_choice("kv_cache", "bits", self.bits, (2, 4, 8, 16))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from duquant.evaluation.contenders import dense_cache
+from duquant.models.attention import head_dim_of
 
 Call = Callable[[], object]
 
@@ -77,9 +78,7 @@ def cache_bytes(model: Any, load: Load, *, layers: int) -> int:
 
 def _heads(model: Any) -> tuple[int, int]:
     """Return the number of key heads, and the channels of one."""
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(config.num_key_value_heads), int(head_dim)
+    return int(model.config.num_key_value_heads), head_dim_of(model.config)
 
 
 def _ids(model: Any, load: Load) -> Tensor:

@@ -17,6 +17,7 @@ from duquant.inference.cache import DuQuantCache
 from duquant.inference.keys import add_key_smoothing, smoothing_by_layer
 from duquant.inference.layers import pack_site
 from duquant.inference.norms import use_norm_kernel
+from duquant.models.attention import head_dim_of
 from duquant.models.experts import split_experts
 from duquant.models.families import architecture_of
 
@@ -107,11 +108,6 @@ def sliding_windows(config: Any) -> list[int | None]:
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     return [window if kind == "sliding_attention" else None for kind in kinds]
-
-
-def head_dim_of(config: Any) -> int:
-    """Return the channels of one head by a transformers config."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def new_cache(config: Any, kv_cache: KVCacheConfig, layers: Iterable[nn.Module]) -> DuQuantCache:

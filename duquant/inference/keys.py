@@ -11,12 +11,12 @@ from duquant.quantizers.keys import KeySmoothing
 
 
 class KeySmoothingModule(nn.Module):
-    """Center and scale of one layer's keys; the cache reads them."""
+    """Center and smoothing scale of one layer's keys; the cache reads them."""
 
     def __init__(self, kv_heads: int, head_dim: int) -> None:
         super().__init__()
         self.center = nn.Parameter(torch.empty(kv_heads, head_dim, dtype=torch.float32), requires_grad=False)
-        self.scale = nn.Parameter(torch.empty(kv_heads, head_dim, dtype=torch.float32), requires_grad=False)
+        self.smooth_scale = nn.Parameter(torch.empty(kv_heads, head_dim, dtype=torch.float32), requires_grad=False)
 
 
 def add_key_smoothing(layer: nn.Module, *, kv_heads: int, head_dim: int) -> None:
@@ -33,5 +33,5 @@ def smoothing_by_layer(layers: Iterable[nn.Module]) -> dict[int, KeySmoothing]:
     for layer in layers:
         module: Any = layer.get_submodule(attention)
         if (smoothing := getattr(module, name, None)) is not None:
-            found[int(module.layer_idx)] = KeySmoothing(smoothing.center, smoothing.scale)
+            found[int(module.layer_idx)] = KeySmoothing(smoothing.center, smoothing.smooth_scale)
     return found

@@ -28,6 +28,11 @@ def _observable_attention(
     return result
 
 
+def head_dim_of(config: Any) -> int:
+    """Return the channels of one head by a transformers config; not every family's says it."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 @contextmanager
 def observed(layer: nn.Module, observer: AttentionObserver) -> Iterator[None]:
     """Let `observer` see queries and keys of every forward pass of a skeleton's decoder layer in the `with` block."""

@@ -16,7 +16,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from duquant.errors import SourceError, UnsupportedModelError
 from duquant.models.architecture import Architecture
-from duquant.models.attention import OBSERVABLE
+from duquant.models.attention import OBSERVABLE, head_dim_of
 from duquant.models.building import one_at_a_time
 from duquant.models.experts import split_experts
 from duquant.models.source import SourceCheckpoint
@@ -94,7 +94,7 @@ class Skeleton:
     @property
     def head_dim(self) -> int:
         """Channels of one head."""
-        return int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads)
+        return head_dim_of(self.config)
 
     @contextmanager
     def layer(

@@ -171,7 +171,7 @@ def _key_tensors(statistics: KeyStatistics | None, recipe: Recipe, layer: int) -
             f"layer {layer}: the recipe smooths keys, and the calibration kept no statistics of them", layer=layer
         )
     smoothing = key_smoothing(*statistics.means())
-    return {f"{KEY_SMOOTHING}.center": smoothing.center, f"{KEY_SMOOTHING}.scale": smoothing.scale}
+    return {f"{KEY_SMOOTHING}.{name}": getattr(smoothing, name) for name in ("center", "smooth_scale")}
 
 
 def _packed_tensors(linear: str, quantized: QuantizedWeight) -> dict[str, Tensor]:

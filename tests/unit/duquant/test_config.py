@@ -100,6 +100,19 @@ def test_unknown_field_is_named(values: dict[str, Any], field: str) -> None:
         ({"kv_cache": {"bits": 3}}, "kv_cache.bits"),
         ({"kv_cache": {"clip_ratio": 1.01}}, "kv_cache.clip_ratio"),
         ({"kv_cache": {"bits": 16, "smooth_keys": True}}, "kv_cache.bits"),
+        ({"kv_cache": {"smooth_keys": True, "sink_tokens": 64}, "calibration": {"seq_len": 64}}, "calibration.seq_len"),
+        (
+            {
+                "kv_cache": {"smooth_keys": True},
+                "transform": {
+                    "rotation": "hadamard",
+                    "permutation": "transpose",
+                    "fold_gains": True,
+                    "residual_rotation": "learned",
+                },
+            },
+            "kv_cache.smooth_keys",
+        ),
         ({"transform": {"smooth_alpha": -0.1}}, "transform.smooth_alpha"),
         ({"transform": {"rotation": "random"}}, "transform.rotation"),
         ({"transform": {"permutation": "zigzag"}}, "transform.permutation"),

@@ -36,7 +36,8 @@ def test_the_default_is_told_in_full() -> None:
         "permutation": "zigzag",
         "weights": "4 bits, asymmetric, per output channel, to nearest, clip searched by squared error",
         "activations": "4 bits, asymmetric, per token, range times 0.87",
-        "KV cache": "4 bits, asymmetric, per token and head, rotated over the head, range times 0.95",
+        "KV cache": "4 bits, asymmetric, per token and head, keys smoothed, rotated over the head, no clip, "
+        "first 4 tokens in 16 bits",
         "calibration text": "builtin `pydoc-topics`, calibration half, 32 windows of 2048 tokens",
         "calibrated on": "the unquantized model's activations (`fp`)",
         "seed": "0",

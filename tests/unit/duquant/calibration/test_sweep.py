@@ -121,15 +121,18 @@ def test_broken_inputs_are_swept_again(sweep: SweepFactory, recipe: Recipe) -> N
     assert torch.equal(load_inputs(run.work, 0, 2, CPU), before)
 
 
-def test_statistics_of_keys_are_in_the_file_of_those_that_smooth_them(sweep: SweepFactory, recipe: Recipe) -> None:
-    kv_cache = replace(recipe.kv_cache, smooth_keys=True, sink_tokens=4)
+@pytest.mark.parametrize(("sinks", "left_out"), [(0, 1), (1, 1), (4, 4)])
+def test_statistics_of_keys_are_in_the_file_of_those_that_smooth_them(
+    sweep: SweepFactory, recipe: Recipe, sinks: int, left_out: int
+) -> None:
+    kv_cache = replace(recipe.kv_cache, smooth_keys=True, sink_tokens=sinks)
     run, plain = sweep("with", with_recipe=replace(recipe, kv_cache=kv_cache)), sweep("without")
     for each in (run, plain):
         each.embed(0)
         each.layer(0, 0)
     file = run.work.statistics(0, 0)
     found = load_key_statistics(file, CPU)
-    assert int(found.tokens) == 3 * (32 - 4)
+    assert int(found.tokens) == 3 * (32 - left_out)
     assert found.key_sum.dtype == torch.float64
     sites, expected = load_statistics(file, CPU), load_statistics(plain.work.statistics(0, 0), CPU)
     assert sites.keys() == expected.keys()

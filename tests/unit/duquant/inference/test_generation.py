@@ -7,6 +7,7 @@ is the same arithmetic on every row: logits then agree to float32's precision. W
 code may flip, and only closeness is asked for.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any
 import pytest
 import torch
 from support.tiny_models import SIZES
+from transformers import AutoModelForCausalLM
 
+from duquant.calibration.text import calibration_windows
 from duquant.config import KVCacheConfig, Recipe, TransformConfig
 from duquant.inference import load
 from duquant.inference.attention import IMPLEMENTATION
@@ -216,6 +219,34 @@ def test_attention_from_codes_is_attention_to_dequantized_states(
         token = torch.full((len(PROMPTS), 1), 7)
         results.append(model(token, attention_mask=mask, position_ids=position, past_key_values=cache).logits)
     torch.testing.assert_close(results[0], results[1], rtol=STRICT, atol=STRICT * float(results[1].abs().max()))
+
+
+@torch.no_grad()
+def test_caches_smooth_keys_by_the_calibration_text(
+    tiny_model: Callable[..., Path], tiny_artifact: Callable[..., Any], recipe: Recipe
+) -> None:
+    """Those that the model makes, and those of a copy of it; by the windows of all shards."""
+    path, kv_cache = tiny_model(), replace(recipe.kv_cache, smooth_keys=True, sink_tokens=3)
+    model, _ = load(tiny_artifact(path, replace(recipe, kv_cache=kv_cache)).artifact)
+    calibration = recipe.calibration
+    assert calibration.shards == 2
+    windows = calibration_windows(
+        path, calibration.source, samples=calibration.samples, seq_len=calibration.seq_len, seed=recipe.seed
+    )
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    keys = [layer.keys[:, :, 3:].float() for layer in plain(windows, use_cache=True).past_key_values.layers]
+    for each in (model, copy.deepcopy(model)):
+        caches = [each.duquant_new_cache(), each(windows[:1], use_cache=True).past_key_values]
+        for cache in caches:
+            for index, layer in enumerate(cache.layers):
+                stored = each.model.layers[index].self_attn.key_smoothing
+                assert layer._keys.smoothing.center is stored.center
+                assert layer._keys.smoothing.smooth_scale is stored.smooth_scale
+                assert layer._values.smoothing is None
+                assert stored.center.dtype == torch.float32
+                expected = keys[index].mean((0, 2))
+                # Of layers behind the first, keys of two runs differ by roundings of bfloat16.
+                torch.testing.assert_close(stored.center, expected, rtol=0.0, atol=0.01 * float(expected.abs().max()))
 
 
 @torch.no_grad()

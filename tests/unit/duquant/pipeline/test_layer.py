@@ -472,7 +472,7 @@ def test_keys_are_smoothed_by_their_statistics_alone(make_layer: Callable[..., L
         layer.tensors, layer.statistics, layer.source.architecture, layer.shape, smoothing, layer=0, keys=keys
     ).tensors
     plain = layer.quantize(recipe).tensors
-    names = {"self_attn.key_smoothing.center", "self_attn.key_smoothing.scale"}
+    names = {"self_attn.key_smoothing.center", "self_attn.key_smoothing.smooth_scale"}
     assert made.keys() - plain.keys() == names
     assert all(torch.equal(made[name], tensor) for name, tensor in plain.items())
     torch.testing.assert_close(made["self_attn.key_smoothing.center"], (sums[0] / 5).float())

@@ -61,12 +61,12 @@ def test_the_scale_is_where_the_product_of_errors_is_least() -> None:
     Q = queries.square().mean((0, 2)).view(KV_HEADS, GROUP, HEAD_DIM).mean(1)
 
     def product(scale: Tensor) -> Tensor:
-        return (V * scale**2).sum(-1) * (Q / scale**2).sum(-1)
+        return (V / scale**2).sum(-1) * (Q * scale**2).sum(-1)
 
-    least = product(smoothing.scale.double())
+    least = product(smoothing.smooth_scale.double())
     generator = torch.Generator().manual_seed(7)
     for _ in range(20):
-        other = smoothing.scale.double() * (0.3 * torch.randn(KV_HEADS, HEAD_DIM, generator=generator)).exp()
+        other = smoothing.smooth_scale.double() * (0.3 * torch.randn(KV_HEADS, HEAD_DIM, generator=generator)).exp()
         assert bool((product(other) > least).all())
 
 
@@ -82,9 +82,9 @@ def test_what_is_dead_stays_finite(dead: str) -> None:
     else:
         keys[:] = 3.0
     smoothing = smoothing_of(queries, keys)
-    for tensor in (smoothing.center, smoothing.scale):
+    for tensor in (smoothing.center, smoothing.smooth_scale):
         assert bool(torch.isfinite(tensor).all())
-    assert float(smoothing.scale.min()) > 0.0
+    assert float(smoothing.smooth_scale.min()) > 0.0
     torch.testing.assert_close(smoothing.restore(smoothing.smooth(keys)), keys, rtol=1e-4, atol=1e-4)
 
 

@@ -3,10 +3,10 @@
     python benchmarks/kv_cache.py                                    # measures the rows that are missing
     python benchmarks/kv_cache.py --windows 1 --seq-len 256 --out /tmp/small.json
 
-Weights and activations stay in 16 bits. Values are rotated and clipped at 0.95 in every row, as presets without smoothing
-round them. The text is the start of WikiText-2 valid, and keys are smoothed by its second half: nothing is chosen on the
-test text. Every finished row is written at once, so an interrupted run goes on where it was. `make docs` then writes
-docs/results/kv-cache.md.
+Weights and activations stay in 16 bits. Values are rotated and clipped at 0.95 in every row, as presets without
+smoothing round them. The text is the start of WikiText-2 valid, and keys are smoothed by its second half: nothing is
+chosen on the test text. Every finished row is written at once, so an interrupted run goes on where it was. `make docs`
+then writes docs/results/kv-cache.md.
 """
 
 import argparse

@@ -25,6 +25,7 @@ standard error over the questions.
 """
 _COLUMNS = (
     ("recipe", "---"),
+    ("rounded to", "---"),
     ("D", "---:"),
     ("perplexity", "---:"),
     ("PIQA, acc_norm", "---:"),
@@ -90,6 +91,7 @@ def _cells(entry: Entry) -> list[str]:
     questions = sorted({row["piqa"]["samples"] for row in rows if "piqa" in row})
     return [
         f"{name} ({entry.note})" if entry.note else name,
+        entry.bits,
         "0" if entry.recipe == FP else _spread(entry.losses, 3),
         _spread([row["perplexity"] for row in rows], 2),
         _piqa(rows, "acc_norm"),

@@ -10,6 +10,8 @@ _BAR, _GAP, _HEADING, _AXIS = 16, 8, 34, 30
 _LARGEST_D = 1.0
 """Longer bars are cut off: baselines would make all others too short to compare."""
 _TICK = 0.2
+_BITS = "W4A4KV4"
+"""What goes without saying in the picture."""
 _TODAY, _EARLIER, _LINE, _TEXT = "#2f6690", "#b5c9d8", "#d9dee3", "#1f2933"
 
 
@@ -54,6 +56,8 @@ def _bar(entry: Entry, top: float) -> Iterator[str]:
         yield f'<path d="M{_x(low):.1f} {middle}H{_x(high):.1f}" stroke="{_TEXT}" stroke-width="2"/>'
         end = max(end, _x(high))
     label = f"{entry.loss:.3f}"
+    if entry.bits not in ("", _BITS):
+        label = f"{entry.bits}: {label}"
     if len(entry.losses) > 1:
         label += f" ± {(high - low) / 2:.3f}"
     if entry.loss > _LARGEST_D:

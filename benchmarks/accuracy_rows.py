@@ -30,6 +30,16 @@ class Entry:
         return statistics.fmean(self.losses) if self.losses else 0.0 if self.recipe == FP else math.inf
 
     @property
+    def bits(self) -> str:
+        """Return the bits of weights, activations and KV cache, such as W4A4KV4; empty for a recipe that is gone."""
+        if self.recipe == FP:
+            return "W16A16KV16"
+        if self.recipe not in PRESETS:
+            return ""
+        recipe = PRESETS[self.recipe][1]
+        return f"W{recipe.weight.bits}A{recipe.activation.bits}KV{recipe.kv_cache.bits}"
+
+    @property
     def note(self) -> str:
         """Return what the rows were measured with, where a measurement of today would be another; else nothing."""
         return outdated(self.rows[0])

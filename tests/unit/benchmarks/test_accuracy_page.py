@@ -58,6 +58,7 @@ def row(recipe: str, perplexity: float, seed: int = 0, model: str = "demo:tiny",
 
 
 GOOD, PLAIN = "duquant-fast", "rtn"
+BITS = "W4A4KV4"
 ROWS = [row("fp", 10.0), row(PLAIN, 40.0), row(GOOD, 12.0), row(GOOD, 14.0, seed=1)]
 
 
@@ -102,7 +103,7 @@ def test_rows_of_before_say_so_and_have_no_mean_with_those_of_today(
         ((math.log(1.2),), ""),
         ((math.log(1.4),), note),
     ]
-    assert f"| `{GOOD}` ({note}) | 0.336 |" in made.page(rows)
+    assert f"| `{GOOD}` ({note}) | {BITS} | 0.336 |" in made.page(rows)
     assert "(measured earlier)" in made.picture(made.sections(rows))
     assert "(measured earlier)" not in made.picture(made.sections(ROWS))
     assert "Rows with a note" not in made.page(ROWS)
@@ -118,15 +119,15 @@ def test_piqa_is_shown_with_the_larger_of_its_two_errors_and_its_questions(made:
         return {**row(GOOD, 12.0, seed), "piqa": scores}
 
     page = made.page([row("fp", 10.0), scored(0, 0.60), scored(1, 0.64)])
-    assert cells(page, f"`{GOOD}`")[3:6] == ["65.00 ± 1.10", "62.00 ± 2.00", "1,838"]
-    assert cells(page, "FP")[3:6] == ["", "", ""]
+    assert cells(page, f"`{GOOD}`")[4:7] == ["65.00 ± 1.10", "62.00 ± 2.00", "1,838"]
+    assert cells(page, "FP")[4:7] == ["", "", ""]
 
 
 def test_page_has_a_line_for_each_recipe_the_best_first(made: SimpleNamespace) -> None:
     page = made.page(ROWS)
     lines = [line for line in page.splitlines() if line.startswith(("| FP", "| `"))]
     assert [line.split("|")[1].strip() for line in lines] == ["FP (bfloat16)", f"`{GOOD}`", f"`{PLAIN}`"]
-    assert cells(page, f"`{GOOD}`")[1:3] == ["0.259 ± 0.077", "13.00 ± 1.00"]
+    assert cells(page, f"`{GOOD}`")[1:4] == [BITS, "0.259 ± 0.077", "13.00 ± 1.00"]
     assert cells(page, f"`{GOOD}`")[-1] == "0123456, 0123456*"
 
 

@@ -96,7 +96,7 @@ def _described(keys: KVCacheConfig) -> dict[str, Any]:
 
 def smoothing_of(loaded: LoadedModel, source: TextSource, *, seq_len: int, windows: int) -> list[KeySmoothing]:
     """Return the smoothing of each layer's keys by some windows of a text, in the unquantized model."""
-    recorders = [KeyRecorder(first_token=1) for _ in loaded.model.model.layers]
+    recorders = [KeyRecorder(first_token=1, stride=1) for _ in loaded.model.model.layers]
     calls = 0
     embed = modeling_llama.apply_rotary_pos_emb
 

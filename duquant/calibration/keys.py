@@ -48,10 +48,12 @@ class KeyRecorder:
 
     Args:
         first_token: earlier tokens of a window are not counted: their keys are unlike all others.
+        stride: of so many tokens from there one counts. They are drawn, the same ones of every window: at even steps
+            a channel that the rotary embedding turns could show the same phase again and again.
     """
 
-    def __init__(self, *, first_token: int) -> None:
-        self._first = first_token
+    def __init__(self, *, first_token: int, stride: int) -> None:
+        self._first, self._stride = first_token, stride
         self._found: KeyStatistics | None = None
 
     @contextmanager
@@ -66,15 +68,22 @@ class KeyRecorder:
         keys: Float[Tensor, "batch kv_heads tokens head_dim"],
     ) -> None:
         """Count some windows' tokens."""
-        K, Q = keys[:, :, self._first :].detach().float(), queries[:, :, self._first :].detach().float()
-        by_key_head = Q.square().sum((0, 2), dtype=torch.float64).view(K.shape[1], -1, K.shape[3]).sum(1)
+        counted = self._counted(keys.shape[2]).to(keys.device)
+        K, Q = (X.detach()[:, :, counted].double() for X in (keys, queries))
+        by_key_head = Q.square().sum((0, 2)).view(K.shape[1], -1, K.shape[3]).sum(1)
         new = KeyStatistics(
             tokens=torch.tensor(K.shape[0] * K.shape[2], dtype=torch.int64, device=K.device),
-            key_sum=K.sum((0, 2), dtype=torch.float64),
-            key_square_sum=K.square().sum((0, 2), dtype=torch.float64),
+            key_sum=K.sum((0, 2)),
+            key_square_sum=K.square().sum((0, 2)),
             query_square_sum=by_key_head,
         )
         self._found = new if self._found is None else KeyStatistics.merge([self._found, new])
+
+    def _counted(self, tokens: int) -> Int64[Tensor, " counted"]:
+        """Return which of a window's tokens count."""
+        left = max(0, tokens - self._first)
+        drawn = torch.randperm(left, generator=torch.Generator().manual_seed(0))[: -(-left // self._stride)]
+        return self._first + drawn.sort().values
 
     def finish(self) -> KeyStatistics:
         """Return the statistics.

@@ -208,7 +208,9 @@ def _run_layer(
 ) -> None:
     """Run one unquantized layer over the windows of `given`; write its outputs to `target`, its statistics, or both."""
     recorder = _recorder(source, recipe, layer)
-    keys = KeyRecorder(first_token=recipe.first_smoothed_key)
+    keys = KeyRecorder(
+        first_token=recipe.first_smoothed_key, stride=_stride(recipe.calibration, recipe.calibration.search_tokens)
+    )
     records_keys = records and recipe.kv_cache.smooth_keys
     keeps = records and recipe.learns_by_layer
     wanted = set(learning_windows(recipe, shard)) if keeps else set()
@@ -241,13 +243,17 @@ def _run_layer(
 def _recorder(source: SourceCheckpoint, recipe: Recipe, layer: int) -> StatisticsRecorder:
     """Return what records the statistics that a recipe needs of a layer."""
     calibration = recipe.calibration
-    tokens = calibration.samples * calibration.seq_len
     return StatisticsRecorder(
         source.architecture.kept_sites(recipe.skip_linears, layer),
-        row_stride=max(1, tokens // calibration.search_tokens),
-        moment_stride=max(1, tokens // calibration.moment_tokens) if recipe.needs_second_moments else None,
+        row_stride=_stride(calibration, calibration.search_tokens),
+        moment_stride=_stride(calibration, calibration.moment_tokens) if recipe.needs_second_moments else None,
         mean_squares=recipe.transform.smooth_statistic == "rms",
     )
+
+
+def _stride(calibration: CalibrationConfig, tokens: int) -> int:
+    """Return every which token of a window counts, so that all together they are so many."""
+    return max(1, calibration.samples * calibration.seq_len // tokens)
 
 
 def load_inputs(work: WorkDir, layer: int, shards: int, device: torch.device) -> Float[Tensor, "samples seq hidden"]:

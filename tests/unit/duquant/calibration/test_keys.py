@@ -1,6 +1,7 @@
 """Statistics of keys and queries: those that attention really sees, whatever the family, micro-batch and shard."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,12 @@ from duquant.models.source import SourceCheckpoint
 CPU = torch.device("cpu")
 
 
-def recorded(model: Path, X: Tensor, *, layer: int = 0, batches: int = 1, first_token: int = 1) -> KeyStatistics:
+def recorded(
+    model: Path, X: Tensor, *, layer: int = 0, batches: int = 1, first_token: int = 1, stride: int = 1
+) -> KeyStatistics:
     source = SourceCheckpoint(model)
     skeleton = Skeleton(source, CPU, dtype=torch.float32)
-    recorder = KeyRecorder(first_token=first_token)
+    recorder = KeyRecorder(first_token=first_token, stride=stride)
     with skeleton.layer(layer, skeleton.load(source, layer)) as module, recorder.attached(module), torch.no_grad():
         for part in X.chunk(batches):
             skeleton.forward(module, part)
@@ -75,6 +78,20 @@ def test_micro_batches_and_shards_only_add_up(tiny_model: Callable[..., Path]) -
             torch.testing.assert_close(other.tensors()[name], tensor)
 
 
+def test_so_many_tokens_of_a_window_count_the_same_ones_of_each() -> None:
+    positions = torch.arange(100.0).view(1, 1, 100, 1).expand(3, 1, 100, 1)
+    recorder = KeyRecorder(first_token=4, stride=10)
+    recorder.add(positions, positions)
+    found = recorder.finish()
+    assert int(found.tokens) == 3 * 10
+    drawn = recorder._counted(100).tolist()
+    assert float(found.key_sum) == 3 * sum(drawn)
+    assert len(set(drawn)) == 10
+    assert min(drawn) >= 4
+    steps = {after - before for before, after in pairwise(drawn)}
+    assert len(steps) > 3, "no even steps"
+
+
 def test_attention_is_what_it_was(tiny_model: Callable[..., Path]) -> None:
     path = tiny_model("llama")
     source = SourceCheckpoint(path)
@@ -94,7 +111,7 @@ def test_windows_that_are_too_short_are_refused(tiny_model: Callable[..., Path])
 
 
 def test_keys_that_are_not_finite_are_refused() -> None:
-    recorder = KeyRecorder(first_token=0)
+    recorder = KeyRecorder(first_token=0, stride=1)
     layer = nn.Module()
     layer.self_attn = nn.Module()
     with recorder.attached(layer):

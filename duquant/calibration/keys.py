@@ -48,12 +48,14 @@ class KeyRecorder:
 
     Args:
         first_token: earlier tokens of a window are not counted: their keys are unlike all others.
-        stride: of so many tokens from there one counts. They are drawn, the same ones of every window: at even steps
-            a channel that the rotary embedding turns could show the same phase again and again.
+        stride: of so many tokens from there one counts, drawn anew for every window: at even steps a channel that the
+            rotary embedding turns could show the same phase again and again, and at the same places of every window
+            one that it turns slowly would show only these phases.
     """
 
     def __init__(self, *, first_token: int, stride: int) -> None:
         self._first, self._stride = first_token, stride
+        self._windows = 0
         self._found: KeyStatistics | None = None
 
     @contextmanager
@@ -68,8 +70,8 @@ class KeyRecorder:
         keys: Float[Tensor, "batch kv_heads tokens head_dim"],
     ) -> None:
         """Count some windows' tokens."""
-        counted = self._counted(keys.shape[2]).to(keys.device)
-        K, Q = (X.detach()[:, :, counted].double() for X in (keys, queries))
+        counted = torch.stack([self._draw(keys.shape[2]) for _ in range(keys.shape[0])]).to(keys.device)
+        K, Q = (_at(X.detach(), counted).double() for X in (keys, queries))
         by_key_head = Q.square().sum((0, 2)).view(K.shape[1], -1, K.shape[3]).sum(1)
         new = KeyStatistics(
             tokens=torch.tensor(K.shape[0] * K.shape[2], dtype=torch.int64, device=K.device),
@@ -79,11 +81,13 @@ class KeyRecorder:
         )
         self._found = new if self._found is None else KeyStatistics.merge([self._found, new])
 
-    def _counted(self, tokens: int) -> Int64[Tensor, " counted"]:
-        """Return which of a window's tokens count."""
-        left = max(0, tokens - self._first)
-        drawn = torch.randperm(left, generator=torch.Generator().manual_seed(0))[: -(-left // self._stride)]
-        return self._first + drawn.sort().values
+    def _draw(self, tokens: int) -> Int64[Tensor, " counted"]:
+        """Return which tokens of the next window count, in order: one of every `stride`."""
+        generator = torch.Generator().manual_seed(self._windows)
+        self._windows += 1
+        starts = torch.arange(self._first, tokens, self._stride)
+        ends = (starts + self._stride).clamp_max(tokens)
+        return starts + (torch.rand(len(starts), generator=generator) * (ends - starts)).long()
 
     def finish(self) -> KeyStatistics:
         """Return the statistics.
@@ -96,3 +100,10 @@ class KeyRecorder:
         if not self._found.is_finite:
             raise CalibrationError("keys or queries are NaN or Inf")
         return self._found
+
+
+def _at(
+    X: Float[Tensor, "batch heads tokens head_dim"], places: Int64[Tensor, "batch counted"]
+) -> Float[Tensor, "batch heads counted head_dim"]:
+    """Return the tokens at each window's own places."""
+    return X.gather(2, places[:, None, :, None].expand(-1, X.shape[1], -1, X.shape[3]))

@@ -29,6 +29,9 @@ from duquant.models.skeleton import Skeleton
 from duquant.models.source import SourceCheckpoint
 from duquant.models.tensor_files import save_tensors
 
+_KEY_TOKENS = 4096
+"""How many tokens the statistics of keys are of: all of a text's would cost a third of a sweep."""
+
 
 @dataclass(frozen=True)
 class WorkDir:
@@ -208,9 +211,7 @@ def _run_layer(
 ) -> None:
     """Run one unquantized layer over the windows of `given`; write its outputs to `target`, its statistics, or both."""
     recorder = _recorder(source, recipe, layer)
-    keys = KeyRecorder(
-        first_token=recipe.first_smoothed_key, stride=_stride(recipe.calibration, recipe.calibration.search_tokens)
-    )
+    keys = KeyRecorder(first_token=recipe.first_smoothed_key, stride=_stride(recipe.calibration, _KEY_TOKENS))
     records_keys = records and recipe.kv_cache.smooth_keys
     keeps = records and recipe.learns_by_layer
     wanted = set(learning_windows(recipe, shard)) if keeps else set()

@@ -227,9 +227,9 @@ def test_caches_smooth_keys_by_the_calibration_text(
 ) -> None:
     """Those that the model makes, and those of a copy of it; by the windows of all shards."""
     path, kv_cache = tiny_model(), replace(recipe.kv_cache, smooth_keys=True, sink_tokens=3)
-    calibration = replace(recipe.calibration, search_tokens=6 * 32)  # all of them
+    calibration = recipe.calibration
     assert calibration.shards == 2
-    model, _ = load(tiny_artifact(path, replace(recipe, kv_cache=kv_cache, calibration=calibration)).artifact)
+    model, _ = load(tiny_artifact(path, replace(recipe, kv_cache=kv_cache)).artifact)
     windows = calibration_windows(
         path, calibration.source, samples=calibration.samples, seq_len=calibration.seq_len, seed=recipe.seed
     )

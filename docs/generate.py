@@ -23,6 +23,7 @@ from kernel_results import page as kernels_page
 from kv_cache_results import PAGE as KV_CACHE_PAGE
 from kv_cache_results import page as kv_cache_page
 from pydantic import SecretStr
+from readme_results import results_section
 from service_results import PAGE as SERVICE_PAGE
 from service_results import page as service_page
 
@@ -38,7 +39,6 @@ PLAN = REPOSITORY / "duquant" / "evaluation" / "plan.py"
 ERRORS_PAGE = REPOSITORY / "docs" / "reference" / "errors.md"
 OPENAPI = REPOSITORY / "docs" / "reference" / "openapi.json"
 README = REPOSITORY / "README.md"
-RESULTS = REPOSITORY / "benchmarks" / "results" / "quantize-smollm2.json"
 BEGIN, END = "<!-- generated: results -->", "<!-- end of generated: results -->"
 ERRORS_BEGIN, ERRORS_END = "<!-- generated: problems -->", "<!-- end of generated: problems -->"
 
@@ -147,36 +147,6 @@ def config_page() -> str:
             for name, kind, default, text in documented_fields(REPOSITORY / path, class_name):
                 lines.append(f"| `DUQUANT_{name.upper()}` | `{kind}` | {default} | {text} |")
     return "\n".join(lines) + "\n"
-
-
-def results_section() -> str:
-    """Return what stands between the markers in README.md."""
-    if not RESULTS.exists():
-        return "The benchmark has not been run yet: `make bench-quantize`."
-    values = json.loads(RESULTS.read_text(encoding="utf-8"))
-    plain, fp = values["plain_forward"]["seconds"], values["fp"]
-    calibration, evaluation = values["calibration"], values["evaluation"]
-    rows = [("FP (bfloat16)", fp["perplexity"], 0.0, fp["weight_bytes"], None, None)]
-    for name, entry in values["recipes"].items():
-        peak = entry["peak_rss_bytes"]
-        rows.append((f"`{name}`", entry["perplexity"], entry["D"], entry["weight_bytes"], entry["seconds"], peak))
-    lines = [
-        "| | perplexity | D | weights in memory | time | peak memory |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for label, perplexity, loss, size, seconds, peak in rows:
-        time = "" if seconds is None else f"{seconds:.0f} s"
-        memory = "" if peak is None else f"{peak / 1e6:.0f} MB"
-        lines.append(f"| {label} | {perplexity:.2f} | {loss:.3f} | {size / 1e6:.0f} MB | {time} | {memory} |")
-    lines += [
-        "",
-        f"SmolLM2-135M, W4A4 with a 4-bit KV cache; {evaluation['windows']} windows of {evaluation['seq_len']} tokens "
-        f"of `{evaluation['text']}`; D = ln(PPL / PPL of FP). Calibrated on {calibration['samples']} windows of "
-        f"{calibration['seq_len']} tokens of `{calibration['text']}`, over which a plain bfloat16 forward pass took "
-        f"{plain:.0f} s in the same run. {values['machine']['cpu']}, {values['machine']['cores']} cores, "
-        f"{values['date']}. Made by `{values['command']}`: `benchmarks/results/{RESULTS.name}`.",
-    ]
-    return "\n".join(lines)
 
 
 def readme() -> str:

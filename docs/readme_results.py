@@ -30,9 +30,9 @@ def results_section() -> str:
         f"| FP (bfloat16) | {fp['perplexity']:.2f} | 0 | 16.00 | |",
         *(_line(name, members, fp) for name, members in measured),
         "",
-        f"`{fp['model']}`, W4A4 with a 4-bit KV cache; {evaluation['windows']} windows of {evaluation['seq_len']} tokens "
-        f"of `{evaluation['text']}`; D = ln(PPL / PPL of FP). {machine['cpu']}, {machine['cores']} cores; times are of a "
-        f"busy machine. {' '.join(_passes())}",
+        f"`{fp['model']}`, W4A4 with a 4-bit KV cache; {evaluation['windows']} windows of {evaluation['seq_len']} "
+        f"tokens of `{evaluation['text']}`; D = ln(PPL / PPL of FP). {machine['cpu']}, {machine['cores']} cores; times "
+        f"are of a busy machine. {' '.join(_passes())}",
         "",
         "Every method of the family, seeds, PIQA and a second model: [accuracy](docs/results/accuracy.md).",
     ]

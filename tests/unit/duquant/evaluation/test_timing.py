@@ -17,26 +17,28 @@ def test_contenders_take_turns_and_none_always_follows_the_same_one() -> None:
     assert ("a", "c") not in set(pairwise(seen[:3]))
 
 
-def test_a_sample_is_as_many_calls_as_it_takes() -> None:
+def test_a_sample_is_as_many_calls_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of its own: a busy machine makes a short call as long as a long one."""
+    now = 0.0
     calls = {"short": 0, "long": 0}
 
     def work(name: str, seconds: float) -> None:
+        nonlocal now
         calls[name] += 1
-        time.sleep(seconds)
+        now += seconds
 
-    times = interleaved(
-        {"short": lambda: work("short", 0.001), "long": lambda: work("long", 0.02)}, rounds=2, least_s=0.01
-    )
-    # Two before the samples, then one a sample; the short one several.
-    assert calls["long"] == 4
-    assert calls["short"] > 8
-    assert times["short"]["median_ms"] >= 1.0
-    assert times["long"]["median_ms"] >= 20.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    cases = {"short": lambda: work("short", 0.001), "long": lambda: work("long", 0.02)}
+    times = interleaved(cases, rounds=2, least_s=0.0105)
+    # Two before the samples; then as many calls as fit, and one at least.
+    assert calls == {"short": 2 + 2 * 10, "long": 2 + 2}
+    assert times["short"]["median_ms"] == pytest.approx(1.0)
+    assert times["long"]["median_ms"] == pytest.approx(20.0)
 
 
 def test_what_comes_before_a_sample_is_not_timed() -> None:
-    times = interleaved({"a": lambda: None}, rounds=2, least_s=0.0, before={"a": lambda: time.sleep(0.05)})
-    assert times["a"]["p80_ms"] < 50
+    times = interleaved({"a": lambda: None}, rounds=2, least_s=0.0, before={"a": lambda: time.sleep(0.5)})
+    assert times["a"]["p80_ms"] < 500
 
 
 def test_a_spread_is_the_median_and_two_percentiles() -> None:

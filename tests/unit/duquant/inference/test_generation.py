@@ -30,6 +30,8 @@ from duquant.kernels.settings import BACKENDS
 PROMPTS = ["The quick brown fox", "counts", "to 9 and jumps,"]
 STRICT = 1e-5
 """float32 roundings (6e-8) of what is rounded, through a dozen operations."""
+GRID_MOVED = 1e-4
+"""As STRICT, where the kernels that differ (one new token, or many) may move a cached float16 grid by its last bit."""
 
 
 @pytest.fixture
@@ -104,7 +106,8 @@ def test_tokens_one_by_one_give_the_logits_of_all_at_once(
     cache = model.duquant_new_cache()
     steps = [model(ids[:, :prompt], past_key_values=cache).logits]
     steps += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(prompt, ids.shape[1])]
-    torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=STRICT, atol=STRICT * float(whole.abs().max()))
+    atol = GRID_MOVED * float(whole.abs().max())
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=GRID_MOVED, atol=atol)
     assert cache.get_seq_length() == ids.shape[1]
     windows = sliding_windows(model.config)
     assert [len(layer._keys) for layer in cache.layers] == [window or ids.shape[1] for window in windows]

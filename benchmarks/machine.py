@@ -14,6 +14,8 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
+# What a benchmark writes changes nothing that the next one measures.
+_MEASURED = (".", ":!benchmarks/results", ":!docs", ":!README.md")
 
 
 def describe() -> dict[str, Any]:
@@ -21,7 +23,7 @@ def describe() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": _git("rev-parse", "HEAD"),
-        "has_uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "has_uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", *_MEASURED)),
         "machine": {
             "cpu": _cpu_model(),
             "cores": os.cpu_count(),

@@ -18,7 +18,7 @@ CODE := duquant infra service workers client tests benchmarks docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint format bench-quantize bench-accuracy bench-input-modes bench-kv-cache bench-memory bench-api bench-queue bench-kernels bench-gpu docs gemma lock clean
+.PHONY: help venv demo test lint format bench-quantize bench-accuracy bench-input-modes bench-kv-cache bench-other-texts bench-memory bench-api bench-queue bench-kernels bench-gpu docs gemma lock clean
 
 help: ## say what the targets are
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1	\2/' | expand -t 22
@@ -58,6 +58,9 @@ bench-input-modes: $(VENV)/.demo ## measure what layers are calibrated on, mode 
 
 bench-kv-cache: $(VENV)/.demo ## measure where keys are rounded, before or after the rotary embedding: benchmarks/results/kv-cache.json
 	$(BIN)/python benchmarks/kv_cache.py
+
+bench-other-texts: $(VENV)/.demo ## measure GPTQ's damping on texts unlike the calibration's: benchmarks/results/other-texts.json
+	$(BIN)/python benchmarks/other_texts.py
 
 bench-memory: $(VENV)/.demo ## measure the memory of a layer worker: benchmarks/results/worker-memory.json
 	$(BIN)/python benchmarks/worker_memory.py

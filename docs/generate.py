@@ -22,6 +22,8 @@ from kernel_results import PAGE as KERNELS_PAGE
 from kernel_results import page as kernels_page
 from kv_cache_results import PAGE as KV_CACHE_PAGE
 from kv_cache_results import page as kv_cache_page
+from other_texts_results import PAGE as OTHER_TEXTS_PAGE
+from other_texts_results import page as other_texts_page
 from pydantic import SecretStr
 from readme_results import results_section
 from service_results import PAGE as SERVICE_PAGE
@@ -206,6 +208,7 @@ def main() -> int:
         SERVICE_PAGE: service_page(),
         INPUT_MODES_PAGE: input_modes_page(),
         KV_CACHE_PAGE: kv_cache_page(),
+        OTHER_TEXTS_PAGE: other_texts_page(),
     }
     broken = _broken_by(parts[OPENAPI])
     for change in broken:

@@ -1,0 +1,39 @@
+"""What benchmarks/other_texts.py measures: presets with another damping, and PIQA as it is asked."""
+
+import importlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from duquant.config import preset
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+
+
+@pytest.fixture
+def other_texts(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("other_texts")
+    for name in ("other_texts", "quantize", "machine"):
+        monkeypatch.delitem(sys.modules, name)
+    return module
+
+
+def test_only_the_damping_differs(other_texts: ModuleType) -> None:
+    found, recipe = other_texts.damped("duquant-gptq", 0.125), preset("duquant-gptq")
+    assert found.weight.damp == 0.125
+    assert replace(found, weight=recipe.weight) == recipe
+
+
+def test_questions_have_their_right_answers(other_texts: ModuleType) -> None:
+    rows = [
+        {"goal": "Cut bread?", "sol1": "A knife.", "sol2": "A spoon.", "label": 0},
+        {"goal": "Eat soup?", "sol1": "A fork.", "sol2": "A spoon.", "label": 1},
+    ]
+    lines = "\n".join(json.dumps(row) for row in rows) + "\n"
+    asked = "Question: Cut bread?\nAnswer: A knife.\n\nQuestion: Eat soup?\nAnswer: A spoon."
+    assert other_texts.questions_with_answers(lines) == asked

@@ -131,6 +131,8 @@ def set_profile(
     if key == "-":
         # Not in the list of processes, nor in the shell's history.
         key = sys.stdin.readline().strip()
+        if not key:
+            raise BadInputError("--key - found no key: the first line of standard input is empty")
     profiles = load_profiles()
     entry = Profile(url.rstrip("/"), key or None)
     _save(Profiles(profiles.default or name, {**profiles.by_name, name: entry}))

@@ -47,6 +47,16 @@ def test_a_key_can_come_from_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
     assert locate() == ("https://lab.example", "dq_live_secret")
 
 
+def test_no_key_on_stdin_is_an_error_and_saves_nothing(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A `pass show` that fails in front of the pipe."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert run(["profile", "set", "lab", "--url", "https://lab.example", "--key", "-"]) == 2
+    assert "found no key" in capsys.readouterr().err
+    assert not config.exists()
+
+
 def test_the_order_is_option_profile_environment_default_embedded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,8 +88,8 @@ def connect(url: str | None = None, key: str | None = None, profile: str | None 
     address, key = locate(url, key, profile)
     if not key:
         raise BadInputError(
-            "no API key: give --key, set DUQUANT_API_KEY, make a profile (`duquant up` prints one), or set DUQUANT_HOME "
-            "to the folder of a `duquant up` on this machine"
+            "no API key: give --key, set DUQUANT_API_KEY, make a profile (`duquant up` prints one), or set "
+            "DUQUANT_HOME to the folder of a `duquant up` on this machine"
         )
     return Client(address, key)
 

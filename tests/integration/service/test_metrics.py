@@ -92,10 +92,10 @@ def test_metrics_are_shown_without_the_database_too(service: Any) -> None:
 
 def test_only_this_machine_or_an_operators_key_may_look(service: Any) -> None:
     for headers in ({"X-Forwarded-For": "203.0.113.7"}, {"Forwarded": "for=203.0.113.7"}, {"Via": "1.1 proxy"}):
-        answer = httpx.get(f"{service.url}/metrics", headers=headers)
+        answer = httpx.get(f"{service.url}/metrics", headers=headers, timeout=20)
         assert (answer.status_code, answer.json()["type"]) == (401, "urn:duquant:problem:unauthorized")
         key = service.key(*(set(SCOPES) - {"tenants:admin"}))
-        answer = httpx.get(f"{service.url}/metrics", headers={**headers, "Authorization": f"Bearer {key}"})
+        answer = httpx.get(f"{service.url}/metrics", headers={**headers, "Authorization": f"Bearer {key}"}, timeout=20)
         assert (answer.status_code, answer.json()["type"]) == (403, "urn:duquant:problem:missing-scope")
         assert "duquant_jobs" in metrics(service, **headers, Authorization=f"Bearer {service.token}")
 
@@ -105,4 +105,4 @@ def test_the_setting_decides(service: Any, access: str, status: int) -> None:
     context = service.app.state.context
     context.settings = context.settings.model_copy(update={"metrics_access": access})
     headers = {"X-Forwarded-For": "203.0.113.7"} if access == "open" else {}
-    assert httpx.get(f"{service.url}/metrics", headers=headers).status_code == status
+    assert httpx.get(f"{service.url}/metrics", headers=headers, timeout=20).status_code == status

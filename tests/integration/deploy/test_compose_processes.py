@@ -150,11 +150,13 @@ class Stack:
         for process in self.processes.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
-        for process in self.alive():
+        left = self.alive()
+        for process in left:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         for process in self.processes.values():
             process.wait()
+        psutil.wait_procs(left, timeout=10)
 
 
 @pytest.fixture

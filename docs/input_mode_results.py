@@ -1,10 +1,11 @@
 """docs/results/input-modes.md from what benchmarks/input_modes.py measured."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from measured_rows import commits_of, page_by_model, read_rows
 
 from duquant.config import Recipe
 from service.estimates import layer_runs
@@ -26,14 +27,7 @@ as many workers as there are.
 
 def page() -> str:
     """Return the page."""
-    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
-    parts = [_HEAD]
-    for model in dict.fromkeys(row["model"] for row in rows):
-        parts.append(f"## {model}\n")
-        parts.append(_table([row for row in rows if row["model"] == model]))
-    if not rows:
-        parts.append("Not measured yet.\n")
-    return "\n".join(parts).rstrip() + "\n"
+    return page_by_model(_HEAD, read_rows(RESULTS), _table)
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
@@ -56,7 +50,6 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
             f"| {passes:.1f} | {in_a_row} |"
         )
     machines = {f"{row['machine']['cpu']}, {row['machine']['cores']} cores" for row in rows}
-    commits = sorted({f"{row['commit'][:7]}{'*' if row['has_uncommitted_changes'] else ''}" for row in rows})
     loads = [row["load_at_start"] for row in rows]
     evaluation, calibration = fp["evaluation"], made[0]["calibration"] if made else None
     lines += ["", f"{evaluation['windows']} windows of {evaluation['seq_len']} tokens of each text."]
@@ -65,7 +58,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     lines += [
         f"Machine: {'; '.join(sorted(machines))}. Load at the start of a row: {min(loads)} to {max(loads)}; times of a "
         "busy machine are upper bounds.",
-        f"Commits: {', '.join(commits)}; a star marks changes that were not committed.",
+        f"Commits: {commits_of(rows)}; a star marks changes that were not committed.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,10 +1,11 @@
 """docs/results/kv-cache.md from what benchmarks/kv_cache.py measured."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from measured_rows import commits_of, read_rows
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "kv-cache.json"
 PAGE = Path(__file__).parent / "results" / "kv-cache.md"
@@ -23,13 +24,12 @@ not. Values are rotated and clipped at 0.95 in every row. D = ln(perplexity / pe
 
 def page() -> str:
     """Return the page."""
-    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
+    rows = read_rows(RESULTS)
     fp = next((row for row in rows if row["place"] is None), None)
     if fp is None:
         return f"{_HEAD}\nNot measured yet.\n"
     same = [row for row in rows if row["place"] and row["evaluation"] == fp["evaluation"]]
     evaluation, machine = fp["evaluation"], fp["machine"]
-    commits = sorted({f"{row['commit'][:7]}{'*' if row['has_uncommitted_changes'] else ''}" for row in rows})
     lines = [
         f"## {fp['model']}",
         "",
@@ -39,7 +39,7 @@ def page() -> str:
         "",
         f"{evaluation['windows']} windows of {evaluation['seq_len']} tokens of {evaluation['text']}; in 16 bits the "
         f"perplexity is {fp['perplexity']:.2f}.",
-        f"Machine: {machine['cpu']}, {machine['cores']} cores, {fp['date']}. Commits: {', '.join(commits)}; a star "
+        f"Machine: {machine['cpu']}, {machine['cores']} cores, {fp['date']}. Commits: {commits_of(rows)}; a star "
         "marks changes that were not committed.",
     ]
     return "\n".join([_HEAD, *lines, ""])

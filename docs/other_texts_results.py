@@ -1,10 +1,11 @@
 """docs/results/other-texts.md from what benchmarks/other_texts.py measured."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from measured_rows import commits_of, page_by_model, read_rows
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "other-texts.json"
 PAGE = Path(__file__).parent / "results" / "other-texts.md"
@@ -22,14 +23,7 @@ chosen by the first two.
 
 def page() -> str:
     """Return the page."""
-    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
-    parts = [_HEAD]
-    for model in dict.fromkeys(row["model"] for row in rows):
-        parts.append(f"## {model}\n")
-        parts.append(_table([row for row in rows if row["model"] == model]))
-    if not rows:
-        parts.append("Not measured yet.\n")
-    return "\n".join(parts).rstrip() + "\n"
+    return page_by_model(_HEAD, read_rows(RESULTS), _table)
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
@@ -44,7 +38,6 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
         losses = (math.log(row["perplexity"][text] / fp["perplexity"][text]) for text in texts)
         lines.append(f"| `{row['recipe']}` | {row['damp']:g} | {' | '.join(f'{loss:.3f}' for loss in losses)} |")
     evaluation, machine = fp["evaluation"], fp["machine"]
-    commits = sorted({f"{row['commit'][:7]}{'*' if row['has_uncommitted_changes'] else ''}" for row in rows})
     perplexities = ", ".join(f"{text} {value:.2f}" for text, value in fp["perplexity"].items())
     lines += [
         "",
@@ -54,7 +47,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
         calibration = made[0]["calibration"]
         lines.append(f"Calibration: {calibration['samples']} windows of {calibration['seq_len']} tokens, one seed.")
     lines += [
-        f"Machine: {machine['cpu']}, {machine['cores']} cores. Commits: {', '.join(commits)}; a star marks changes "
+        f"Machine: {machine['cpu']}, {machine['cores']} cores. Commits: {commits_of(rows)}; a star marks changes "
         "that were not committed.",
     ]
     return "\n".join(lines) + "\n"

@@ -1,0 +1,30 @@
+"""What the pages of measured rows share: reading them, a section for each model, the commits they were measured on."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def read_rows(results: Path) -> list[Row]:
+    """Return the rows of a results file, none when there is no file."""
+    rows: list[Row] = json.loads(results.read_text(encoding="utf-8"))["rows"] if results.exists() else []
+    return rows
+
+
+def page_by_model(head: str, rows: Sequence[Row], table: Callable[[Sequence[Row]], str]) -> str:
+    """Return a page with a table of each model's rows."""
+    parts = [head]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        parts.append(f"## {model}\n")
+        parts.append(table([row for row in rows if row["model"] == model]))
+    if not rows:
+        parts.append("Not measured yet.\n")
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def commits_of(rows: Iterable[Row]) -> str:
+    """Return the commits, a star at those with changes that were not committed."""
+    return ", ".join(sorted({f"{row['commit'][:7]}{'*' if row['has_uncommitted_changes'] else ''}" for row in rows}))

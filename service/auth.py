@@ -118,7 +118,7 @@ def _count(request: Request, service: Context, key: ApiKey) -> None:
     request.state.extra_headers = verdict.headers
 
 
-class _Needs(SecurityBase):
+class NeedsScope(SecurityBase):
     """A dependency: the caller of a request, whose key has a scope. In the description it is the scheme of all keys.
 
     One and not a chain of small ones: FastAPI spends more on each dependency than most of them do.
@@ -130,10 +130,20 @@ class _Needs(SecurityBase):
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
 
-    async def __call__(self, request: Request) -> Caller:
+    async def check(self, request: Request) -> None:
+        """Find out who is asking, before anything else of the request is read.
+
+        Raises:
+            ProblemError: there is no key, it is not valid, is used too often, or lacks the scope.
+        """
         caller = await authenticate(request)
         if self._scope not in caller.scopes:
             raise ProblemError("missing-scope", f"This API key lacks the scope {self._scope}; use one that has it.")
+        request.state.caller = caller
+
+    async def __call__(self, request: Request) -> Caller:
+        """Return the caller that `check` found."""
+        caller: Caller = request.state.caller
         return caller
 
 
@@ -159,16 +169,16 @@ def require_lifetime(caller: Caller, expires_at: int | None) -> None:
         raise ProblemError("validation-failed", detail, [FieldProblem(pointer="/expires_at", detail=detail)])
 
 
-Reader = Annotated[Caller, Depends(_Needs("jobs:read"))]
-Writer = Annotated[Caller, Depends(_Needs("jobs:write"))]
-ArtifactReader = Annotated[Caller, Depends(_Needs("artifacts:read"))]
-ArtifactWriter = Annotated[Caller, Depends(_Needs("artifacts:write"))]
-BatchWriter = Annotated[Caller, Depends(_Needs("batches:write"))]
-WebhookWriter = Annotated[Caller, Depends(_Needs("webhooks:write"))]
-KeyAdmin = Annotated[Caller, Depends(_Needs("keys:admin"))]
-QueueAdmin = Annotated[Caller, Depends(_Needs("queue:admin"))]
-UsageReader = Annotated[Caller, Depends(_Needs("usage:read"))]
-TenantAdmin = Annotated[Caller, Depends(_Needs("tenants:admin"))]
+Reader = Annotated[Caller, Depends(NeedsScope("jobs:read"))]
+Writer = Annotated[Caller, Depends(NeedsScope("jobs:write"))]
+ArtifactReader = Annotated[Caller, Depends(NeedsScope("artifacts:read"))]
+ArtifactWriter = Annotated[Caller, Depends(NeedsScope("artifacts:write"))]
+BatchWriter = Annotated[Caller, Depends(NeedsScope("batches:write"))]
+WebhookWriter = Annotated[Caller, Depends(NeedsScope("webhooks:write"))]
+KeyAdmin = Annotated[Caller, Depends(NeedsScope("keys:admin"))]
+QueueAdmin = Annotated[Caller, Depends(NeedsScope("queue:admin"))]
+UsageReader = Annotated[Caller, Depends(NeedsScope("usage:read"))]
+TenantAdmin = Annotated[Caller, Depends(NeedsScope("tenants:admin"))]
 
 
 def _session_mac(service: Context, payload: str) -> str:

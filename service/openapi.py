@@ -92,7 +92,8 @@ def _put_nulls_back(routers: Iterable[APIRouter], schema: dict[str, Any]) -> Non
 
 def _complete(method: str, operation: dict[str, Any]) -> None:
     names = ["body-too-large"] if method in ("post", "put", "patch") else []
-    if operation.get("parameters"):
+    # Whoever needs a key takes no parameter that is not described.
+    if operation.get("parameters") or operation.get("security"):
         names.append("validation-failed")
     if _needs_key(operation):
         next(each for each in operation["parameters"] if each["name"] == "Idempotency-Key")["required"] = True

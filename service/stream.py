@@ -46,7 +46,7 @@ def respond(stream: AsyncIterator[str]) -> StreamingResponse:
 
 def encode(event: JobEvent) -> str:
     """Write a job event as a server-sent event."""
-    at = moment(event.at).isoformat()
+    at = moment(event.at).isoformat().replace("+00:00", "Z")
     data = {"id": event.id, "job_id": event.job_id, "at": at, "type": event.type, "actor": event.actor}
     # JSON has no bare line ends, so one data line always suffices.
     return f"id: {event.id}\nevent: {event.type}\ndata: {json.dumps({**data, 'data': event.data})}\n\n"

@@ -5,6 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query, Response
 
 from infra.artifacts import ArtifactFilter
+from service.api_route import ApiRoute
 from service.artifact_views import artifact_summaries, artifact_summary, artifact_view, compare
 from service.auth import ArtifactReader, ArtifactWriter
 from service.bodies import BODY_PROBLEMS, JSON_BODY
@@ -26,13 +27,13 @@ from service.schemas.batches import TAG, TAG_PATTERN
 from service.schemas.common import milliseconds
 from service.zoo_examples import ARTIFACT_COMPARISON, ARTIFACT_SUMMARY
 
-router = APIRouter(prefix="/v1", tags=["artifacts"])
+router = APIRouter(prefix="/v1", tags=["artifacts"], route_class=ApiRoute)
 
 ID_PATTERN = r"^(art|job)_[0-9a-z]{1,60}$"
 ArtifactId = Annotated[
     str,
     Path(
-        pattern=ID_PATTERN,
+        max_length=64,
         description="The id of the artifact, or of the job that made it",
         examples=["art_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"],
     ),

@@ -2,6 +2,7 @@
 
 from fastapi import APIRouter
 
+from service.api_route import ApiRoute
 from service.auth import Reader
 from service.bodies import BODY_PROBLEMS, JSON_BODY
 from service.context import Service
@@ -12,7 +13,7 @@ from service.openapi import shows, takes
 from service.schemas.estimates import EstimateRequest, EstimateView
 from service.submit import work_of
 
-router = APIRouter(prefix="/v1", tags=["jobs"])
+router = APIRouter(prefix="/v1", tags=["jobs"], route_class=ApiRoute)
 
 _ESTIMATE = {
     "reuses": None,

@@ -10,6 +10,7 @@ from infra.artifacts import Evaluation
 from infra.errors import EvaluationNotFound
 from infra.jobs import NewJob
 from service import idempotency
+from service.api_route import ApiRoute
 from service.auth import Caller, Reader, Writer
 from service.bodies import BODY_PROBLEMS, JSON_BODY
 from service.context import Service
@@ -25,7 +26,7 @@ from service.schemas.jobs import JobSubmitted
 from service.views import job_submitted
 from service.zoo_examples import EVALUATION, EVALUATION_JOB, EVALUATION_REQUESTS
 
-router = APIRouter(prefix="/v1", tags=["evaluations"])
+router = APIRouter(prefix="/v1", tags=["evaluations"], route_class=ApiRoute)
 
 EvaluationId = Annotated[
     str,

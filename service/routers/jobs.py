@@ -14,6 +14,7 @@ from infra.errors import JobChanged, QueueNotFound
 from infra.job_search import JobFilter
 from infra.jobs import Job, JobState, NewJob
 from service import conditions, idempotency, stream
+from service.api_route import ApiRoute
 from service.auth import Reader, Writer
 from service.bodies import BODY_PROBLEMS, JSON_BODY
 from service.conditions import IfMatch, IfNoneMatch
@@ -30,7 +31,7 @@ from service.schemas.jobs import JobChange, JobDetail, JobPage, JobRequest, JobS
 from service.submit import Identities, changes_of, new_job
 from service.views import job_detail, job_submitted, job_summary, layer_view
 
-router = APIRouter(prefix="/v1", tags=["jobs"])
+router = APIRouter(prefix="/v1", tags=["jobs"], route_class=ApiRoute)
 
 JobId = Annotated[str, Path(max_length=64, examples=["job_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]
 

@@ -9,6 +9,7 @@ from infra import audit
 from infra.audit import AuditEntry
 from infra.keys import ApiKey
 from service import idempotency
+from service.api_route import ApiRoute
 from service.auth import Caller, KeyAdmin, require_lifetime, require_scopes
 from service.bodies import BODY_PROBLEMS, JSON_BODY, JSON_BODY_OR_NONE
 from service.context import Context, Service
@@ -19,7 +20,7 @@ from service.paging import Cursor, Limit, cut, read_cursor, write_cursor
 from service.schemas.keys import KeyMade, KeyPage, KeyRequest, KeyRotation, KeyView, key_made, key_view
 from service.schemas.tenants import AuditPage, audit_view
 
-router = APIRouter(prefix="/v1", tags=["keys"])
+router = APIRouter(prefix="/v1", tags=["keys"], route_class=ApiRoute)
 
 KEY_REQUEST = {"name": "ci", "scopes": ["jobs:read", "jobs:write"], "expires_at": "2036-01-05T09:30:00Z"}
 KeyId = Annotated[str, Path(max_length=64, examples=["key_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]

@@ -3,13 +3,14 @@
 from fastapi import APIRouter
 
 from infra.model_shelf import ShelfModel
+from service.api_route import ApiRoute
 from service.auth import Reader
 from service.context import Service
 from service.errors import ALWAYS, responses
 from service.openapi import shows
 from service.schemas.models import ModelList, ModelView
 
-router = APIRouter(prefix="/v1", tags=["models"])
+router = APIRouter(prefix="/v1", tags=["models"], route_class=ApiRoute)
 
 _MODELS = {
     "items": [

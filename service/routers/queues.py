@@ -6,6 +6,7 @@ from fastapi import APIRouter, Path
 
 from infra.jobs import Worker
 from infra.queues import Queue
+from service.api_route import ApiRoute
 from service.auth import QueueAdmin, Reader
 from service.context import Service
 from service.errors import ALWAYS, responses
@@ -14,7 +15,7 @@ from service.routers.health import BEAT_SECONDS
 from service.schemas.common import moment
 from service.schemas.queues import FailureList, FailureView, QueueList, QueueView, WorkerList, WorkerView
 
-router = APIRouter(prefix="/v1", tags=["queues"])
+router = APIRouter(prefix="/v1", tags=["queues"], route_class=ApiRoute)
 
 QueuePath = Annotated[str, Path(max_length=64, examples=["default"])]
 

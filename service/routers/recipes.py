@@ -3,11 +3,12 @@
 from fastapi import APIRouter
 
 from duquant.config import DEFAULT_PRESET, PRESETS
+from service.api_route import ApiRoute
 from service.auth import Reader
 from service.errors import ALWAYS, responses
 from service.schemas.recipes import RecipeList, RecipeView
 
-router = APIRouter(prefix="/v1", tags=["recipes"])
+router = APIRouter(prefix="/v1", tags=["recipes"], route_class=ApiRoute)
 
 
 def recipe_views() -> list[RecipeView]:

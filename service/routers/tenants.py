@@ -5,6 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Response
 
 from service import idempotency
+from service.api_route import ApiRoute
 from service.auth import TenantAdmin
 from service.bodies import BODY_PROBLEMS, JSON_BODY
 from service.context import Service
@@ -16,7 +17,7 @@ from service.routers.keys import KEY_REQUEST, MADE, make_key
 from service.schemas.keys import KeyMade, KeyRequest
 from service.schemas.tenants import TenantChange, TenantPage, TenantRequest, TenantView, tenant_view
 
-router = APIRouter(prefix="/v1", tags=["tenants"])
+router = APIRouter(prefix="/v1", tags=["tenants"], route_class=ApiRoute)
 
 TenantId = Annotated[str, Path(max_length=64, examples=["zoo"])]
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import anyio.to_thread
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 
+from service.api_route import ApiRoute
 from service.auth import Reader, Writer
 from service.context import Service
 from service.errors import COMMON, ProblemError, responses
@@ -14,9 +15,9 @@ from service.paging import Cursor, Limit, cut, read_cursor
 from service.schemas.texts import TextPage, TextUploaded, TextView, text_view
 from service.uploads import received_text
 
-router = APIRouter(prefix="/v1", tags=["texts"])
+router = APIRouter(prefix="/v1", tags=["texts"], route_class=ApiRoute)
 
-TextId = Annotated[str, Path(pattern=r"^text_[0-9a-z]{1,60}$", examples=["text_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]
+TextId = Annotated[str, Path(max_length=64, examples=["text_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]
 
 _ONE = (*COMMON, "text-unknown")
 _SUFFIXES = {"text/plain": ".txt", "application/x-ndjson": ".jsonl", "application/jsonl": ".jsonl"}

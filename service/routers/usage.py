@@ -8,6 +8,7 @@ from fastapi import APIRouter, Query
 from infra.database import read
 from infra.job_quotas import holding
 from infra.usage import UsageKey, UsageRow
+from service.api_route import ApiRoute
 from service.auth import Reader, UsageReader
 from service.context import Service
 from service.errors import ALWAYS, FieldProblem, ProblemError, responses
@@ -15,7 +16,7 @@ from service.openapi import shows
 from service.schemas.common import Moment, milliseconds, moment
 from service.schemas.usage import QuotaItem, QuotaView, UsageItem, UsageView
 
-router = APIRouter(prefix="/v1", tags=["usage"])
+router = APIRouter(prefix="/v1", tags=["usage"], route_class=ApiRoute)
 
 
 _USAGE = {

@@ -5,6 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Response
 
 from service import idempotency
+from service.api_route import ApiRoute
 from service.auth import WebhookWriter
 from service.bodies import BODY_PROBLEMS, JSON_BODY
 from service.context import Service
@@ -25,7 +26,7 @@ from service.schemas.webhooks import (
     webhook_view,
 )
 
-router = APIRouter(prefix="/v1", tags=["webhooks"])
+router = APIRouter(prefix="/v1", tags=["webhooks"], route_class=ApiRoute)
 
 WebhookId = Annotated[str, Path(max_length=64, examples=["wh_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]
 DeliveryId = Annotated[str, Path(max_length=64, examples=["msg_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]

@@ -156,6 +156,27 @@ def test_every_route_refuses_a_missing_or_wrong_key(service: Any, ask: Callable[
     assert service.jobs.get(job.id).state == "queued"
 
 
+def test_a_body_is_not_read_before_the_key_is_looked_at(service: Any) -> None:
+    with httpx.Client(base_url=service.url) as http:
+        answer = http.post("/v1/jobs", content=b"{", headers={"Content-Type": "application/json"})
+        assert answer.json()["type"] == "urn:duquant:problem:unauthorized"
+        reader = {"Authorization": f"Bearer {service.key('jobs:read')}", "Content-Type": "application/json"}
+        assert http.post("/v1/jobs", content=b"{", headers=reader).json()["type"] == "urn:duquant:problem:missing-scope"
+    good = service.http.post("/v1/jobs", content=b"{", headers={"Content-Type": "application/json"})
+    assert good.json()["type"] == "urn:duquant:problem:malformed-request"
+
+
+def test_every_route_refuses_a_query_parameter_that_it_does_not_have(
+    service: Any, ask: Callable[..., httpx.Response]
+) -> None:
+    bearer = f"Bearer {service.token}"
+    for method, path, _ in ROUTES:
+        answer = ask(method, fill(path, {}) + "?colour=blue", bearer)
+        errors = answer.json()["errors"]
+        assert (answer.status_code, errors[0]["location"], errors[0]["pointer"]) == (422, "query", "/colour"), path
+    assert service.http.get("/v1/jobs").json()["items"] == []
+
+
 def test_every_route_refuses_a_key_without_its_scope(service: Any, ask: Callable[..., httpx.Response]) -> None:
     job = service.enqueue()
     keys = {scope: f"Bearer {service.key(*(set(SCOPES) - {scope}))}" for scope in SCOPES}

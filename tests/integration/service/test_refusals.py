@@ -195,6 +195,10 @@ def test_a_body_of_another_type_is_refused(service: Any) -> None:
         ("GET", "/v1/jobs/job_none", 404, "job-not-found"),
         ("GET", "/v1/jobs/%00", 404, "not-found"),
         ("GET", "/v1/jobs/" + "x" * 65, 422, "validation-failed"),
+        ("GET", "/v1/batches/nope", 404, "batch-not-found"),
+        ("GET", "/v1/texts/nope", 404, "text-unknown"),
+        ("GET", "/v1/artifacts/NOPE-1", 404, "artifact-not-found"),
+        ("GET", "/v1/jobs?sate=failed", 422, "validation-failed"),
         ("GET", "/v1/jobs?limit=0", 422, "validation-failed"),
         ("GET", "/v1/jobs?state=lost", 422, "validation-failed"),
     ],
@@ -203,6 +207,14 @@ def test_every_refusal_is_a_problem(service: Any, method: str, path: str, status
     answer = service.http.request(method, path)
     assert (answer.status_code, answer.headers["Content-Type"]) == (status, "application/problem+json")
     assert answer.json()["type"] == f"urn:duquant:problem:{name}"
+
+
+def test_a_misspelt_filter_names_the_one_that_was_meant(service: Any) -> None:
+    answer = service.http.get("/v1/jobs?sate=failed&colour=blue")
+    colour, sate = (error["detail"] for error in answer.json()["errors"])
+    assert sate == "unknown parameter; did you mean state?"
+    assert colour.startswith("unknown parameter; there are batch, created_from,")
+    assert service.http.get("/v1/queues?x=1").json()["errors"][0]["detail"].endswith("there are none here")
 
 
 def test_a_sane_request_id_comes_back_and_another_is_replaced(service: Any) -> None:

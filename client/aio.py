@@ -11,14 +11,14 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import httpx
 
-from client import calls, wire
-from client.calls import Call
-from client.errors import BadInputError, UnavailableError, WaitTimeoutError
-from client.models import Job
+from client import calls, sse, wire
+from client.calls import Call, Stream
+from client.errors import ApiError, BadInputError, UnavailableError, WaitTimeoutError
+from client.models import Event, Job
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ class AsyncClient:
                 if pause is None or not is_passing:
                     raise wire.unsent(self.url, error) from error
             else:
-                if answer.is_success:
+                if wire.is_answer(call, answer):
                     return call.read(wire.decoded(answer))
                 pause = wire.pause_after(answer, attempt)
                 if pause is None:
@@ -92,7 +92,7 @@ class AsyncClient:
             UnavailableError: the service or its object store does not answer.
         """
         try:
-            answer = await self._http.get(calls.evaluation_report(name))
+            answer = await self._http.request(**wire.request_of(calls.evaluation_report(name)))
             if not answer.has_redirect_location:
                 raise wire.api_error(answer)
             # The link holds all the rights it needs: the API key stays with the service.
@@ -102,6 +102,43 @@ class AsyncClient:
         except httpx.HTTPError as error:
             raise UnavailableError(f"the report cannot be fetched: {str(error) or type(error).__name__}") from error
         return page.content
+
+    async def events(self, job_id: str, *, after: int = 0) -> AsyncIterator[Event]:
+        """Yield a job's events, from the one after `after`, until it has ended; through a restart of the service.
+
+        Raises:
+            ApiError: the service refuses.
+            UnavailableError: the service did not answer for a minute, or from the start.
+        """
+        outage = wire.Outage()
+        while True:
+            call = calls.follow_job(job_id, after=after)
+            try:
+                async for event in self._stream(call):
+                    outage.is_over()
+                    if event.type == "end":
+                        return
+                    happened = call.read(event.data)
+                    after = happened.id
+                    yield happened
+                outage.is_over()
+            except (UnavailableError, ApiError) as error:
+                outage.check(error)
+            await asyncio.sleep(wire.RECONNECT_SECONDS)
+
+    async def _stream(self, call: Stream[Any]) -> AsyncIterator[sse.ServerSentEvent]:
+        parser = sse.Parser()
+        timeout = httpx.Timeout(wire.QUIET_SECONDS, connect=wire.CONNECT_SECONDS)
+        try:
+            async with self._http.stream(**wire.request_of(call), timeout=timeout) as answer:
+                if answer.status_code != httpx.codes.OK:
+                    await answer.aread()
+                    raise wire.api_error(answer)
+                async for line in answer.aiter_lines():
+                    if (event := parser.feed(line)) is not None:
+                        yield event
+        except (httpx.HTTPError, ValueError) as error:
+            raise wire.stream_broken(self.url, error) from error
 
     async def wait(self, job_id: str, *, timeout_s: float | None = None) -> Job:
         """Return a job when it has ended.

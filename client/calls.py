@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from client.errors import BadInputError
-from client.models import Artifact, ArtifactInfo, Batch, Evaluation, Job, JobPage, Page, Requantized, parse_model
+from client.models import Artifact, ArtifactInfo, Batch, Evaluation, Event, Job, JobPage, Page, Requantized, parse_model
 
 T = TypeVar("T")
 Model = str | Mapping[str, Any]
@@ -22,18 +22,34 @@ Settings = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Call(Generic[T]):
-    """One request."""
+class Request:
+    """What is sent."""
 
     method: str
     path: str
-    read: Callable[[Any], T]
-    """Turns the answer's JSON into a record."""
     params: Mapping[str, Any] = field(default_factory=dict)
     body: Any = None
     file: Path | None = None
     """What is sent in the place of a body of JSON."""
     headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call(Request, Generic[T]):
+    """A request that is answered with JSON."""
+
+    read: Callable[[Any], T]
+    """Turns the answer's JSON into a record."""
+    statuses: frozenset[int] = frozenset()
+    """Statuses that are no errors here, besides those from 200 to 299."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream(Request, Generic[T]):
+    """A request that is answered with server-sent events."""
+
+    read: Callable[[Any], T]
+    """Turns the data of one event into a record."""
 
 
 def _get(path: str, read: Callable[[Any], T], **params: Any) -> Call[T]:
@@ -111,6 +127,16 @@ def list_jobs(**filters: Any) -> Call[JobPage]:
     return _get("/v1/jobs", JobPage.from_json, **filters)
 
 
+def change_job(job_id: str, *, version: int | None = None, **changes: Any) -> Call[Job]:
+    """Change a job's priority, run_at or deadline_at; null is what it is when nobody says it.
+
+    With `version`, as a job has it in `raw`, only if nobody has changed it since: another version is a 412.
+    """
+    headers = {} if version is None else {"If-Match": f'"{version}"'}
+    path = f"/v1/jobs/{segment(job_id)}"
+    return Call(method="PATCH", path=path, read=Job.from_json, body=changes, headers=headers)
+
+
 def cancel_job(job_id: str) -> Call[Job]:
     """Cancel a job."""
     return _post(f"/v1/jobs/{segment(job_id)}:cancel", Job.from_json)
@@ -132,6 +158,12 @@ def estimate_job(
 def list_layers(job_id: str) -> Call[Any]:
     """Read a job's layers."""
     return _get(f"/v1/jobs/{segment(job_id)}/layers", _items)
+
+
+def follow_job(job_id: str, *, after: int = 0) -> Stream[Event]:
+    """Follow a job's events, from the one after `after`, until it has ended."""
+    headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": str(after)} if after else {})
+    return Stream(method="GET", path=f"/v1/jobs/{segment(job_id)}/events", read=Event.from_json, headers=headers)
 
 
 def artifact_files(name: str) -> Call[Artifact]:
@@ -195,9 +227,9 @@ def get_evaluation(name: str) -> Call[Evaluation]:
     return _get(f"/v1/evaluations/{_of_kinds(name, 'evaluation', 'eval_')}", Evaluation.from_json)
 
 
-def evaluation_report(name: str) -> str:
-    """Return the path of the report on an evaluation, by the evaluation's id or its job's; it leads on to a link."""
-    return f"/v1/evaluations/{_of_kinds(name, 'evaluation', 'eval_')}/report"
+def evaluation_report(name: str) -> Request:
+    """Ask for the report on an evaluation, by the evaluation's id or its job's; the answer leads on to a link."""
+    return Request(method="GET", path=f"/v1/evaluations/{_of_kinds(name, 'evaluation', 'eval_')}/report")
 
 
 def list_evaluations(**filters: Any) -> Call[Page[Evaluation]]:
@@ -293,10 +325,18 @@ def list_queues() -> Call[Any]:
     return _get("/v1/queues", _items)
 
 
+def get_queue(name: str) -> Call[Any]:
+    """Read a queue."""
+    return _get(f"/v1/queues/{_queue(name)}", _same)
+
+
 def pause_queue(name: str, *, paused: bool = True) -> Call[Any]:
     """Pause a queue, or let it go on."""
-    path = f"/v1/queues/{segment(name.replace('-', '_'), 'queue', 'default') and name}"
-    return _post(f"{path}:{'pause' if paused else 'resume'}", _same)
+    return _post(f"/v1/queues/{_queue(name)}:{'pause' if paused else 'resume'}", _same)
+
+
+def _queue(name: str) -> str:
+    return segment(name.replace("-", "_"), "queue", "default") and name
 
 
 def list_workers() -> Call[Any]:
@@ -332,6 +372,11 @@ def list_keys(*, limit: int | None = None, cursor: str | None = None) -> Call[An
     return _get("/v1/keys", _same, limit=limit, cursor=cursor)
 
 
+def get_key(key_id: str) -> Call[Any]:
+    """Read an API key, without its token."""
+    return _get(f"/v1/keys/{_key(key_id)}", _same)
+
+
 def rotate_key(key_id: str, *, overlap_seconds: int | None = None) -> Call[Any]:
     """Replace an API key; the old one works on for the overlap."""
     return _post(f"/v1/keys/{_key(key_id)}:rotate", _same, _given(overlap_seconds=overlap_seconds))
@@ -340,6 +385,11 @@ def rotate_key(key_id: str, *, overlap_seconds: int | None = None) -> Call[Any]:
 def revoke_key(key_id: str) -> Call[Any]:
     """Refuse an API key from now on."""
     return _post(f"/v1/keys/{_key(key_id)}:revoke", _same)
+
+
+def list_audit(*, limit: int | None = None, cursor: str | None = None) -> Call[Page[Any]]:
+    """Read a page of the audit log, newest first: who changed what."""
+    return _get("/v1/audit", Page.of(_same), limit=limit, cursor=cursor)
 
 
 def list_projects(*, limit: int | None = None, cursor: str | None = None) -> Call[Any]:
@@ -372,6 +422,11 @@ def list_webhooks(*, limit: int | None = None, cursor: str | None = None) -> Cal
     return _get("/v1/webhooks", _same, limit=limit, cursor=cursor)
 
 
+def get_webhook(webhook_id: str) -> Call[Any]:
+    """Read a webhook, without its secret."""
+    return _get(f"/v1/webhooks/{_webhook(webhook_id)}", _same)
+
+
 def change_webhook(webhook_id: str, **changes: Any) -> Call[Any]:
     """Change a webhook's url, events or enabled."""
     return Call(method="PATCH", path=f"/v1/webhooks/{_webhook(webhook_id)}", read=_same, body=changes)
@@ -380,6 +435,11 @@ def change_webhook(webhook_id: str, **changes: Any) -> Call[Any]:
 def delete_webhook(webhook_id: str) -> Call[None]:
     """Delete a webhook with the log of its deliveries."""
     return Call(method="DELETE", path=f"/v1/webhooks/{_webhook(webhook_id)}", read=_same)
+
+
+def rotate_webhook(webhook_id: str) -> Call[Any]:
+    """Give a webhook a new secret; the answer's `secret` is shown this once."""
+    return _post(f"/v1/webhooks/{_webhook(webhook_id)}:rotate-secret", _same)
 
 
 def test_webhook(webhook_id: str) -> Call[Any]:
@@ -396,6 +456,21 @@ def redeliver(webhook_id: str, delivery_id: str) -> Call[Any]:
     """Send a message again."""
     message = segment(delivery_id, "delivery id", "msg_0199a1b2...")
     return _post(f"/v1/webhooks/{_webhook(webhook_id)}/deliveries/{message}:redeliver", _same)
+
+
+def health() -> Call[Any]:
+    """Ask whether the service's process is up; needs no key that is valid."""
+    return _get("/healthz", _same)
+
+
+def readiness() -> Call[Any]:
+    """Ask whether the service can do its work, part by part: also the answer when it cannot has `checks`."""
+    return Call(method="GET", path="/readyz", read=_same, statuses=frozenset({503}))
+
+
+def version() -> Call[Any]:
+    """Read which versions the service runs."""
+    return _get("/version", _same)
 
 
 def _webhook(webhook_id: str) -> str:

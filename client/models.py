@@ -101,6 +101,12 @@ class Event:
     type: str
     actor: str
     data: Mapping[str, Any]
+    raw: Mapping[str, Any]
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Self:
+        """Read the API's JSON."""
+        return cls(**{name: raw[name] for name in ("id", "at", "type", "actor", "data")}, raw=raw)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,16 +17,13 @@ from typing import Any, Self, TypeVar
 import httpx
 
 from client import calls, download, sse, wire
-from client.calls import Call, Model, Recipe, Settings
+from client.calls import Call, Model, Recipe, Settings, Stream
 from client.errors import ApiError, BadInputError, UnavailableError, WaitTimeoutError
 from client.models import Artifact, Batch, Event, Job, JobPage
 
 T = TypeVar("T")
 
 _READ_SECONDS = 30.0
-_QUIET_SECONDS = 25.0
-"""The service sends a sign of life every 15 s; a stream that is silent for this long is dead."""
-_OUTAGE_SECONDS = 60.0
 _REFRESH_SECONDS = 0.5
 _FIRST_POLL_SECONDS = 0.5
 _SLOWEST_POLL_SECONDS = 5.0
@@ -78,7 +75,7 @@ class Client:
                 if pause is None or not is_passing:
                     raise wire.unsent(self.url, error) from error
             else:
-                if answer.is_success:
+                if wire.is_answer(call, answer):
                     return call.read(wire.decoded(answer))
                 pause = wire.pause_after(answer, attempt)
                 if pause is None:
@@ -149,19 +146,36 @@ class Client:
         return self.run(calls.artifact_files(name))
 
     def events(self, job_id: str, *, after: int = 0) -> Iterator[Event]:
-        """Yield a job's events until it has ended or the stream breaks; go on with the last one's id.
+        """Yield a job's events, from the one after `after`, until it has ended; through a restart of the service.
 
         Raises:
             ApiError: the service refuses.
-            UnavailableError: the stream broke.
+            UnavailableError: the service did not answer for a minute, or from the start.
         """
-        for event in self._stream(job_id, after, _QUIET_SECONDS):
-            if event.type == "end":
-                return
-            values = event.data
-            yield Event(
-                id=values["id"], at=values["at"], type=values["type"], actor=values["actor"], data=values["data"]
-            )
+        outage = wire.Outage()
+        while True:
+            call = calls.follow_job(job_id, after=after)
+            try:
+                for event in self._stream(call, wire.QUIET_SECONDS):
+                    outage.is_over()
+                    if event.type == "end":
+                        return
+                    happened = call.read(event.data)
+                    after = happened.id
+                    yield happened
+                outage.is_over()
+            except (UnavailableError, ApiError) as error:
+                outage.check(error)
+            # The service ends a stream after some minutes, and when it stops.
+            time.sleep(wire.RECONNECT_SECONDS)
+
+    def change(self, job_id: str, *, version: int | None = None, **changes: Any) -> Job:
+        """Change a waiting job's priority or run_at, or an unfinished job's deadline_at; null takes one away.
+
+        Raises:
+            ApiError: the service refuses; with status 412 since the job no longer has this `version`.
+        """
+        return self.run(calls.change_job(job_id, version=version, **changes))
 
     def wait(
         self, job_id: str, *, timeout_s: float | None = None, on_update: Callable[[Job], None] | None = None
@@ -196,7 +210,7 @@ class Client:
             except UnavailableError:
                 # A service that restarts is back in seconds; the job does not depend on it.
                 lost_since = lost_since or time.monotonic()
-                if time.monotonic() - lost_since > _OUTAGE_SECONDS:
+                if time.monotonic() - lost_since > wire.OUTAGE_SECONDS:
                     raise
 
     def wait_for_batch(
@@ -224,7 +238,7 @@ class Client:
                 batch, lost_since = self.run(calls.get_batch(batch_id)), None
             except UnavailableError:
                 lost_since = lost_since or time.monotonic()
-                if time.monotonic() - lost_since > _OUTAGE_SECONDS:
+                if time.monotonic() - lost_since > wire.OUTAGE_SECONDS:
                     raise
 
     def pull(
@@ -250,9 +264,9 @@ class Client:
             ApiError: there is no such evaluation, or no report.
             UnavailableError: the service or its object store does not answer.
         """
-        path = calls.evaluation_report(name)
+        call = calls.evaluation_report(name)
         try:
-            answer = self._http.get(path)
+            answer = self._http.request(**wire.request_of(call))
             if not answer.has_redirect_location:
                 raise wire.api_error(answer)
             # The link holds all the rights it needs: the API key stays with the service.
@@ -264,10 +278,12 @@ class Client:
 
     def _changes(self, job_id: str, deadline: float | None) -> Iterator[None]:
         """Yield now and then while events come in; end when the stream does, for whatever reason."""
-        quiet_s = _QUIET_SECONDS if deadline is None else max(0.1, min(_QUIET_SECONDS, deadline - time.monotonic()))
+        quiet_s = (
+            wire.QUIET_SECONDS if deadline is None else max(0.1, min(wire.QUIET_SECONDS, deadline - time.monotonic()))
+        )
         shown = 0.0
         try:
-            for event in self._stream(job_id, 0, quiet_s, deadline):
+            for event in self._stream(calls.follow_job(job_id), quiet_s, deadline):
                 if event.type == "end" or time.monotonic() - shown > _REFRESH_SECONDS:
                     yield
                     shown = time.monotonic()
@@ -275,21 +291,17 @@ class Client:
             return  # asking for the job says what is wrong, if anything is
 
     def _stream(
-        self, job_id: str, after: int, quiet_s: float, deadline: float | None = None
+        self, call: Stream[Any], quiet_s: float, deadline: float | None = None
     ) -> Iterator[sse.ServerSentEvent]:
-        headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": str(after)} if after else {})
         timeout = httpx.Timeout(quiet_s, connect=wire.CONNECT_SECONDS)
-        path = f"/v1/jobs/{calls.segment(job_id)}/events"
         try:
-            with self._http.stream("GET", path, headers=headers, timeout=timeout) as answer:
+            with self._http.stream(**wire.request_of(call), timeout=timeout) as answer:
                 if answer.status_code != httpx.codes.OK:
                     answer.read()
                     raise wire.api_error(answer)
                 yield from sse.parse(_until(deadline, answer.iter_lines()))
         except (httpx.HTTPError, ValueError) as error:
-            raise UnavailableError(
-                f"the event stream of {self.url} broke: {str(error) or type(error).__name__}"
-            ) from error
+            raise wire.stream_broken(self.url, error) from error
 
 
 def _until(deadline: float | None, lines: Iterator[str]) -> Iterator[str]:

@@ -1,16 +1,21 @@
 """What the blocking and the asynchronous client share: what is sent, what is tried again, and what an error means."""
 
 import math
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from client.calls import Call
+from client.calls import Call, Request
 from client.errors import ApiError, BadInputError, ClientError, UnavailableError
 
 CONNECT_SECONDS = 5.0
+QUIET_SECONDS = 25.0
+"""The service sends a sign of life every 15 s; a stream that is silent for this long is dead."""
+OUTAGE_SECONDS = 60.0
+RECONNECT_SECONDS = 0.5
 TRIES = 3
 _CHUNK_BYTES = 1 << 18
 _LONGEST_PAUSE_S = 10.0
@@ -37,8 +42,8 @@ def options(url: str, key: str, timeout_s: float) -> dict[str, Any]:
     }
 
 
-def request_of(call: Call[Any]) -> dict[str, Any]:
-    """Return what both clients give httpx for a call, except for the content of a file.
+def request_of(call: Request) -> dict[str, Any]:
+    """Return what both clients give httpx for a request, except for the content of a file.
 
     Raises:
         BadInputError: the file cannot be read.
@@ -70,6 +75,15 @@ def chunks(path: Path) -> Iterator[bytes]:
                 yield piece
     except OSError as error:
         raise BadInputError(f"cannot read {path}: {error.strerror}") from error
+
+
+def is_answer(call: Call[Any], answer: httpx.Response) -> bool:
+    """Return whether the service has answered the call, and not refused it."""
+    if answer.is_success:
+        return True
+    # A 503 of something else, such as a proxy, is a problem or a page.
+    is_meant = answer.headers.get("Content-Type", "").startswith("application/json")
+    return is_meant and answer.status_code in call.statuses
 
 
 def pause_after(answer: httpx.Response, attempt: int) -> float | None:
@@ -115,6 +129,30 @@ def decoded(answer: httpx.Response) -> Any:
         return answer.json()
     except ValueError as error:
         raise UnavailableError(f"{answer.url} did not answer with JSON; is it a duquant service?") from error
+
+
+def stream_broken(url: str, error: Exception) -> UnavailableError:
+    """Return our error for a stream of events that broke."""
+    return UnavailableError(f"the event stream of {url} broke: {str(error) or type(error).__name__}")
+
+
+class Outage:
+    """How long the service has been away from somebody who follows something."""
+
+    def __init__(self) -> None:
+        self._has_answered = False
+        self._since: float | None = None
+
+    def is_over(self) -> None:
+        """Note that the service answers."""
+        self._has_answered, self._since = True, None
+
+    def check(self, error: UnavailableError | ApiError) -> None:
+        """Raise the error unless it may pass by itself: a service that restarts is back in seconds."""
+        is_passing = isinstance(error, UnavailableError) or error.status == httpx.codes.SERVICE_UNAVAILABLE
+        self._since = self._since or time.monotonic()
+        if not (self._has_answered and is_passing) or time.monotonic() - self._since > OUTAGE_SECONDS:
+            raise error
 
 
 def problem_of(answer: httpx.Response) -> Mapping[str, Any]:

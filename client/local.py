@@ -162,7 +162,7 @@ def verify(artifact: Annotated[Path, typer.Argument(help="The artifact's folder.
     from duquant.artifact import verify as check
 
     report = check(artifact)
-    words = f"{artifact} is whole: {report.files} files match the manifest"
+    words = f"{artifact} is whole: {report.files} files, as the manifest says"
     if not report.ok:
         words = "\n".join([f"{artifact} is damaged:", *(f"  {problem}" for problem in report.problems)])
     data = {"artifact": str(artifact), "ok": report.ok, "files": report.files, "problems": report.problems}

@@ -15,7 +15,7 @@ class VerifyReport:
 
     ok: bool
     files: int
-    """Files that the manifest names."""
+    """Files of the artifact: those that the manifest names, and the manifest."""
     size_bytes: int
     problems: list[str] = field(default_factory=list)
 
@@ -42,7 +42,7 @@ def verify(directory: Path) -> VerifyReport:
         if path.name not in known and not path.name.startswith(".")
     ]
     size = sum(entry.size_bytes for entry in manifest.files)
-    return VerifyReport(ok=not problems, files=len(manifest.files), size_bytes=size, problems=problems)
+    return VerifyReport(ok=not problems, files=len(known), size_bytes=size, problems=problems)
 
 
 def require_intact(directory: Path) -> None:

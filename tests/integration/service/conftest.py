@@ -113,7 +113,7 @@ class Harness:
         self.storage.put_bytes(keys.manifest, json.dumps(manifest).encode(), if_none_match=True)
         artifact = {
             "manifest_key": keys.manifest,
-            "files": len(files),
+            "files": len(files) + 1,  # the manifest counts
             "fingerprint": claim.job.fingerprint,
             "size_bytes": sum(file["size_bytes"] for file in files),
             "summary": {},

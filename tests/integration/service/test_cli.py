@@ -166,7 +166,7 @@ def test_people_see_when_jobs_ran_what_they_made_and_why_they_failed(service: An
     shown = {name.strip(): value.strip() for name, value in shown.items()}
     assert shown["created"].endswith(" ago)")
     assert {"started", "finished", "took"} <= set(shown)
-    assert (shown["GPU time"], shown["artifact"]) == ("4.5 s", "4 files, 4.5 MB")
+    assert (shown["GPU time"], shown["artifact"]) == ("4.5 s", "5 files, 4.5 MB")
     assert "{" not in "".join(shown.values()), "no JSON"
     failed = service.submit()
     service.jobs.fail(service.claim(), "bad_input", "the text is too short")

@@ -8,6 +8,7 @@ from typing import cast
 import typer
 
 from client import (
+    account,
     artifacts,
     batches,
     collect,
@@ -64,6 +65,7 @@ app.add_typer(operations.workers, name="worker")
 app.add_typer(projects.app, name="project")
 app.add_typer(keys.app, name="key")
 app.add_typer(webhooks.app, name="webhook")
+app.add_typer(account.audit, name="audit")
 app.add_typer(profiles.app, name="profile")
 app.command()(up.up)
 app.command()(collect.gc)
@@ -71,8 +73,10 @@ app.command()(local.quantize)
 app.command()(local.verify)
 app.command("eval")(local.evaluate)
 app.command()(local.generate)
-app.command()(operations.usage)
+app.command()(account.quota)
+app.command()(account.usage)
 app.command()(operations.failures)
+app.command()(account.status)
 app.command()(doctor.doctor)
 app.command()(demo.demo)
 
@@ -117,8 +121,9 @@ def run_app(arguments: Sequence[str]) -> int:
 
 
 def _api_text(error: ApiError) -> str:
-    fields = "; ".join(f"{each.get('pointer')}: {each.get('detail')}" for each in error.errors)
-    text = fields or str(error)
+    # What is wrong with the whole of a request has an empty pointer, and names what it means.
+    fields = ((each.get("pointer"), each.get("detail") or error) for each in error.errors)
+    text = "; ".join(f"{pointer}: {detail}" if pointer else str(detail) for pointer, detail in fields) or str(error)
     return f"{text} (request {error.request_id})" if error.status >= 500 and error.request_id else text
 
 

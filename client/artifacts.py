@@ -10,12 +10,22 @@ from rich.progress import DownloadColumn, TransferSpeedColumn
 
 from client import calls
 from client.connection import Session, on_service
-from client.lists import CursorOption, LimitOption, OfModel, OfRecipe, WithTag, tell_of_more
+from client.lists import (
+    CreatedFrom,
+    CreatedUntil,
+    CursorOption,
+    LimitOption,
+    OfModel,
+    OfRecipe,
+    WithTag,
+    read_time,
+    tell_of_more,
+)
 from client.models import ArtifactInfo
 from client.output import Format, note, number, print_pairs, print_table, print_text, show, size, with_output
 from client.progress import bar_of
 from client.push import push as send
-from client.times import at
+from client.times import ago, at
 
 app = typer.Typer(help="Finished checkpoints.", no_args_is_help=True)
 
@@ -57,16 +67,28 @@ def list_artifacts(
     model: OfModel = None,
     recipe: OfRecipe = None,
     tag: WithTag = None,
+    created_from: CreatedFrom = None,
+    created_until: CreatedUntil = None,
     limit: LimitOption = 50,
     cursor: CursorOption = None,
 ) -> None:
     """List artifacts, newest first."""
-    page = session.client.run(calls.list_artifacts(model=model, recipe=recipe, tag=tag, limit=limit, cursor=cursor))
+    filters = {"model": model, "recipe": recipe, "tag": tag}
+    period = {"created_from": created_from, "created_until": created_until}
+    page = session.client.run(calls.list_artifacts(**filters, **period, limit=limit, cursor=cursor))
     rows = [
-        (each.id, each.model_name, each.recipe_name, size(each.size_bytes), _measured(each), ",".join(each.tags))
+        (
+            each.id,
+            each.model_name,
+            each.recipe_name,
+            size(each.size_bytes),
+            _measured(each),
+            ",".join(each.tags),
+            ago(each.raw["created_at"]),
+        )
         for each in page.items
     ]
-    columns = ("artifact", "model", "recipe", "size", "perplexity", "tags")
+    columns = ("artifact", "model", "recipe", "size", "perplexity", "tags", "made")
     session.show(page.raw, lambda: print_table(columns, rows))
     tell_of_more("artifact list", page.next_cursor)
 
@@ -76,6 +98,15 @@ def list_artifacts(
 def get(session: Session, artifact_id: ArtifactArgument) -> None:
     """Show an artifact."""
     _report(session, session.client.run(calls.get_artifact(artifact_id)))
+
+
+@app.command()
+@on_service
+def files(session: Session, artifact_id: ArtifactArgument) -> None:
+    """List the files of an artifact; -o json has links to them that work for some minutes."""
+    found = session.client.artifact(artifact_id)
+    rows = [(file.name, size(file.size_bytes), file.sha256) for file in found.files]
+    session.show(found.raw, lambda: print_table(("file", "size", "sha256"), rows))
 
 
 @app.command()
@@ -132,7 +163,10 @@ def keep(
     session: Session,
     artifact_id: ArtifactArgument,
     until: Annotated[
-        str | None, typer.Option(help="A time such as 2027-01-31T00:00:00Z. [default: for ever]", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="TIME", parser=read_time, help="2027-01-31T00:00:00Z, +90d. [default: for ever]", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Say when an artifact may be deleted."""

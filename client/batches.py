@@ -9,16 +9,18 @@ import typer
 from client import calls
 from client.connection import Session, on_service
 from client.errors import BadInputError, JobFailedError
-from client.jobs import TimeoutOption, WaitFlag, recipe_value
+from client.jobs import PriorityOption, TimeoutOption, WaitFlag, recipe_value
 from client.lists import CursorOption, LimitOption, OfModel, OfRecipe, WithTag, tell_of_more
 from client.models import Batch, parse_model
 from client.output import duration, note, print_pairs, print_table, size
 from client.progress import Teller, teller
 from client.recipes import read_data_file
-from client.times import at
+from client.times import ago, at
 
 app = typer.Typer(help="Many models with many recipes at once.", no_args_is_help=True)
 
+NameOption = Annotated[str | None, typer.Option(help="A name for people.")]
+QueueOption = Annotated[str | None, typer.Option(help="The queue that its jobs wait in.")]
 BatchArgument = Annotated[str, typer.Argument(metavar="BATCH", help="The batch's id.")]
 _FIELDS = frozenset({"name", "models", "recipes", "calibration", "evaluate", "priority", "queue", "force"})
 _COLUMNS = ("model", "recipe", "state", "perplexity", "x model", "size", "x model", "time", "tokens/s", "why")
@@ -29,14 +31,17 @@ _COLUMNS = ("model", "recipe", "state", "perplexity", "x model", "size", "x mode
 def submit(
     session: Session,
     file: Annotated[Path, typer.Argument(help="A YAML or JSON file; see docs/how-to/quantize-a-zoo.md.")],
+    name: NameOption = None,
+    priority: PriorityOption = None,
+    queue: QueueOption = None,
     force: Annotated[
         bool, typer.Option("--force", help="Make every artifact again, also those that are there.")
     ] = False,
     wait_for_it: WaitFlag = False,
     timeout: TimeoutOption = None,
 ) -> None:
-    """Submit a file of models and recipes. What is there already is reused."""
-    options = read_zoo(file)
+    """Submit a file of models and recipes. Options replace what the file says; what is there already is reused."""
+    options = {**read_zoo(file), **_given(name=name, priority=priority, queue=queue)}
     if force:
         options["force"] = True
     batch = session.client.run(calls.submit_batch(options.pop("models"), options.pop("recipes", None), **options))
@@ -45,6 +50,10 @@ def submit(
         _finish(session, batch.id, timeout)
     else:
         _report(session, batch)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def read_zoo(path: Path) -> dict[str, Any]:
@@ -98,10 +107,10 @@ def list_batches(
     """List batches, newest first."""
     page = session.client.run(calls.list_batches(limit=limit, cursor=cursor))
     rows = [
-        (each.id, each.name, each.state, f"{each.jobs.ended}/{each.jobs.total}", each.jobs.failed)
+        (each.id, each.name, each.state, f"{each.jobs.ended}/{each.jobs.total}", each.jobs.failed, _made(each))
         for each in page.items
     ]
-    session.show(page.raw, lambda: print_table(("batch", "name", "state", "jobs", "failed"), rows))
+    session.show(page.raw, lambda: print_table(("batch", "name", "state", "jobs", "failed", "created"), rows))
     tell_of_more("batch list", page.next_cursor)
 
 
@@ -153,12 +162,17 @@ def requantize(
     model: OfModel = None,
     recipe: OfRecipe = None,
     tag: WithTag = None,
+    name: NameOption = None,
+    priority: PriorityOption = None,
+    queue: QueueOption = None,
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="Measure what is made.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which artifacts that would be.")] = False,
 ) -> None:
     """Make again what an older algorithm, or an older version of a preset, has made."""
-    answer = session.client.run(
-        calls.requantize(name="requantize", model=model, recipe=recipe, tag=tag, dry_run=dry_run)
-    )
+    options = _given(model=model, recipe=recipe, tag=tag, priority=priority, queue=queue)
+    if evaluate:
+        options["evaluate"] = {}
+    answer = session.client.run(calls.requantize(name=name or "requantize", dry_run=dry_run, **options))
     rows = [(each["artifact_id"], each["model_name"], each["recipe_name"], each["reason"]) for each in answer.items]
     session.show(answer.raw, lambda: print_table(("artifact", "model", "recipe", "outdated by"), rows))
     if answer.batch is not None:
@@ -200,6 +214,10 @@ def _report(session: Session, batch: Batch) -> None:
         "finished": at(batch.raw["finished_at"]),
     }
     session.show(batch.raw, lambda: print_pairs(pairs))
+
+
+def _made(batch: Batch) -> str | None:
+    return ago(batch.raw["created_at"])
 
 
 def _counted(counts: Mapping[str, int]) -> str:

@@ -8,14 +8,15 @@ import typer
 from client import calls
 from client.connection import Session, on_service
 from client.errors import BadInputError
-from client.jobs import TimeoutOption, WaitFlag, check_job, report_job
+from client.job_views import check_job, report_job
+from client.jobs import PriorityOption, TimeoutOption, WaitFlag
 from client.lists import CursorOption, LimitOption, OfModel, tell_of_more
 from client.measures import FewshotOption, QuestionsOption, SpeedFlag, TasksOption, TextOption, measuring
 from client.models import Evaluation
 from client.output import note, number, print_pairs, print_table, print_text, size
 from client.progress import follow_job
 from client.scores import print_scores
-from client.times import at
+from client.times import ago, at
 
 app = typer.Typer(help="Measure artifacts and models.", no_args_is_help=True)
 
@@ -32,6 +33,7 @@ def submit(
     num_fewshot: FewshotOption = None,
     limit: QuestionsOption = None,
     speed: SpeedFlag = False,
+    priority: PriorityOption = None,
     force: Annotated[bool, typer.Option("--force", help="Measure again even if this was measured already.")] = False,
     wait_for_it: WaitFlag = False,
     timeout: TimeoutOption = None,
@@ -48,6 +50,8 @@ def submit(
         speed=speed,
     )
     target: dict[str, Any] = {"model": what} if ":" in what else {"artifact": what}
+    if priority is not None:
+        settings["priority"] = priority
     job = session.client.run(calls.submit_evaluation(**target, force=force, **settings))
     note(f"{'found' if job.reused else 'submitted'} {job.id} ({job.state})")
     if not wait_for_it:
@@ -79,10 +83,11 @@ def list_evaluations(
             _what(each),
             number(each.perplexity),
             each.metrics.get("windows"),
+            ago(each.raw["created_at"]),
         )
         for each in page.items
     ]
-    columns = ("evaluation", "model", "artifact", "perplexity", "windows")
+    columns = ("evaluation", "model", "artifact", "perplexity", "windows", "made")
     session.show(page.raw, lambda: print_table(columns, rows))
     tell_of_more("evaluation list", page.next_cursor)
 

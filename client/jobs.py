@@ -8,14 +8,22 @@ import typer
 
 from client import calls
 from client.connection import Session, on_service
-from client.errors import BadInputError, JobFailedError
-from client.lists import CursorOption, LimitOption, OfModel, OfRecipe, tell_of_more
-from client.measures import QuestionsOption, SpeedFlag, TasksOption, TextOption, measuring, text_source
-from client.models import Job
+from client.errors import BadInputError
+from client.job_views import COLUMNS, LAYER_COLUMNS, check_job, layer_row, print_event, report_job, row_of
+from client.lists import (
+    CreatedFrom,
+    CreatedUntil,
+    CursorOption,
+    LimitOption,
+    OfModel,
+    OfRecipe,
+    read_time,
+    tell_of_more,
+)
+from client.measures import FewshotOption, QuestionsOption, SpeedFlag, TasksOption, TextOption, measuring, text_source
 from client.output import duration, note, print_pairs, print_table, size
-from client.progress import follow_job
+from client.progress import detaching, follow_job
 from client.recipes import is_file_name, preset_names, read_data_file
-from client.times import ago, at, took
 
 app = typer.Typer(help="Jobs on a running service.", no_args_is_help=True)
 
@@ -29,6 +37,35 @@ SeqLenOption = Annotated[int | None, typer.Option(help="Tokens in a window.")]
 RecipeOption = Annotated[
     str | None, typer.Option(help="A preset, or a recipe file (.json or .yaml).", autocompletion=preset_names)
 ]
+PriorityOption = Annotated[
+    int | None, typer.Option(help="0 to 1000; lower numbers start first. [default: 100]", show_default=False)
+]
+QueueOption = Annotated[str | None, typer.Option(help="The queue that it waits in.")]
+RunAtOption = Annotated[
+    str | None,
+    typer.Option(metavar="TIME", parser=read_time, help="When it may start: 2026-01-31T22:00:00Z, +2h, now."),
+]
+DeadlineOption = Annotated[
+    str | None,
+    typer.Option("--deadline", metavar="TIME", parser=read_time, help="When it fails if it has not ended."),
+]
+
+
+def _label(text: str) -> str:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise typer.BadParameter(f"{text!r} is no label; one looks like team=search")
+    return text
+
+
+LabelOption = Annotated[
+    list[str] | None, typer.Option("--label", metavar="NAME=VALUE", parser=_label, help="A label; repeat for more.")
+]
+_NO_DEADLINE = "none"
+
+
+def _deadline_or_none(text: str) -> str:
+    return text if text == _NO_DEADLINE else read_time(text)
 
 
 @app.command()
@@ -40,8 +77,11 @@ def submit(
     calibration: TextOption = None,
     samples: SamplesOption = None,
     seq_len: SeqLenOption = None,
-    priority: Annotated[int | None, typer.Option(help="0 to 1000; lower numbers start first. [default: 100]")] = None,
-    queue: Annotated[str | None, typer.Option(help="The queue that it waits in.")] = None,
+    priority: PriorityOption = None,
+    queue: QueueOption = None,
+    run_at: RunAtOption = None,
+    deadline: DeadlineOption = None,
+    label: LabelOption = None,
     after: Annotated[
         list[str] | None, typer.Option(metavar="JOB", help="A job that must succeed first; repeat for more.")
     ] = None,
@@ -52,7 +92,9 @@ def submit(
     evaluate_windows: Annotated[
         int | None, typer.Option(min=0, help="Windows of that evaluation; 0 for the whole text.")
     ] = None,
+    evaluate_seq_len: Annotated[int | None, typer.Option(help="Tokens in a window of that evaluation.")] = None,
     tasks: TasksOption = None,
+    num_fewshot: FewshotOption = None,
     limit: QuestionsOption = None,
     speed: SpeedFlag = False,
     force: Annotated[bool, typer.Option("--force", help="Make the artifact again even if there is one.")] = False,
@@ -60,7 +102,16 @@ def submit(
     timeout: TimeoutOption = None,
 ) -> None:
     """Submit a quantization job. The same work again returns the job that is there."""
-    settings = measuring(session, evaluate_on, windows=evaluate_windows, tasks=tasks, limit=limit, speed=speed)
+    settings = measuring(
+        session,
+        evaluate_on,
+        seq_len=evaluate_seq_len,
+        windows=evaluate_windows,
+        tasks=tasks,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        speed=speed,
+    )
     job = session.client.submit(
         model,
         recipe_value(recipe),
@@ -70,6 +121,9 @@ def submit(
         priority=priority,
         force=force,
         queue=queue,
+        run_at=run_at,
+        deadline_at=deadline,
+        labels=_labels(label),
         depends_on=after or None,
     )
     note(f"{'found' if job.reused else 'submitted'} {job.id} ({job.state})")
@@ -79,6 +133,20 @@ def submit(
     report_job(session, job, reused=reused)
     if wait_for_it:
         check_job(job)
+
+
+def _labels(given: list[str] | None) -> dict[str, str] | None:
+    """Return the labels that options name.
+
+    Raises:
+        BadInputError: they give one name two values.
+    """
+    labels: dict[str, str] = {}
+    for text in given or ():
+        name, _, value = text.partition("=")
+        if labels.setdefault(name, value) != value:
+            raise BadInputError(f"the label {name!r} has two values: {labels[name]} and {value}")
+    return labels or None
 
 
 def _calibration(session: Session, text: str | None, samples: int | None, seq_len: int | None) -> dict[str, Any] | None:
@@ -103,35 +171,39 @@ def recipe_value(recipe: str | None) -> Any:
 @on_service
 def list_jobs(
     session: Session,
-    state: Annotated[str | None, typer.Option(help="Only jobs in this state.")] = None,
+    state: Annotated[list[str] | None, typer.Option(help="Only jobs in this state; repeat for more.")] = None,
     kind: Annotated[str | None, typer.Option(help="Only quantize or evaluate jobs.")] = None,
     model: OfModel = None,
     recipe: OfRecipe = None,
+    queue: Annotated[str | None, typer.Option(help="Only jobs of this queue.")] = None,
     batch: Annotated[str | None, typer.Option(help="Only jobs that this batch has made.")] = None,
+    reason: Annotated[str | None, typer.Option(help="Only jobs that failed for this reason.")] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", parser=_label, help="Only jobs with this label; repeat for more."),
+    ] = None,
+    created_from: CreatedFrom = None,
+    created_until: CreatedUntil = None,
     limit: LimitOption = 50,
     cursor: CursorOption = None,
 ) -> None:
     """List jobs, newest first."""
-    filters = {"state": state, "kind": kind, "model": model, "recipe": recipe, "batch": batch}
-    page = session.client.list(**filters, limit=limit, cursor=cursor)
-    rows = [
-        (
-            job.id,
-            job.kind,
-            job.state,
-            job.model,
-            job.recipe_name,
-            f"{job.phase} {job.done}/{job.total}" if job.total else "",
-            ago(job.raw["created_at"]),
-            took(job.raw),
-            _gpu(job),
-            job.reason,
-        )
-        for job in page.items
-    ]
+    page = session.client.list(
+        state=state or None,
+        kind=kind,
+        model=model,
+        recipe=recipe,
+        queue=queue,
+        batch=batch,
+        reason=reason,
+        label=label or None,
+        created_from=created_from,
+        created_until=created_until,
+        limit=limit,
+        cursor=cursor,
+    )
     data = {"items": [job.raw for job in page.items], "next_cursor": page.next_cursor}
-    columns = ("job", "kind", "state", "model", "recipe", "progress", "created", "took", "GPU time", "reason")
-    session.show(data, lambda: print_table(columns, rows))
+    session.show(data, lambda: print_table(COLUMNS, [row_of(job) for job in page.items]))
     tell_of_more("job list", page.next_cursor)
 
 
@@ -149,6 +221,53 @@ def wait(session: Session, job_id: JobArgument, timeout: TimeoutOption = None) -
     job = follow_job(session.client, job_id, timeout)
     report_job(session, job)
     check_job(job)
+
+
+@app.command()
+@on_service
+def layers(session: Session, job_id: JobArgument) -> None:
+    """List a job's layers: what is done, how long each took, what went wrong. None before it is planned."""
+    items = session.client.layers(job_id)
+    session.show({"items": items}, lambda: print_table(LAYER_COLUMNS, [layer_row(each) for each in items]))
+
+
+@app.command()
+@on_service
+def events(
+    session: Session,
+    job_id: JobArgument,
+    after: Annotated[int, typer.Option(min=0, help="Only those after the event with this number.")] = 0,
+) -> None:
+    """Print what happens to a job as it happens, until it has ended: with -o json a line for each event."""
+    with detaching(f"No longer following; the job goes on: duquant job wait {job_id}"):
+        for event in session.client.events(job_id, after=after):
+            print_event(event, session.output)
+
+
+@app.command()
+@on_service
+def change(
+    session: Session,
+    job_id: JobArgument,
+    priority: PriorityOption = None,
+    run_at: RunAtOption = None,
+    deadline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME", parser=_deadline_or_none, help="When it fails if it has not ended; none takes it away."
+        ),
+    ] = None,
+    version: Annotated[
+        int | None,
+        typer.Option(min=0, help="Only if the job still has this version, as `job get -o json` prints it."),
+    ] = None,
+) -> None:
+    """Change a waiting job's priority or start, or the deadline of one that has not ended."""
+    given = {"priority": priority, "run_at": run_at, "deadline_at": deadline}
+    changes = {name: None if value == _NO_DEADLINE else value for name, value in given.items() if value is not None}
+    if not changes:
+        raise BadInputError("nothing is to be changed; give --priority, --run-at or --deadline")
+    report_job(session, session.client.change(job_id, version=version, **changes))
 
 
 @app.command()
@@ -203,66 +322,3 @@ def _basis(known: Mapping[str, Any]) -> str | None:
         "none": None,
     }
     return words.get(known["basis"], f"{known['basis']}, {jobs}")
-
-
-def _gpu(job: Job) -> str | None:
-    return duration(job.raw["gpu_seconds"]) if job.raw.get("gpu_seconds") else None
-
-
-def _result(job: Job) -> dict[str, str | None]:
-    """Return what a job that succeeded has made or measured."""
-    result = job.result or {}
-    artifact, metrics = result.get("artifact"), result.get("metrics") or {}
-    perplexity, windows = metrics.get("perplexity"), metrics.get("windows")
-    checks = (result.get("quality_gate") or {}).get("checks", ())
-    return {
-        "artifact": artifact and f"{artifact['files']} files, {size(artifact['size_bytes'])}",
-        "perplexity": None if perplexity is None else f"{perplexity:.4f}",
-        "measured on": windows and f"{windows} windows of {metrics.get('seq_len')} tokens",
-        "accuracy": ", ".join(
-            f"{task} {scores['acc']:.4f}" for task, scores in (metrics.get("tasks") or {}).items() if "acc" in scores
-        )
-        or None,
-        "measured": result.get("artifact_job_id"),
-        "quality gate": ", ".join(f"{each['check']} {each['value']:.1%} ({each['limit']})" for each in checks) or None,
-    }
-
-
-def report_job(session: Session, job: Job, *, reused: bool | None = None) -> None:
-    """Print a job."""
-    pairs = {
-        "job": job.id,
-        "kind": job.kind,
-        "state": job.state,
-        "reason": job.reason,
-        "detail": job.detail,
-        "model": job.model,
-        "recipe": job.recipe_name,
-        "phase": f"{job.phase} {job.done}/{job.total}" if job.phase else None,
-        "layers": f"{job.layers_done}/{job.layers_total}" if job.layers_total else None,
-        "place in the queue": job.queue_position,
-        "time left": None if job.eta_seconds is None else duration(job.eta_seconds),
-        "evaluation": job.evaluation_job_id or ", ".join(job.raw.get("evaluation_job_ids") or ()) or None,
-        "created": at(job.raw["created_at"]),
-        "started": at(job.raw["started_at"]),
-        "finished": at(job.raw["finished_at"]),
-        "took": took(job.raw),
-        "GPU time": _gpu(job),
-        **_result(job),
-    }
-    session.show(job.raw if reused is None else {**job.raw, "reused": reused}, lambda: print_pairs(pairs))
-
-
-def check_job(job: Job) -> None:
-    """Raise unless a job that has ended has succeeded.
-
-    Raises:
-        JobFailedError: it failed, or was cancelled.
-        BadInputError: it ended in a way that this client does not know.
-    """
-    if job.state == "failed":
-        raise JobFailedError(f"{job.id} failed ({job.reason}): {job.detail}")
-    if job.state == "cancelled":
-        raise JobFailedError(f"{job.id} was cancelled")
-    if job.state != "succeeded":
-        raise BadInputError(f"{job.id} ended as {job.state}, which this client does not know; upgrade it")

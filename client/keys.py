@@ -1,38 +1,19 @@
 """`duquant key`: who may use the service, and for what."""
 
-import re
-from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 import typer
 
 from client import calls
 from client.connection import Session, on_service
-from client.errors import BadInputError, ClientError
+from client.errors import ClientError
 from client.lists import CursorOption, LimitOption, tell_of_more
 from client.output import note, print_pairs, print_table
-from client.times import ago, at
+from client.times import ago, at, seconds_of, time_of
 
 app = typer.Typer(help="API keys of your project.", no_args_is_help=True)
 
 KeyArgument = Annotated[str, typer.Argument(metavar="ID", help="The key's id, as `duquant key list` shows it.")]
-
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-
-
-def seconds_of(text: str) -> int:
-    """Return a length of time in seconds.
-
-    Raises:
-        BadInputError: it is none.
-
-    >>> seconds_of("90d"), seconds_of("12h"), seconds_of("45")
-    (7776000, 43200, 45)
-    """
-    match = re.fullmatch(r"([0-9]{1,9})([smhd]?)", text)
-    if match is None:
-        raise BadInputError(f"{text!r} is no length of time; one looks like 90d, 12h, 30m or 45s")
-    return int(match[1]) * _UNITS[match[2] or "s"]
 
 
 @app.command()
@@ -49,12 +30,7 @@ def create(
     ] = None,
 ) -> None:
     """Make a key. Its token is printed this once; the service keeps only a hash of it."""
-    expires_at = None
-    if expires_in is not None:
-        try:
-            expires_at = (datetime.now(UTC) + timedelta(seconds=seconds_of(expires_in))).isoformat()
-        except OverflowError as error:
-            raise BadInputError(f"{expires_in} from now is after the end of the calendar") from error
+    expires_at = None if expires_in is None else time_of(f"+{expires_in}")
     _report(session, session.client.run(calls.create_key(name, scope, expires_at=expires_at, project=project)))
 
 
@@ -86,6 +62,14 @@ def list_keys(
 
 @app.command()
 @on_service
+def get(session: Session, key_id: KeyArgument) -> None:
+    """Show a key without its token."""
+    key = session.client.run(calls.get_key(key_id))
+    session.show(key, lambda: _print(key))
+
+
+@app.command()
+@on_service
 def rotate(
     session: Session,
     key_id: KeyArgument,
@@ -112,5 +96,8 @@ def _report(session: Session, key: dict[str, Any]) -> None:
 
 
 def _print(key: dict[str, Any]) -> None:
-    pairs = {name: key.get(name) for name in ("id", "name", "token", "state")}
-    print_pairs({**pairs, "scopes": ", ".join(key["scopes"]), "expires": at(key["expires_at"])})
+    pairs = {name: key.get(name) for name in ("id", "name", "token", "prefix", "state")}
+    times = {"made": "created_at", "expires": "expires_at", "last used": "last_used_at", "revoked": "revoked_at"}
+    print_pairs(
+        {**pairs, "scopes": ", ".join(key["scopes"]), **{name: at(key[field]) for name, field in times.items()}}
+    )

@@ -1,4 +1,4 @@
-"""`duquant model | queue | worker | usage | failures`: what the service has, what it does, what it has cost."""
+"""`duquant model | queue | worker | failures`: what the service has, what it does, what went wrong."""
 
 from typing import Annotated, Any
 
@@ -41,6 +41,13 @@ def list_queues(session: Session) -> None:
 
 @queues.command()
 @on_service
+def get(session: Session, name: QueueArgument) -> None:
+    """Show a queue, with your jobs in it."""
+    _report_queue(session, session.client.run(calls.get_queue(name)))
+
+
+@queues.command()
+@on_service
 def pause(session: Session, name: QueueArgument) -> None:
     """Let no job of a queue start; what runs goes on."""
     _report_queue(session, session.client.run(calls.pause_queue(name)))
@@ -61,20 +68,6 @@ def list_workers(session: Session) -> None:
     names = ("name", "executor", "device", "slots", "running")
     rows = [[*(each.get(name) for name in names), ago(each["seen_at"])] for each in items]
     session.show({"items": items}, lambda: print_table(("worker", *names[1:], "seen"), rows))
-
-
-@on_service
-def usage(
-    session: Session,
-    since: Annotated[str | None, typer.Option(help="From this time on, such as 2026-01-01T00:00:00Z.")] = None,
-    until: Annotated[str | None, typer.Option(help="Up to this time.")] = None,
-    by: Annotated[str | None, typer.Option(help="Summed by day, model, recipe, device or job.")] = None,
-) -> None:
-    """Show the GPU seconds that were used."""
-    answer = session.client.run(calls.usage(since=since, until=until, by=by))
-    rows = [(each["key"], f"{each['gpu_seconds']:.1f}", each["jobs"]) for each in answer["items"]]
-    rows.append(("total", f"{answer['gpu_seconds']:.1f}", ""))
-    session.show(answer, lambda: print_table((answer["by"], "GPU seconds", "jobs"), rows))
 
 
 @on_service

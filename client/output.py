@@ -69,9 +69,7 @@ def show(value: object, output: Format, people: Callable[[], None]) -> None:
         case Format.JSON:
             print_json(value)
         case Format.YAML:
-            # Through JSON, so that both have the same types.
-            plain = json.loads(json.dumps(value, default=str))
-            print_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120).rstrip("\n"))
+            print_yaml(value)
         case Format.TABLE:
             people()
 
@@ -80,6 +78,13 @@ def print_json(value: object) -> None:
     """Print one line of JSON on stdout."""
     sys.stdout.write(json.dumps(value, default=str) + "\n")
     sys.stdout.flush()
+
+
+def print_yaml(value: object) -> None:
+    """Print a document of YAML on stdout."""
+    # Through JSON, so that both have the same types.
+    plain = json.loads(json.dumps(value, default=str))
+    print_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120).rstrip("\n"))
 
 
 def print_text(text: str) -> None:
@@ -98,10 +103,10 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
 
 def print_pairs(values: Mapping[str, Any]) -> None:
     """Print names and values for people on stdout."""
-    width = max(map(len, values), default=0)
-    for name, value in values.items():
-        if value is not None:
-            print_text(f"{name:<{width}}  {value}")
+    known = {name: value for name, value in values.items() if value is not None}
+    width = max(map(len, known), default=0)
+    for name, value in known.items():
+        print_text(f"{name:<{width}}  {value}")
 
 
 def note(text: str) -> None:

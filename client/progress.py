@@ -50,11 +50,17 @@ class Teller:
 @contextmanager
 def teller(detached: str) -> Iterator[Teller]:
     """A Teller; Ctrl-C says `detached`, since what was followed goes on."""
+    with detaching(detached), bar_of(TextColumn("{task.fields[done]}"), TextColumn("{task.fields[left]}")) as bar:
+        yield Teller(bar)
+
+
+@contextmanager
+def detaching(words: str) -> Iterator[None]:
+    """Say on Ctrl-C that what was followed goes on."""
     try:
-        with bar_of(TextColumn("{task.fields[done]}"), TextColumn("{task.fields[left]}")) as bar:
-            yield Teller(bar)
+        yield
     except KeyboardInterrupt:
-        note(f"\n{detached}")
+        note(f"\n{words}")
         raise
 
 

@@ -9,6 +9,7 @@ from client import calls
 from client.connection import Session, on_service
 from client.lists import CursorOption, LimitOption, tell_of_more
 from client.output import note, print_pairs, print_table, print_text, size
+from client.times import ago, at
 
 app = typer.Typer(help="Texts to calibrate and measure on.", no_args_is_help=True)
 
@@ -33,7 +34,7 @@ def upload(
 def list_texts(session: Session, limit: LimitOption = 50, cursor: CursorOption = None) -> None:
     """List the texts, newest first."""
     page = session.client.run(calls.list_texts(limit=limit, cursor=cursor))
-    rows = [(each["id"], each["name"], size(each["size_bytes"]), each["created_at"]) for each in page["items"]]
+    rows = [(each["id"], each["name"], size(each["size_bytes"]), ago(each["created_at"])) for each in page["items"]]
     session.show(page, lambda: print_table(("text", "name", "size", "made"), rows))
     tell_of_more("text list", page["next_cursor"])
 
@@ -61,5 +62,5 @@ def _pairs(text: dict[str, Any]) -> dict[str, Any]:
         "source": text["source"]["name"],
         "size": size(text["size_bytes"]),
         "sha256": text["sha256"],
-        "made": text["created_at"],
+        "made": at(text["created_at"]),
     }

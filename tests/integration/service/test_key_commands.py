@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from client.errors import EXIT_AUTH, EXIT_BAD_INPUT, EXIT_NOT_FOUND, BadInputError
-from client.keys import seconds_of
 from client.main import run
+from client.times import seconds_of
 
 pytestmark = pytest.mark.integration
 
@@ -26,6 +26,9 @@ def test_a_key_lives_from_create_to_revoke(service: Any, capsys: pytest.CaptureF
     assert made["expires_at"] is not None
     listed = key(service, capsys, "list", token=made["token"])["items"]
     assert [each["name"] for each in listed] == ["ci", "bootstrap"]
+    shown = key(service, capsys, "get", made["id"])
+    assert shown["last_used_at"] is not None
+    assert shown.keys() == made.keys() - {"token"}
     new = key(service, capsys, "rotate", made["id"], "--overlap", "0")
     assert key(service, capsys, "list", token=made["token"], status=EXIT_AUTH)
     assert key(service, capsys, "list", token=new["token"])["items"]

@@ -32,6 +32,11 @@ def test_a_webhook_from_create_to_delete(service: Any, capsys: pytest.CaptureFix
         wait_until(is_delivered)
         assert webhook("redeliver", made["id"], sent["id"])["state"] == "pending"
         receiver.wait_for(2)
+    assert webhook("get", made["id"]) == {name: value for name, value in made.items() if name != "secret"}
+    assert webhook("rotate", made["id"])["secret"] not in (None, made["secret"])
+    changed = webhook("set", made["id"], "--to", "https://example.com/other", "--event", "all")
+    assert (changed["url"], changed["events"]) == ("https://example.com/other", [])
+    assert "--to" in webhook("set", made["id"], status=EXIT_BAD_INPUT)
     assert webhook("disable", made["id"])["enabled"] is False
     assert webhook("enable", made["id"])["enabled"] is True
     assert webhook("delete", made["id"]) == {"id": made["id"], "deleted": True}
@@ -49,3 +54,9 @@ def test_people_see_tables(service: Any, capsys: pytest.CaptureFixture[str]) -> 
     listed = capsys.readouterr().out
     assert "https://example.com/hook  all     on" in listed
     assert "whsec_" not in listed
+    assert run(["webhook", "rotate", made["id"], *options]) == 0
+    assert "whsec_" in capsys.readouterr().out
+    assert run(["webhook", "test", made["id"], *options]) == 0
+    capsys.readouterr()
+    assert run(["webhook", "deliveries", made["id"], *options]) == 0
+    assert capsys.readouterr().out.splitlines()[1].endswith(" s ago")

@@ -1,4 +1,4 @@
-"""The calls of the client beside docs/reference/openapi.json: nothing of the API is missing, nothing sent is unknown."""
+"""The calls of the client beside docs/reference/openapi.json: nothing of the API is missing, nothing is made up."""
 
 import inspect
 import json

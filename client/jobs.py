@@ -37,9 +37,7 @@ SeqLenOption = Annotated[int | None, typer.Option(help="Tokens in a window.")]
 RecipeOption = Annotated[
     str | None, typer.Option(help="A preset, or a recipe file (.json or .yaml).", autocompletion=preset_names)
 ]
-PriorityOption = Annotated[
-    int | None, typer.Option(help="0 to 1000; lower numbers start first. [default: 100]", show_default=False)
-]
+PriorityOption = Annotated[int | None, typer.Option(help="0 to 1000, usually 100; lower numbers start first.")]
 QueueOption = Annotated[str | None, typer.Option(help="The queue that it waits in.")]
 RunAtOption = Annotated[
     str | None,

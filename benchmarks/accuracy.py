@@ -11,20 +11,15 @@ stays without it, since its artifact is gone, unless --fill-piqa has it made aga
 """
 
 import argparse
-import json
 import math
-import shlex
-import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 from accuracy_page import write_page
-from accuracy_rows import FP
-from machine import RESULTS, data_folder, describe, load_average
-from quantize import find_texts, run_duquant, text_name
+from accuracy_rows import FP, Row
+from machine import RESULTS, data_folder
+from quantize import find_texts, text_name
+from row_file import RowFile, evaluate, quantized
 
 from duquant.config import ALGORITHM_VERSION, PRESETS, preset
 
@@ -36,24 +31,22 @@ PIQA = data_folder() / "piqa-valid.jsonl"
 def main() -> None:
     """Measure what is missing and write everything that follows from it."""
     arguments = _parse()
-    rows: list[dict[str, Any]] = json.loads(OUT.read_text(encoding="utf-8"))["rows"] if OUT.exists() else []
+    table = RowFile(
+        OUT,
+        place=("model", "recipe", "seed"),
+        identity=("recipe_digest", "algorithm_version", "calibration", "evaluation"),
+    )
     if not arguments.page:
         calibration, evaluation = find_texts()
         if calibration.startswith("builtin:"):
             raise SystemExit("the table is measured on WikiText-2 only, and it is not here")
-        for planned in _planned(arguments, calibration, evaluation):
-            before = next((row for row in rows if _identity(row) == _identity(planned)), None)
-            if before is not None and ("piqa" in before or not arguments.fill_piqa or not PIQA.is_file()):
-                without = "" if "piqa" in before else ", without PIQA (--fill-piqa measures it again)"
-                print(f"{_label(planned)}: measured before{without}", flush=True)
-                continue
-            measured = {**planned, **_measure(planned, calibration, evaluation, arguments.questions)}
-            # What the row replaces is an older measurement of the same place in the table.
-            rows = [row for row in rows if _place(row) != _place(measured)] + [measured]
-            OUT.write_text(json.dumps({"rows": rows}, indent=2) + "\n", encoding="utf-8")
-            piqa = f", PIQA {measured['piqa']['acc_norm']:.4f}" if "piqa" in measured else ""
-            print(f"{_label(measured)}: perplexity {measured['perplexity']:.3f}{piqa}", flush=True)
-    write_page(rows)
+        may_lack = not (arguments.fill_piqa and PIQA.is_file())
+        table.measure(
+            _planned(arguments, calibration, evaluation),
+            lambda plan: _measure(plan, calibration, evaluation, arguments.questions),
+            lacks=lambda row: "" if may_lack or "piqa" in row else "PIQA",
+        )
+    write_page(table.read())
 
 
 def _parse() -> argparse.Namespace:
@@ -70,7 +63,7 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _planned(arguments: argparse.Namespace, calibration: str, evaluation: str) -> Iterator[dict[str, Any]]:
+def _planned(arguments: argparse.Namespace, calibration: str, evaluation: str) -> Iterator[Row]:
     """Yield what identifies each row. All recipes of a seed come before the next seed: the thin table is soon there."""
     evaluated = {"text": text_name(evaluation), "seq_len": arguments.seq_len, "windows": arguments.windows}
     calibrated = {"text": text_name(calibration), "seq_len": arguments.seq_len, "samples": arguments.samples}
@@ -89,56 +82,20 @@ def _planned(arguments: argparse.Namespace, calibration: str, evaluation: str) -
                 }
 
 
-def _place(row: dict[str, Any]) -> tuple[str, str, int]:
-    return row["model"], row["recipe"], row["seed"]
+def _measure(plan: Row, calibration: str, evaluation: str, questions: int | None) -> Row:
+    if plan["recipe"] == FP:
+        return {**_evaluate(plan["model"], evaluation, plan, questions), "bits_per_weight": 16.0}
+    recipe = replace(preset(plan["recipe"]), seed=plan["seed"])
+    with quantized(plan["model"], recipe, calibration, plan["calibration"]) as (artifact, cost):
+        return {**_evaluate(artifact, evaluation, plan, questions), **cost}
 
 
-def _identity(row: dict[str, Any]) -> str:
-    keys = ("recipe_digest", "algorithm_version", "calibration", "evaluation")
-    return json.dumps([_place(row), [row.get(key) for key in keys]], sort_keys=True)
-
-
-def _label(row: dict[str, Any]) -> str:
-    return f"{row['model']} {row['recipe']} seed {row['seed']}"
-
-
-def _measure(planned: dict[str, Any], calibration: str, evaluation: str, questions: int | None) -> dict[str, Any]:
-    facts = {**describe(), "command": shlex.join(["python", "benchmarks/accuracy.py", *sys.argv[1:]])}
-    load = load_average()
-    if planned["recipe"] == FP:
-        found = _evaluate(planned["model"], evaluation, planned, questions)
-        return {**facts, "load_at_start": load, **found, "bits_per_weight": 16.0}
-    recipe = replace(preset(planned["recipe"]), seed=planned["seed"])
-    sizes = planned["calibration"]
-    with tempfile.TemporaryDirectory() as folder:
-        file, out = Path(folder) / "recipe.json", Path(folder) / "artifact"
-        file.write_text(json.dumps(recipe.to_dict()), encoding="utf-8")
-        made = run_duquant(
-            *("quantize", planned["model"], "--recipe", str(file), "--calibration", calibration),
-            *("--samples", str(sizes["samples"]), "--seq-len", str(sizes["seq_len"]), "--out", str(out)),
-        )
-        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-        found = _evaluate(str(out), evaluation, planned, questions)
-    return {
-        **facts,
-        "load_at_start": load,
-        **found,
-        "bits_per_weight": manifest["summary"]["bits_per_weight"],
-        "calibration_seconds": round(made["seconds"], 1),
-        "peak_rss_bytes": made["peak_rss_bytes"],
-    }
-
-
-def _evaluate(model: str, text: str, planned: dict[str, Any], questions: int | None) -> dict[str, Any]:
+def _evaluate(model: str, text: str, plan: Row, questions: int | None) -> Row:
     """Return perplexity, and PIQA's scores where its questions are here."""
-    sizes = planned["evaluation"]
     tasks = ["--tasks", str(PIQA)] if PIQA.is_file() else []
     if tasks and questions is not None:
         tasks += ["--limit", str(questions)]
-    found = run_duquant(
-        *("eval", model, "--text", text, "--seq-len", str(sizes["seq_len"]), "--windows", str(sizes["windows"])),
-        *tasks,
-    )
+    found = evaluate(model, text, plan["evaluation"], *tasks)
     if not math.isfinite(found["perplexity"]):
         raise SystemExit(f"the perplexity of {model} is {found['perplexity']}")
     return {"perplexity": found["perplexity"], **({"piqa": found["tasks"][PIQA.stem]} if tasks else {})}

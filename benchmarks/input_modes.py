@@ -11,17 +11,14 @@ WikiText-2 nothing is measured. `make docs` then writes docs/results/input-modes
 """
 
 import argparse
-import json
-import shlex
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from machine import RESULTS, describe, load_average
-from quantize import find_texts, run_duquant, text_name
+from machine import RESULTS
+from quantize import find_texts, text_name
+from row_file import Row, RowFile, perplexities, quantized
 
 from duquant.calibration.text import read_text
 from duquant.config import ALGORITHM_VERSION, DEFAULT_PRESET, PRESETS, Recipe, TextSource, preset
@@ -29,28 +26,23 @@ from duquant.config import ALGORITHM_VERSION, DEFAULT_PRESET, PRESETS, Recipe, T
 OUT = RESULTS / "input-modes.json"
 MODEL = "demo:smollm2-135m"
 MODES = ("fp", "quantized", "staged:2", "staged:4", "staged:8", "fp+1")
-_IDENTITY = ("model", "recipe", "recipe_digest", "algorithm_version", "calibration", "evaluation")
 
 
 def main() -> None:
     """Measure what is missing."""
     arguments = _parse()
-    out = Path(arguments.out)
-    rows: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
     valid, test = find_texts()
     if valid.startswith("builtin:"):
         raise SystemExit("the modes are measured on WikiText-2 only, and it is not here")
+    table = RowFile(
+        Path(arguments.out),
+        place=("model", "recipe", "mode", "seed"),
+        identity=("recipe_digest", "algorithm_version", "calibration", "evaluation"),
+    )
     with tempfile.TemporaryDirectory() as folder:
-        texts = {"test": test, **_halves(valid, Path(folder))}
-        for planned in _planned(arguments, valid, test):
-            if any(_identity(row) == _identity(planned) for row in rows):
-                print(f"{_label(planned)}: measured before", flush=True)
-                continue
-            measured = {**planned, **_measure(planned, texts)}
-            rows = [row for row in rows if _place(row) != _place(measured)] + [measured]
-            out.write_text(json.dumps({"rows": rows}, indent=2) + "\n", encoding="utf-8")
-            scores = ", ".join(f"{text} {measured['perplexity'][text]:.3f}" for text in measured["perplexity"])
-            print(f"{_label(measured)}: perplexity {scores}; {measured.get('calibration_seconds', 0)} s", flush=True)
+        texts = {**_halves(valid, Path(folder)), "test": test}
+        calibration = texts.pop("calibration")
+        table.measure(_planned(arguments, valid, test), lambda plan: _measure(plan, calibration, texts))
 
 
 def _parse() -> argparse.Namespace:
@@ -84,7 +76,7 @@ def _halves(text: str, folder: Path) -> dict[str, str]:
     return found
 
 
-def _planned(arguments: argparse.Namespace, valid: str, test: str) -> Iterator[dict[str, Any]]:
+def _planned(arguments: argparse.Namespace, valid: str, test: str) -> Iterator[Row]:
     """Yield what identifies each row; the unquantized model comes first."""
     seq_len = arguments.seq_len
     evaluated = {"valid": text_name(valid), "test": text_name(test), "seq_len": seq_len, "windows": arguments.windows}
@@ -104,47 +96,12 @@ def _planned(arguments: argparse.Namespace, valid: str, test: str) -> Iterator[d
                 }
 
 
-def _identity(row: dict[str, Any]) -> str:
-    return json.dumps([row.get(key) for key in _IDENTITY], sort_keys=True)
-
-
-def _place(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["model"], row["recipe"], row["mode"], row["seed"]
-
-
-def _label(row: dict[str, Any]) -> str:
-    return f"{row['model']} {row['recipe']} {row['mode']} seed {row['seed']}" if row["recipe"] else row["model"]
-
-
-def _measure(planned: dict[str, Any], texts: dict[str, str]) -> dict[str, Any]:
-    facts = {**describe(), "command": shlex.join(["python", "benchmarks/input_modes.py", *sys.argv[1:]])}
-    facts["load_at_start"] = load_average()
-    if planned["recipe"] is None:
-        return {**facts, "perplexity": _perplexities(planned["model"], planned, texts)}
-    recipe, sizes = recipe_in(planned["recipe"], planned["mode"], planned["seed"]), planned["calibration"]
-    with tempfile.TemporaryDirectory() as folder:
-        file, out = Path(folder) / "recipe.json", Path(folder) / "artifact"
-        file.write_text(json.dumps(recipe.to_dict()), encoding="utf-8")
-        made = run_duquant(
-            *("quantize", planned["model"], "--recipe", str(file), "--calibration", texts["calibration"]),
-            *("--samples", str(sizes["samples"]), "--seq-len", str(sizes["seq_len"]), "--out", str(out)),
-        )
-        found = _perplexities(str(out), planned, texts)
-    return {
-        **facts,
-        "layers": made["layers"],
-        "perplexity": found,
-        "calibration_seconds": round(made["seconds"], 1),
-        "peak_rss_bytes": made["peak_rss_bytes"],
-    }
-
-
-def _perplexities(model: str, planned: dict[str, Any], texts: dict[str, str]) -> dict[str, float]:
-    sizes = planned["evaluation"]
-    size_options = ("--seq-len", str(sizes["seq_len"]), "--windows", str(sizes["windows"]))
-    return {
-        use: run_duquant("eval", model, "--text", texts[use], *size_options)["perplexity"] for use in ("valid", "test")
-    }
+def _measure(plan: Row, calibration: str, texts: dict[str, str]) -> Row:
+    if plan["recipe"] is None:
+        return {"perplexity": perplexities(plan["model"], texts, plan["evaluation"])}
+    recipe = recipe_in(plan["recipe"], plan["mode"], plan["seed"])
+    with quantized(plan["model"], recipe, calibration, plan["calibration"]) as (artifact, cost):
+        return {**cost, "perplexity": perplexities(artifact, texts, plan["evaluation"])}
 
 
 if __name__ == "__main__":

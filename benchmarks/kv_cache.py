@@ -10,9 +10,6 @@ then writes docs/results/kv-cache.md.
 """
 
 import argparse
-import json
-import shlex
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -22,7 +19,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from machine import RESULTS, data_folder, describe, load_average
+from machine import RESULTS, data_folder
+from row_file import Row, RowFile
 from torch import Tensor
 from transformers.models.llama import modeling_llama
 
@@ -47,38 +45,32 @@ VALUES = KVCacheConfig(bits=4, rotate=True, clip_ratio=0.95)
 def main() -> None:
     """Measure what is missing."""
     arguments = _parse()
-    text, out = data_folder() / TEXT, Path(arguments.out)
+    text = data_folder() / TEXT
     if not text.is_file():
         raise SystemExit(f"the cache is measured on {TEXT}, and it is not in {text.parent}")
-    rows: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
     sizes = {"seq_len": arguments.seq_len, "windows": arguments.windows}
+    configs = [(None, None), *product(PLACES, KEYS), *product(("after",), SMOOTHED)]
+    planned = [
+        {"model": MODEL, "evaluation": {"text": TEXT, **sizes}, "place": place, "keys": keys and _described(keys)}
+        for place, keys in configs
+    ]
     loaded = load_for_evaluation(MODEL, device="cpu")
     smoothing: list[KeySmoothing] = []
-    for place, keys in [(None, None), *product(PLACES, KEYS), *product(("after",), SMOOTHED)]:
-        planned = {
-            "model": MODEL,
-            "evaluation": {"text": TEXT, **sizes},
-            "place": place,
-            "keys": None if keys is None else _described(keys),
-        }
-        if any(planned.items() <= row.items() for row in rows):
-            continue
+
+    def measure(plan: Row) -> Row:
+        place, keys = configs[planned.index(plan)]
         if keys is not None and keys.smooth_keys and not smoothing:
             source = TextSource(kind="file", name=str(text), part="evaluation")  # the second half
-            smoothing = smoothing_of(loaded, source, **sizes)
-        facts = {**describe(), "command": shlex.join(["python", "benchmarks/kv_cache.py", *sys.argv[1:]])}
-        facts["load_at_start"] = load_average()
+            smoothing.extend(smoothing_of(loaded, source, **sizes))
         rounding = nullcontext()
         if keys is not None:
             used = smoothing if keys.smooth_keys else None
             rounding = rounded_cache(loaded.model, keys, place=str(place), smoothing=used)
         with rounding:
             found = measure_perplexity(loaded, TextSource(kind="file", name=str(text)), **sizes)
-        # What a row replaces is a measurement of the same place in the table, on other windows.
-        rows = [row for row in rows if (row["place"], row["keys"]) != (place, planned["keys"])]
-        rows.append({**planned, **facts, "perplexity": found.perplexity})
-        out.write_text(json.dumps({"rows": rows}, indent=2) + "\n", encoding="utf-8")
-        print(f"{place} {keys}: perplexity {found.perplexity:.3f}", flush=True)
+        return {"perplexity": found.perplexity}
+
+    RowFile(Path(arguments.out), place=("place", "keys"), identity=("model", "evaluation")).measure(planned, measure)
 
 
 def _parse() -> argparse.Namespace:

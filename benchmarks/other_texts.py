@@ -12,16 +12,14 @@ once, so an interrupted run goes on where it was. `make docs` then writes docs/r
 
 import argparse
 import json
-import shlex
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from machine import RESULTS, data_folder, describe, load_average
-from quantize import find_texts, run_duquant, text_name
+from machine import RESULTS, data_folder
+from quantize import find_texts, text_name
+from row_file import Row, RowFile, perplexities, quantized
 
 from duquant.calibration.text import read_text
 from duquant.config import ALGORITHM_VERSION, PRESETS, Recipe, TextSource, preset
@@ -31,29 +29,24 @@ MODEL = "demo:smollm2-135m"
 RECIPES = ("duquant-gptq", "duquant-best")
 DAMPS = (0.01, 0.1, 0.3, 1.0)
 PIQA = "piqa-valid.jsonl"
-_IDENTITY = ("model", "recipe", "damp", "recipe_digest", "algorithm_version", "calibration", "evaluation")
 
 
 def main() -> None:
     """Measure what is missing."""
     arguments = _parse()
-    out = Path(arguments.out)
-    rows: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
     valid, _ = find_texts()
     piqa = data_folder() / PIQA
     if valid.startswith("builtin:") or not piqa.is_file():
         raise SystemExit(f"measured with WikiText-2 and {PIQA}, and not both are in {data_folder()}")
+    table = RowFile(
+        Path(arguments.out),
+        place=("model", "recipe", "damp"),
+        identity=("recipe_digest", "algorithm_version", "calibration", "evaluation"),
+    )
     with tempfile.TemporaryDirectory() as folder:
         texts = _texts(valid, piqa, Path(folder))
-        for planned in _planned(arguments, text_name(valid)):
-            if any(_identity(row) == _identity(planned) for row in rows):
-                print(f"{_label(planned)}: measured before", flush=True)
-                continue
-            measured = {**planned, **_measure(planned, texts)}
-            rows = [row for row in rows if _place(row) != _place(measured)] + [measured]
-            out.write_text(json.dumps({"rows": rows}, indent=2) + "\n", encoding="utf-8")
-            scores = ", ".join(f"{text} {value:.3f}" for text, value in measured["perplexity"].items())
-            print(f"{_label(measured)}: perplexity {scores}", flush=True)
+        calibration = texts.pop("calibration")
+        table.measure(_planned(arguments, text_name(valid)), lambda plan: _measure(plan, calibration, texts))
 
 
 def _parse() -> argparse.Namespace:
@@ -100,7 +93,7 @@ def _texts(valid: str, piqa: Path, folder: Path) -> dict[str, str]:
     return {use: str(file) for use, file in files.items()}
 
 
-def _planned(arguments: argparse.Namespace, valid: str) -> Iterator[dict[str, Any]]:
+def _planned(arguments: argparse.Namespace, valid: str) -> Iterator[Row]:
     """Yield what identifies each row; the unquantized model comes first."""
     evaluated = {"texts": [valid, "pydoc-topics", PIQA], "seq_len": arguments.seq_len, "windows": arguments.windows}
     yield {"model": arguments.model, "recipe": None, "damp": None, "evaluation": evaluated}
@@ -117,42 +110,12 @@ def _planned(arguments: argparse.Namespace, valid: str) -> Iterator[dict[str, An
             }
 
 
-def _identity(row: dict[str, Any]) -> str:
-    return json.dumps([row.get(key) for key in _IDENTITY], sort_keys=True)
-
-
-def _place(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["model"], row["recipe"], row["damp"]
-
-
-def _label(row: dict[str, Any]) -> str:
-    return f"{row['model']} {row['recipe']}, damp {row['damp']:g}" if row["recipe"] else row["model"]
-
-
-def _measure(planned: dict[str, Any], texts: dict[str, str]) -> dict[str, Any]:
-    facts = {**describe(), "command": shlex.join(["python", "benchmarks/other_texts.py", *sys.argv[1:]])}
-    facts["load_at_start"] = load_average()
-    if planned["recipe"] is None:
-        return {**facts, "perplexity": _perplexities(planned["model"], planned, texts)}
-    sizes = planned["calibration"]
-    with tempfile.TemporaryDirectory() as folder:
-        file, out = Path(folder) / "recipe.json", Path(folder) / "artifact"
-        file.write_text(json.dumps(damped(planned["recipe"], planned["damp"]).to_dict()), encoding="utf-8")
-        run_duquant(
-            *("quantize", planned["model"], "--recipe", str(file), "--calibration", texts["calibration"]),
-            *("--samples", str(sizes["samples"]), "--seq-len", str(sizes["seq_len"]), "--out", str(out)),
-        )
-        return {**facts, "perplexity": _perplexities(str(out), planned, texts)}
-
-
-def _perplexities(model: str, planned: dict[str, Any], texts: dict[str, str]) -> dict[str, float]:
-    sizes = planned["evaluation"]
-    options = ("--seq-len", str(sizes["seq_len"]), "--windows", str(sizes["windows"]))
-    return {
-        use: run_duquant("eval", model, "--text", text, *options)["perplexity"]
-        for use, text in texts.items()
-        if use != "calibration"
-    }
+def _measure(plan: Row, calibration: str, texts: dict[str, str]) -> Row:
+    if plan["recipe"] is None:
+        return {"perplexity": perplexities(plan["model"], texts, plan["evaluation"])}
+    recipe = damped(plan["recipe"], plan["damp"])
+    with quantized(plan["model"], recipe, calibration, plan["calibration"]) as (artifact, cost):
+        return {**cost, "perplexity": perplexities(artifact, texts, plan["evaluation"])}
 
 
 if __name__ == "__main__":

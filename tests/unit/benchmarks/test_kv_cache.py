@@ -23,8 +23,8 @@ IDS = torch.arange(1, 33)[None]
 def kv_cache(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     module = importlib.import_module("kv_cache")
-    monkeypatch.delitem(sys.modules, "kv_cache")
-    monkeypatch.delitem(sys.modules, "machine")
+    for name in ("kv_cache", "row_file", "quantize", "machine"):
+        monkeypatch.delitem(sys.modules, name)
     return module
 
 

@@ -18,7 +18,7 @@ BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 def other_texts(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     module = importlib.import_module("other_texts")
-    for name in ("other_texts", "quantize", "machine"):
+    for name in ("other_texts", "row_file", "quantize", "machine"):
         monkeypatch.delitem(sys.modules, name)
     return module
 

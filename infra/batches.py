@@ -11,11 +11,12 @@ from infra.batch_progress import KNOWN, Tally, tallies
 from infra.database import now_ms, read, take_turns, transaction, write
 from infra.errors import BatchNotFound, DependencyFailed, JobConflict, QuotaExceeded
 from infra.ids import new_id
+from infra.job_changes import queue_deleted
 from infra.job_model import ACTIVE, Job, JobState, NewJob, Record
 from infra.job_quotas import require_room
 from infra.job_rows import state_is
 from infra.jobs import JobStore
-from infra.schema import batch_items, batches, jobs
+from infra.schema import batch_items, batches, jobs, queues
 
 _AT_ONCE = 50
 """Jobs that are cancelled or queued again in one transaction."""
@@ -211,6 +212,7 @@ class BatchStore:
 
         Raises:
             BatchNotFound: no such batch.
+            QueueNotFound: the queue of one of the jobs has been deleted. Nothing is queued then.
             QuotaExceeded: the tenant may not have so many more. Where it gets them meanwhile, some may be queued.
         """
         with read(self._engine) as connection:
@@ -222,10 +224,13 @@ class BatchStore:
             if job is not None and job.state in (JobState.FAILED, JobState.CANCELLED)
         ]
         with write(self._engine) as connection:
+            changes: dict[str, Any] = {"cancelled_at": None}
             if ended_badly:
+                _require_queues(connection, (job for _, job in ended_badly))
                 require_room(connection, tenant_id, gpus=0, more=len(ended_badly))
-            # Also where another job is taken over; one of which nothing waits is noted as finished anew.
-            batch = self._set(connection, batch_id, cancelled_at=None, finished_at=None)
+                # Also where another job is taken over; one of which nothing waits is noted as finished anew.
+                changes["finished_at"] = None
+            batch = self._set(connection, batch_id, **changes)
         count = 0
         for start in range(0, len(ended_badly), _AT_ONCE):
             with transaction(self._engine), write(self._engine) as connection:
@@ -268,9 +273,15 @@ def _take_turns(connection: Connection, tenant_id: str) -> None:
     take_turns(connection, f"batches of {tenant_id}")
 
 
+def _require_queues(connection: Connection, ended: Iterable[Job]) -> None:
+    """Raise QueueNotFound unless all jobs can go back to where they waited."""
+    there = set(connection.execute(select(queues.c.name)).scalars())
+    if lost := next((job for job in ended if job.queue not in there), None):
+        raise queue_deleted(lost)
+
+
 def _is_abandoned(batch_id: str) -> ColumnElement[bool]:
     """Whether a job is in a batch, was made by one that is cancelled, and is in none that is not."""
-    of_this = select(batch_items.c.job_id).where(batch_items.c.batch_id == batch_id, batch_items.c.job_id.is_not(None))
     is_left = exists().where(batches.c.id == jobs.c.batch_id, batches.c.cancelled_at.is_not(None)).correlate(jobs)
     is_wanted = (
         exists()
@@ -278,4 +289,9 @@ def _is_abandoned(batch_id: str) -> ColumnElement[bool]:
         .where(batches.c.cancelled_at.is_(None))
         .correlate(jobs)
     )
-    return jobs.c.id.in_(of_this) & is_left & ~is_wanted
+    return _is_part(batch_id) & is_left & ~is_wanted
+
+
+def _is_part(batch_id: str) -> ColumnElement[bool]:
+    named = select(batch_items.c.job_id).where(batch_items.c.batch_id == batch_id, batch_items.c.job_id.is_not(None))
+    return jobs.c.id.in_(named)

@@ -180,20 +180,23 @@ class BatchStore:
     def cancel(self, batch_id: str, *, tenant_id: str, actor: str) -> Batch:
         """Cancel the jobs that the batch made and that have not ended. What it found there goes on.
 
-        So does what another batch has found here, until that is cancelled, too.
+        So does what another batch has found here, until that is cancelled, too. A batch of which nothing waits or runs
+        stays as it is.
 
         Some jobs at a time: other writers get their turns in between. One that is cut off is finished by asking again.
 
         Raises:
             BatchNotFound: no such batch.
         """
+        to_cancel = _is_abandoned(batch_id) & state_is(*(each for each in ACTIVE if each is not JobState.CANCELLING))
         with write(self._engine) as connection:
-            self._find(connection, batch_id, tenant_id)
-            batch = self._set(connection, batch_id, cancelled_at=now_ms(self._engine.dialect))
-        open_states = [state for state in ACTIVE if state is not JobState.CANCELLING]
+            batch = self._find(connection, batch_id, tenant_id)
+            # One that is cancelled already is so anew where jobs of it were tried again, one by one.
+            left = _is_part(batch_id) & state_is(*ACTIVE) if batch.cancelled_at is None else to_cancel
+            if connection.execute(select(exists().where(left))).scalar_one():
+                batch = self._set(connection, batch_id, cancelled_at=now_ms(self._engine.dialect))
         # Evaluations first: they would fail for want of what they wait for.
-        query = select(jobs.c.id).where(_is_abandoned(batch_id), state_is(*open_states))
-        query = query.order_by(jobs.c.kind, jobs.c.id).limit(_AT_ONCE)
+        query = select(jobs.c.id).where(to_cancel).order_by(jobs.c.kind, jobs.c.id).limit(_AT_ONCE)
         while True:
             with transaction(self._engine), write(self._engine) as connection:
                 _take_turns(connection, tenant_id)
@@ -207,8 +210,9 @@ class BatchStore:
     def retry_failed(self, batch_id: str, *, tenant_id: str, actor: str) -> tuple[Batch, int]:
         """Queue the jobs of a batch again that failed or were cancelled; return the batch and how many.
 
-        Where somebody else has meanwhile submitted the same work, the batch takes over that job. Some jobs at a time:
-        other writers get their turns in between, and one that is cut off is finished by asking again.
+        Work that was refused has no job, and stays refused. Where somebody else has meanwhile submitted the same work,
+        the batch takes over that job. Some jobs at a time: other writers get their turns in between, and one that is
+        cut off is finished by asking again.
 
         Raises:
             BatchNotFound: no such batch.

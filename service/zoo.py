@@ -90,9 +90,21 @@ def _models(service: Context, caller: Caller, request: BatchRequest) -> Iterator
         refs = iter(found)
         first = next(refs, None)
         if first is None:
-            detail = "no model is found by this"
+            detail = _nothing(selector)
             raise ProblemError("model-not-found", detail, [FieldProblem(pointer=f"/models/{index}", detail=detail)])
         yield from chain([first], refs)
+
+
+def _nothing(selector: ModelSelector) -> str:
+    """Say what a selector has looked for in vain."""
+    match selector:
+        case ModelPrefix():
+            return f"no {selector.source} model of this server has a name that begins with {selector.prefix!r}"
+        case ModelTag() if selector.tag.endswith("*"):
+            return f"no artifact of this project has a tag that begins with {selector.tag.removesuffix('*')!r}"
+        case ModelTag():
+            return f"no artifact of this project has a tag {selector.tag!r}"
+    raise AssertionError(selector)  # one that is named stands for itself
 
 
 def _once(selectors: Sequence[ModelSelector]) -> Iterator[tuple[int, ModelSelector]]:

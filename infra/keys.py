@@ -149,7 +149,7 @@ class KeyStore:
     def _renew(self, connection: Connection, key: ApiKey, tenant_id: str, scopes: list[str], actor: str) -> ApiKey:
         """Return a key that is given again, with the scopes that it is given now."""
         if key.tenant_id != tenant_id or key.revoked_at is not None:
-            raise KeyConflict("this API key is revoked or belongs to another tenant")
+            raise KeyConflict("this API key is revoked or belongs to another project")
         if key.scopes == set(scopes):
             return key
         statement = update(api_keys).where(api_keys.c.id == key.id).values(scopes=scopes).returning(api_keys)

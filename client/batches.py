@@ -221,8 +221,11 @@ def _made(batch: Batch) -> str | None:
 
 
 def _counted(counts: Mapping[str, int]) -> str:
-    parts = [f"{count} {name}" for name, count in counts.items() if count and name != "total"]
-    return ", ".join(parts) or "none"
+    """Say how many are where; those that were refused are some of the failed ones."""
+    parts = {name: f"{count} {name}" for name, count in counts.items() if count and name not in ("total", "refused")}
+    if refused := counts.get("refused"):
+        parts["failed"] += " (refused)" if refused == counts["failed"] else f" ({refused} of them refused)"
+    return ", ".join(parts.values()) or "none"
 
 
 def _show_table(session: Session, rows: list[dict[str, Any]]) -> None:

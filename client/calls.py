@@ -327,16 +327,33 @@ def list_queues() -> Call[Any]:
 
 def get_queue(name: str) -> Call[Any]:
     """Read a queue."""
-    return _get(f"/v1/queues/{_queue(name)}", _same)
+    return _get(_queue(name), _same)
+
+
+def create_queue(name: str, *, max_running: int | None = None) -> Call[Any]:
+    """Make a queue of which so many GPU slots may run at once; none is no limit. One that is there is a 412."""
+    headers = {"If-None-Match": "*"}
+    return Call(method="PUT", path=_queue(name), read=_same, body={"max_running": max_running}, headers=headers)
+
+
+def change_queue(name: str, *, max_running: int | None) -> Call[Any]:
+    """Change how many GPU slots of a queue may run at once; none is no limit. One that is not there is a 412."""
+    headers = {"If-Match": "*"}
+    return Call(method="PUT", path=_queue(name), read=_same, body={"max_running": max_running}, headers=headers)
+
+
+def delete_queue(name: str) -> Call[None]:
+    """Delete a queue in which nothing waits or runs."""
+    return Call(method="DELETE", path=_queue(name), read=_same)
 
 
 def pause_queue(name: str, *, paused: bool = True) -> Call[Any]:
     """Pause a queue, or let it go on."""
-    return _post(f"/v1/queues/{_queue(name)}:{'pause' if paused else 'resume'}", _same)
+    return _post(f"{_queue(name)}:{'pause' if paused else 'resume'}", _same)
 
 
 def _queue(name: str) -> str:
-    return segment(name.replace("-", "_"), "queue", "default") and name
+    return f"/v1/queues/{segment(name.replace('-', '_'), 'queue', 'default') and name}"
 
 
 def list_workers() -> Call[Any]:

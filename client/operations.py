@@ -6,7 +6,7 @@ import typer
 
 from client import calls
 from client.connection import Session, on_service
-from client.output import duration, print_pairs, print_table, size
+from client.output import duration, print_pairs, print_table, print_text, size
 from client.times import ago
 
 models = typer.Typer(help="Models that the service has.", no_args_is_help=True)
@@ -14,6 +14,9 @@ queues = typer.Typer(help="Queues of the service.", no_args_is_help=True)
 workers = typer.Typer(help="Dispatchers that run jobs.", no_args_is_help=True)
 
 QueueArgument = Annotated[str, typer.Argument(metavar="QUEUE", help="Its name.")]
+NewQueueArgument = Annotated[
+    str, typer.Argument(metavar="QUEUE", help="Lower-case letters, digits, dashes and underscores.")
+]
 
 
 @models.command("list")
@@ -33,10 +36,18 @@ def list_queues(session: Session) -> None:
     """List the queues, with your jobs in them."""
     items = session.client.run(calls.list_queues())
     rows = [
-        (each["name"], "paused" if each["paused"] else "open", each["waiting"], each["running"], _wait(each))
+        (
+            each["name"],
+            "paused" if each["paused"] else "open",
+            each["waiting"],
+            each["running"],
+            each["max_running"],
+            _wait(each),
+        )
         for each in items
     ]
-    session.show({"items": items}, lambda: print_table(("queue", "state", "waiting", "running", "oldest wait"), rows))
+    names = ("queue", "state", "waiting", "running", "max running", "oldest wait")
+    session.show({"items": items}, lambda: print_table(names, rows))
 
 
 @queues.command()
@@ -44,6 +55,41 @@ def list_queues(session: Session) -> None:
 def get(session: Session, name: QueueArgument) -> None:
     """Show a queue, with your jobs in it."""
     _report_queue(session, session.client.run(calls.get_queue(name)))
+
+
+@queues.command()
+@on_service
+def create(
+    session: Session,
+    name: NewQueueArgument,
+    max_running: Annotated[
+        int | None, typer.Option(min=1, help="GPU slots that its jobs may take at once. [default: no limit]")
+    ] = None,
+) -> None:
+    """Make a queue; jobs name it in their field `queue`."""
+    _report_queue(session, session.client.run(calls.create_queue(name, max_running=max_running)))
+
+
+@queues.command()
+@on_service
+def change(
+    session: Session,
+    name: QueueArgument,
+    max_running: Annotated[
+        int, typer.Option(min=-1, help="GPU slots that its jobs may take at once; -1 takes the limit away.")
+    ],
+) -> None:
+    """Change how much of a queue may run at once; what runs goes on."""
+    limit = None if max_running == -1 else max_running
+    _report_queue(session, session.client.run(calls.change_queue(name, max_running=limit)))
+
+
+@queues.command()
+@on_service
+def delete(session: Session, name: QueueArgument) -> None:
+    """Delete a queue in which no job waits or runs."""
+    session.client.run(calls.delete_queue(name))
+    session.show({"deleted": name}, lambda: print_text(f"{name} is deleted"))
 
 
 @queues.command()

@@ -8,7 +8,11 @@ from infra.errors import InfraError
 REPORTS = "reports/"
 """What the keys of all reports start with."""
 
+TEXTS = "texts/"
+"""What the keys of all texts start with, also of those that operators have put there themselves."""
+
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_TEXT_KEY = re.compile(r"texts/[A-Za-z0-9_-]{1,64}/text_[0-9a-f]{32}\.[a-z]{1,16}")
 _FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
@@ -107,7 +111,29 @@ def text_key(tenant_id: str, text_id: str, suffix: str) -> str:
     """
     for value in (tenant_id, text_id):
         _require_id(value)
-    return f"texts/{tenant_id}/{text_id}{suffix}"
+    return f"{TEXTS}{tenant_id}/{text_id}{suffix}"
+
+
+def is_text_key(key: str) -> bool:
+    """Return whether a key is one that `text_key` makes for an uploaded text.
+
+    Operators may put texts beside them by hand: under any other name those are none of ours.
+
+    >>> is_text_key("texts/default/text_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b.txt")
+    True
+    >>> is_text_key("texts/default/mine.txt")
+    False
+    """
+    return _TEXT_KEY.fullmatch(key) is not None
+
+
+def text_keys_in(text: str) -> frozenset[str]:
+    """Return the keys of uploaded texts that stand somewhere in a text, such as a job's request as JSON.
+
+    >>> sorted(text_keys_in('{"name": "texts/a/text_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b.jsonl", "x": "texts/a/b.txt"}'))
+    ['texts/a/text_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b.jsonl']
+    """
+    return frozenset(_TEXT_KEY.findall(text))
 
 
 def job_of(key: str) -> str | None:

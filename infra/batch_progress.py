@@ -21,13 +21,16 @@ Tally = Mapping[tuple[str, str], int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkCounts:
-    """How many pieces of work of one kind are where; what was refused from the start has failed."""
+    """How many pieces of work of one kind are where."""
 
     total: int
     waiting: int
     running: int
     succeeded: int
     failed: int
+    """Also what was refused."""
+    refused: int
+    """Of the failed ones, those that never had a job: there is nothing to retry."""
     cancelled: int
 
 
@@ -84,5 +87,6 @@ def _counts(tally: Tally, kind: str) -> WorkCounts:
         running=total(*HELD),
         succeeded=total(JobState.SUCCEEDED),
         failed=total(JobState.FAILED, REFUSED),
+        refused=total(REFUSED),
         cancelled=total(JobState.CANCELLED),
     )

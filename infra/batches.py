@@ -11,11 +11,12 @@ from infra.batch_progress import KNOWN, Tally, tallies
 from infra.database import now_ms, read, take_turns, transaction, write
 from infra.errors import BatchNotFound, DependencyFailed, JobConflict, QuotaExceeded
 from infra.ids import new_id
+from infra.job_changes import queue_deleted
 from infra.job_model import ACTIVE, Job, JobState, NewJob, Record
 from infra.job_quotas import require_room
 from infra.job_rows import state_is
 from infra.jobs import JobStore
-from infra.schema import batch_items, batches, jobs
+from infra.schema import batch_items, batches, jobs, queues
 
 _AT_ONCE = 50
 """Jobs that are cancelled or queued again in one transaction."""
@@ -179,20 +180,23 @@ class BatchStore:
     def cancel(self, batch_id: str, *, tenant_id: str, actor: str) -> Batch:
         """Cancel the jobs that the batch made and that have not ended. What it found there goes on.
 
-        So does what another batch has found here, until that is cancelled, too.
+        So does what another batch has found here, until that is cancelled, too. A batch of which nothing waits or runs
+        stays as it is.
 
         Some jobs at a time: other writers get their turns in between. One that is cut off is finished by asking again.
 
         Raises:
             BatchNotFound: no such batch.
         """
+        to_cancel = _is_abandoned(batch_id) & state_is(*(each for each in ACTIVE if each is not JobState.CANCELLING))
         with write(self._engine) as connection:
-            self._find(connection, batch_id, tenant_id)
-            batch = self._set(connection, batch_id, cancelled_at=now_ms(self._engine.dialect))
-        open_states = [state for state in ACTIVE if state is not JobState.CANCELLING]
+            batch = self._find(connection, batch_id, tenant_id)
+            # One that is cancelled already is so anew where jobs of it were tried again, one by one.
+            left = _is_part(batch_id) & state_is(*ACTIVE) if batch.cancelled_at is None else to_cancel
+            if connection.execute(select(exists().where(left))).scalar_one():
+                batch = self._set(connection, batch_id, cancelled_at=now_ms(self._engine.dialect))
         # Evaluations first: they would fail for want of what they wait for.
-        query = select(jobs.c.id).where(_is_abandoned(batch_id), state_is(*open_states))
-        query = query.order_by(jobs.c.kind, jobs.c.id).limit(_AT_ONCE)
+        query = select(jobs.c.id).where(to_cancel).order_by(jobs.c.kind, jobs.c.id).limit(_AT_ONCE)
         while True:
             with transaction(self._engine), write(self._engine) as connection:
                 _take_turns(connection, tenant_id)
@@ -206,11 +210,13 @@ class BatchStore:
     def retry_failed(self, batch_id: str, *, tenant_id: str, actor: str) -> tuple[Batch, int]:
         """Queue the jobs of a batch again that failed or were cancelled; return the batch and how many.
 
-        Where somebody else has meanwhile submitted the same work, the batch takes over that job. Some jobs at a time:
-        other writers get their turns in between, and one that is cut off is finished by asking again.
+        Work that was refused has no job, and stays refused. Where somebody else has meanwhile submitted the same work,
+        the batch takes over that job. Some jobs at a time: other writers get their turns in between, and one that is
+        cut off is finished by asking again.
 
         Raises:
             BatchNotFound: no such batch.
+            QueueNotFound: the queue of one of the jobs has been deleted. Nothing is queued then.
             QuotaExceeded: the tenant may not have so many more. Where it gets them meanwhile, some may be queued.
         """
         with read(self._engine) as connection:
@@ -222,10 +228,13 @@ class BatchStore:
             if job is not None and job.state in (JobState.FAILED, JobState.CANCELLED)
         ]
         with write(self._engine) as connection:
+            changes: dict[str, Any] = {"cancelled_at": None}
             if ended_badly:
+                _require_queues(connection, (job for _, job in ended_badly))
                 require_room(connection, tenant_id, gpus=0, more=len(ended_badly))
-            # Also where another job is taken over; one of which nothing waits is noted as finished anew.
-            batch = self._set(connection, batch_id, cancelled_at=None, finished_at=None)
+                # Also where another job is taken over; one of which nothing waits is noted as finished anew.
+                changes["finished_at"] = None
+            batch = self._set(connection, batch_id, **changes)
         count = 0
         for start in range(0, len(ended_badly), _AT_ONCE):
             with transaction(self._engine), write(self._engine) as connection:
@@ -268,9 +277,15 @@ def _take_turns(connection: Connection, tenant_id: str) -> None:
     take_turns(connection, f"batches of {tenant_id}")
 
 
+def _require_queues(connection: Connection, ended: Iterable[Job]) -> None:
+    """Raise QueueNotFound unless all jobs can go back to where they waited."""
+    there = set(connection.execute(select(queues.c.name)).scalars())
+    if lost := next((job for job in ended if job.queue not in there), None):
+        raise queue_deleted(lost)
+
+
 def _is_abandoned(batch_id: str) -> ColumnElement[bool]:
     """Whether a job is in a batch, was made by one that is cancelled, and is in none that is not."""
-    of_this = select(batch_items.c.job_id).where(batch_items.c.batch_id == batch_id, batch_items.c.job_id.is_not(None))
     is_left = exists().where(batches.c.id == jobs.c.batch_id, batches.c.cancelled_at.is_not(None)).correlate(jobs)
     is_wanted = (
         exists()
@@ -278,4 +293,9 @@ def _is_abandoned(batch_id: str) -> ColumnElement[bool]:
         .where(batches.c.cancelled_at.is_(None))
         .correlate(jobs)
     )
-    return jobs.c.id.in_(of_this) & is_left & ~is_wanted
+    return _is_part(batch_id) & is_left & ~is_wanted
+
+
+def _is_part(batch_id: str) -> ColumnElement[bool]:
+    named = select(batch_items.c.job_id).where(batch_items.c.batch_id == batch_id, batch_items.c.job_id.is_not(None))
+    return jobs.c.id.in_(named)

@@ -74,6 +74,14 @@ class QueueNotFound(InfraError):
     """No such queue."""
 
 
+class QueueConflict(InfraError):
+    """The queue cannot be deleted."""
+
+
+class QueueChanged(InfraError):
+    """The queue is there, or is not, against what the caller expects."""
+
+
 class TenantNotFound(InfraError):
     """No such tenant."""
 

@@ -1,14 +1,15 @@
 """The collector: deletes what nobody needs any more. `python -m infra.gc --dry-run` says what it would delete.
 
 An object is deleted only when its job is known not to need it, and that is decided under a lock on the job's row: a job
-that has not ended, and the files of an artifact that is not deleted, are never touched. Objects of jobs that the
-database does not know are left alone for a grace period, in case the wrong database was named.
+that has not ended, and the files of an artifact that is not deleted, are never touched. Objects of jobs and texts that
+the database does not know are left alone for a grace period, in case the wrong database was named; texts that operators
+have put into the bucket by hand, for good.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import groupby, islice
@@ -17,7 +18,7 @@ from typing import NamedTuple
 from pydantic import Field
 from sqlalchemy import Connection, Engine, delete, exists, select, update
 
-from infra.artifact_keys import REPORTS, ArtifactKeys, job_of
+from infra.artifact_keys import REPORTS, TEXTS, ArtifactKeys, is_text_key, job_of
 from infra.artifacts import ArtifactStore
 from infra.database import make_engine, now_ms, read, transaction, write
 from infra.errors import ArtifactConflict, ArtifactNotFound, ChecksumMismatch, InfraError, ObjectNotFound
@@ -27,13 +28,14 @@ from infra.migrate import upgrade_engine
 from infra.schema import artifacts, evaluations, job_layers, jobs
 from infra.settings import StorageSettings
 from infra.storage import ObjectInfo, ObjectStore
+from infra.texts import needed_texts
 
 ACTOR = "collector"
 _DAY_MS = 86_400_000
 _ROOT = "artifacts/"
 _ENDED_BADLY = (JobState.FAILED, JobState.CANCELLED)
 _JOBS_AT_ONCE = 500
-_REPORTS_AT_ONCE = 500
+_OBJECTS_AT_ONCE = 500
 
 
 class GcSettings(StorageSettings):
@@ -42,7 +44,7 @@ class GcSettings(StorageSettings):
     gc_grace_days: float = Field(default=1, ge=0)
     """Objects and unfinished uploads younger than this are never deleted, whoever they belong to."""
     gc_unknown_days: float = Field(default=7, ge=0)
-    """Objects of jobs that the database does not know are deleted when they are older than this."""
+    """Objects of jobs, and of uploaded texts, that the database does not know are deleted when older than this."""
     gc_failed_days: float = Field(default=14, ge=0)
     """Finished layers of failed and cancelled jobs are kept for this long, for a retry to go on from."""
     gc_job_days: float = Field(default=365, ge=0)
@@ -101,7 +103,9 @@ class Collector:
         for job_id, found in groupby(listed, key=lambda item: job_of(item.key)):
             self._collect_objects(job_id, list(found))
         self._note_purged()
-        self._collect_reports()
+        # Reports on evaluations that there are no more, or that a job gave up; texts that a crash left without a row.
+        self._collect_unnamed(REPORTS, lambda _: True, _needed_reports)
+        self._collect_unnamed(TEXTS, is_text_key, needed_texts)
         self._abort_uploads()
         self._delete_jobs()
         return self._report
@@ -222,17 +226,20 @@ class Collector:
                 return None
         return needed
 
-    def _collect_reports(self) -> None:
-        """Delete the reports on evaluations that there are no more, and those that no evaluation has ever named."""
+    def _collect_unnamed(
+        self, prefix: str, is_ours: Callable[[str], bool], needed: Callable[[Connection, Sequence[str]], Container[str]]
+    ) -> None:
+        """Delete the old objects below a prefix that no row needs and that nobody else has put there."""
         limit = self._before(max(self._settings.gc_grace_days, self._settings.gc_unknown_days))
         old = (
-            item for item in self._storage.list(REPORTS) if item.modified_at is not None and item.modified_at < limit
+            item
+            for item in self._storage.list(prefix)
+            if item.modified_at is not None and item.modified_at < limit and is_ours(item.key)
         )
-        while found := list(islice(old, _REPORTS_AT_ONCE)):
-            named = select(evaluations.c.report_key).where(evaluations.c.report_key.in_([item.key for item in found]))
+        while found := list(islice(old, _OBJECTS_AT_ONCE)):
             with read(self._engine) as connection:
-                needed = set(connection.execute(named).scalars())
-            useless = [item for item in found if item.key not in needed]
+                kept = needed(connection, [item.key for item in found])
+            useless = [item for item in found if item.key not in kept]
             if useless and not self._dry_run:
                 self._storage.delete_many([item.key for item in useless])
             self._report.objects += [item.key for item in useless]
@@ -279,6 +286,11 @@ class Collector:
             if len(ids) < _JOBS_AT_ONCE:
                 return
             after = ids[-1]
+
+
+def _needed_reports(connection: Connection, keys: Sequence[str]) -> Container[str]:
+    named = select(evaluations.c.report_key).where(evaluations.c.report_key.in_(keys))
+    return set(connection.execute(named).scalars())
 
 
 def _forget_layers(connection: Connection, job_id: str) -> None:

@@ -5,7 +5,7 @@ from sqlalchemy.exc import IntegrityError
 
 from infra.batch_endings import reopen_batches_of
 from infra.database import write
-from infra.errors import JobChanged, JobConflict
+from infra.errors import JobChanged, JobConflict, QueueNotFound
 from infra.job_enqueue import require_may_succeed
 from infra.job_model import ACTIVE, WAITING, EventType, Job, JobState, turn_at
 from infra.job_quotas import require_room
@@ -40,6 +40,7 @@ class JobRequests(JobRows):
             JobNotFound: no such job, or it is another tenant's.
             JobConflict: it has not ended, or has succeeded, or another job is doing the same work.
             DependencyFailed: a job that it depends on has to be retried first.
+            QueueNotFound: its queue has been deleted.
             QuotaExceeded: the tenant has as much as it may have.
         """
         try:
@@ -57,7 +58,10 @@ class JobRequests(JobRows):
             raise JobConflict(f"{job.id} is {job.state}; only a failed or cancelled job can be retried", job_id=job.id)
         require_may_succeed(needed)
         require_room(connection, job.tenant_id, gpus=job.gpus)
-        now = connection.execute(select(self._now())).scalar_one()
+        try:
+            now = self._hold_queue(connection, job.queue)
+        except QueueNotFound as error:
+            raise queue_deleted(job) from error
         is_blocked = any(each.state is not JobState.SUCCEEDED for each in needed)
         reopen_batches_of(connection, job.id)
         return self._transition(
@@ -95,3 +99,9 @@ class JobRequests(JobRows):
             if job.state not in allowed:
                 raise JobConflict(f"{job.id} is {job.state}; this cannot be changed any more", job_id=job.id)
             return self._change(connection, job, changes, actor) if changes else job
+
+
+def queue_deleted(job: Job) -> QueueNotFound:
+    """Say that a job cannot wait again where it waited before."""
+    words = f"{job.id} was in the queue {job.queue}, which is deleted: submit it anew, or have the queue made again"
+    return QueueNotFound(words, queue=job.queue)

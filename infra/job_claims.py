@@ -126,11 +126,12 @@ class JobClaims(JobRows):
         """Queue what is due; return who could be next. Waits for other claims where slots are limited."""
         look = self._prepared(self._look, kinds)
         rows = look.rows(connection, {})
-        if any(row["is_limited"] for row in rows):
-            self._queue_locks.run(connection, {})
-            rows = look.rows(connection, {})
         if any(row["is_due"] for row in rows):
             self._promote(connection)
+            rows = look.rows(connection, {})
+        # Last, so that no look comes after it that could find room in a queue that was full before, without the lock.
+        if any(row["is_limited"] for row in rows):
+            self._queue_locks.run(connection, {})
             rows = look.rows(connection, {})
         return [_choice(row) for row in rows if row["head"] is not None]
 

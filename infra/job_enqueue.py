@@ -141,7 +141,7 @@ class JobEnqueue(JobRows):
         # Jobs are locked before the tenant's turn is taken, as everywhere: two orders would be a deadlock.
         is_blocked = self._is_blocked(connection, new.tenant_id, new.depends_on)
         require_room(connection, new.tenant_id, gpus=new.gpus)
-        now = self._queue.rows(connection, {"line": new.queue})[0]["now"]
+        now = self._hold_queue(connection, new.queue)
         # A time in the past would be a way to the front of the queue.
         run_at = max(now, new.run_at or now)
         state = JobState.BLOCKED if is_blocked else JobState.SCHEDULED if run_at > now else JobState.QUEUED
@@ -194,7 +194,7 @@ class JobEnqueue(JobRows):
 
     @cached_property
     def _queue(self) -> Prepared:
-        return Prepared(select(self._now().label("now")).select_from(queues).where(queues.c.name == bindparam("line")))
+        return Prepared(select(queues.c.name).where(queues.c.name == bindparam("line")))
 
     def _is_blocked(self, connection: Connection, tenant_id: str, depends_on: Sequence[str]) -> bool:
         """Mark the jobs that a new one waits for, which keeps them from ending before it is in.

@@ -47,7 +47,7 @@ def allowance(connection: Connection, tenant_id: str) -> Allowance:
     """
     row = _LIMITS.row(connection, {"of_tenant": tenant_id})
     if row is None:
-        raise TenantNotFound(f"no tenant {tenant_id}", tenant_id=tenant_id)
+        raise TenantNotFound(f"no project {tenant_id}", tenant_id=tenant_id)
     if row["max_queued"] is not None or row["max_bytes"] is not None:
         take_turns(connection, f"quota of {tenant_id}")
     return Allowance(**row)
@@ -97,7 +97,7 @@ def holding(connection: Connection, tenant_id: str) -> Holding:
 
 
 def _exceeded(quota: str, limit: int, used: int, words: str, *, is_final: bool = False) -> QuotaExceeded:
-    message = f"this tenant may have {limit} {words}"
+    message = f"this project may have {limit} {words}"
     return QuotaExceeded(message, quota=quota, limit=limit, used=used, is_final=is_final)
 
 

@@ -30,11 +30,11 @@ from sqlalchemy.engine import RowMapping
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from infra import database
-from infra.errors import JobConflict, JobNotFound, LeaseLost
+from infra.errors import JobConflict, JobNotFound, LeaseLost, QueueNotFound
 from infra.job_model import HELD, TERMINAL, TRANSITIONS, Claim, EventType, Job, JobState, turn_at
 from infra.outbox import post_job_event
 from infra.prepared import Prepared
-from infra.schema import job_deps, job_events, jobs, webhooks
+from infra.schema import job_deps, job_events, jobs, queues, webhooks
 
 _MAX_DETAIL = 10_000
 SWEEPER = "sweeper"
@@ -104,6 +104,25 @@ class JobRows:
         if not rows:
             raise JobNotFound(f"no job {job_id}", job_id=job_id)
         return Job.from_row(rows[0])
+
+    def _hold_queue(self, connection: Connection, name: str) -> int:
+        """Keep a queue from being deleted until the transaction ends; return the time.
+
+        The lock hinders only whoever deletes the queue: not claims, which lock it too, nor a pause.
+
+        Raises:
+            QueueNotFound: no such queue, or it has just been deleted.
+        """
+        row = self._held_queue.row(connection, {"line": name})
+        if row is None:
+            raise QueueNotFound(f"no queue {name}", queue=name)
+        now: int = row["now"]
+        return now
+
+    @cached_property
+    def _held_queue(self) -> Prepared:
+        query = select(self._now().label("now")).select_from(queues).where(queues.c.name == bindparam("line"))
+        return Prepared(query.with_for_update(read=True, key_share=True))
 
     def _held(self, connection: Connection, claim: Claim, **changes: Any) -> Job:
         """Lock the claimed job and apply `changes`, if this claim still holds it.

@@ -99,7 +99,7 @@ class KeyStore:
         scopes = sorted(set(scopes))
         with write(self._engine) as connection:
             if connection.execute(select(tenants.c.id).where(tenants.c.id == tenant_id)).first() is None:
-                raise InfraError(f"no tenant {tenant_id}", tenant_id=tenant_id)
+                raise InfraError(f"no project {tenant_id}", tenant_id=tenant_id)
             # Also before the look: processes that start together make the same bootstrap key.
             take_turns(connection, f"keys of {tenant_id}")
             known = connection.execute(select(api_keys).where(api_keys.c.hash == self._hash(token))).mappings().first()
@@ -149,7 +149,7 @@ class KeyStore:
     def _renew(self, connection: Connection, key: ApiKey, tenant_id: str, scopes: list[str], actor: str) -> ApiKey:
         """Return a key that is given again, with the scopes that it is given now."""
         if key.tenant_id != tenant_id or key.revoked_at is not None:
-            raise KeyConflict("this API key is revoked or belongs to another tenant")
+            raise KeyConflict("this API key is revoked or belongs to another project")
         if key.scopes == set(scopes):
             return key
         statement = update(api_keys).where(api_keys.c.id == key.id).values(scopes=scopes).returning(api_keys)

@@ -12,7 +12,7 @@ from infra.database import now_ms, read
 from infra.job_model import JobState
 from infra.job_rows import state_is
 from infra.metrics import restore
-from infra.schema import jobs, usage_ledger, webhook_deliveries, workers
+from infra.schema import jobs, queues, usage_ledger, webhook_deliveries, workers
 
 _LIVE_MS = 60_000
 _SETTLED_MS = 600_000
@@ -98,7 +98,8 @@ def _queues(connection: Connection) -> Iterable[Metric]:
     )
     age = now_ms(connection.dialect) - func.min(jobs.c.run_at)
     query = select(jobs.c.queue, func.count(), age).where(state_is(JobState.QUEUED)).group_by(jobs.c.queue)
-    rows = {"default": (0, 0)} | {queue: (count, age_ms) for queue, count, age_ms in connection.execute(query)}
+    rows = dict.fromkeys(connection.execute(select(queues.c.name)).scalars(), (0, 0))
+    rows |= {queue: (count, age_ms) for queue, count, age_ms in connection.execute(query)}
     for queue, (count, age_ms) in rows.items():
         depth.add_metric([queue], count)
         oldest.add_metric([queue], max(age_ms, 0) / 1000)

@@ -134,8 +134,9 @@ jobs = Table(
     Column("progress_total", Integer, nullable=False),
     Column("result", _json),
     Column("version", Integer, nullable=False),
-    # SQLite cannot add a column that references another table and is not null, so nothing but the job store's own
-    # check ties a job to its queue; queues and batches are never deleted before their jobs.
+    # No foreign key: SQLite cannot add a column that references another table and is not null, and ended jobs keep the
+    # name of a queue that is deleted. The job store's own lock ties a job that has not ended to its queue.
+    # Batches are never deleted before their jobs.
     Column("queue", _id, nullable=False, server_default=text("'default'")),
     Column("batch_id", _id),
     Column("deadline_at", BigInteger),

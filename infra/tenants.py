@@ -57,7 +57,7 @@ class TenantStore:
                 )
                 return tenant
         except IntegrityError as error:
-            raise TenantExists(f"there is a tenant {tenant_id} already", tenant_id=tenant_id) from error
+            raise TenantExists(f"there is a project {tenant_id} already", tenant_id=tenant_id) from error
 
     def get(self, tenant_id: str) -> Tenant:
         """Return one tenant.
@@ -68,7 +68,7 @@ class TenantStore:
         with read(self._engine) as connection:
             row = connection.execute(select(tenants).where(tenants.c.id == tenant_id)).mappings().first()
         if row is None:
-            raise TenantNotFound(f"no tenant {tenant_id}", tenant_id=tenant_id)
+            raise TenantNotFound(f"no project {tenant_id}", tenant_id=tenant_id)
         return _from_row(row)
 
     def page(self, *, limit: int, before: tuple[int, str] | None = None) -> Sequence[Tenant]:
@@ -91,7 +91,7 @@ class TenantStore:
         with write(self._engine) as connection:
             row = connection.execute(statement).mappings().first()
             if row is None:
-                raise TenantNotFound(f"no tenant {tenant_id}", tenant_id=tenant_id)
+                raise TenantNotFound(f"no project {tenant_id}", tenant_id=tenant_id)
             audit.record(
                 connection, tenant_id=tenant_id, actor=actor, action="tenant.changed", target=tenant_id, data=values
             )

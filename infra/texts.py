@@ -1,14 +1,14 @@
 """Calibration and evaluation texts: what tells a changed one from an unchanged one, and those that projects upload."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import Connection, Engine, Text, cast, delete, func, insert, select, tuple_
 
 from infra import audit
-from infra.artifact_keys import require_inside, text_key
+from infra.artifact_keys import TEXTS, require_inside, text_key, text_keys_in
 from infra.database import now_ms, read, take_turns, write
 from infra.errors import InfraError, PathForbidden, QuotaExceeded, TextConflict, TextNotFound
 from infra.ids import new_id
@@ -77,7 +77,8 @@ class TextStore:
     def add(self, tenant_id: str, name: str, path: Path, *, suffix: str, actor: str) -> tuple[StoredText, bool]:
         """Store a file; return its text, and whether it is new: the same bytes under the same name are stored once.
 
-        The object is put before its row is written, so a row never names what is not there.
+        The object is put before its row is written, so a row never names what is not there. What a crash in between
+        leaves behind is for the collector.
 
         Raises:
             QuotaExceeded: the tenant has as many, or as many bytes, as it may have.
@@ -145,8 +146,19 @@ class TextStore:
                 raise TextConflict(f"{reader} reads {text.id} and has not ended", text_id=text.id)
             connection.execute(delete(texts).where(texts.c.id == text.id))
             _audit(connection, text, actor, "text.deleted")
-        # After the row: what is left behind by a crash in between is an object that nothing names.
+        # After the row: what is left behind by a crash in between is an object that nothing names, for the collector.
         self._storage.delete(text.key)
+
+
+def needed_texts(connection: Connection, keys: Sequence[str]) -> Container[str]:
+    """Return which of these objects somebody needs: a text's row, or a job that has not ended, names them."""
+    named = set(connection.execute(select(texts.c.key).where(texts.c.key.in_(keys))).scalars())
+    if named.issuperset(keys):
+        return named
+    spec = cast(jobs.c.spec, Text)
+    # finished_at says the same as the states, and is what the partial index is about.
+    unfinished = select(spec).where(jobs.c.finished_at.is_(None), spec.contains(TEXTS, autoescape=True))
+    return named.union(*(text_keys_in(each) for each in connection.execute(unfinished).scalars()))
 
 
 def _reader(connection: Connection, text: StoredText) -> str | None:

@@ -43,19 +43,21 @@ CATALOGUE: dict[str, ProblemKind] = {
         "use the dashboard's own pages",
     ),
     "not-found": ProblemKind(404, "There is nothing here", "no such path", "see `/openapi.json`"),
-    "job-not-found": ProblemKind(404, "There is no such job", "no such job, or it is another tenant's", "check the id"),
+    "job-not-found": ProblemKind(
+        404, "There is no such job", "no such job, or it is another project's", "check the id"
+    ),
     "queue-not-found": ProblemKind(404, "There is no such queue", "no queue has this name", "see `GET /v1/queues`"),
     "artifact-not-found": ProblemKind(
-        404, "There is no such artifact", "no such artifact, or it is another tenant's or deleted", "check the id"
+        404, "There is no such artifact", "no such artifact, or it is another project's or deleted", "check the id"
     ),
     "evaluation-not-found": ProblemKind(
         404,
         "There is no such evaluation",
-        "no such evaluation, or it is another tenant's, or its job has measured nothing yet",
+        "no such evaluation, or it is another project's, or its job has measured nothing yet",
         "check the id, or read the job",
     ),
     "batch-not-found": ProblemKind(
-        404, "There is no such batch", "no such batch, or it is another tenant's", "check the id"
+        404, "There is no such batch", "no such batch, or it is another project's", "check the id"
     ),
     "text-unknown": ProblemKind(
         404, "There is no such text", "no uploaded text has this id, or it is another project's", "check the id"
@@ -109,6 +111,12 @@ CATALOGUE: dict[str, ProblemKind] = {
         "a job that has not ended reads the text",
         "wait for the job, or cancel it",
     ),
+    "queue-conflict": ProblemKind(
+        409,
+        "The queue cannot be deleted",
+        "a job of the queue, of any project, has not ended; or it is the default queue",
+        "wait for its jobs, or cancel them; the default queue stays",
+    ),
     "key-conflict": ProblemKind(
         409, "The API key's state does not allow this", "a revoked or expired key cannot be rotated", "make a new key"
     ),
@@ -116,7 +124,7 @@ CATALOGUE: dict[str, ProblemKind] = {
     "precondition-failed": ProblemKind(
         412,
         "It has changed since it was read",
-        "`If-Match` names another version than the present one",
+        "`If-Match` names another version than the present one, or `If-None-Match: *` came for what is there already",
         "read it again and decide anew",
     ),
     "body-too-large": ProblemKind(
@@ -161,7 +169,7 @@ CATALOGUE: dict[str, ProblemKind] = {
     "dependency-not-found": ProblemKind(
         422,
         "A job to depend on was not found",
-        "a job in `depends_on` does not exist, or is another tenant's",
+        "a job in `depends_on` does not exist, or is another project's",
         "check the ids",
     ),
     "idempotency-key-reused": ProblemKind(
@@ -191,8 +199,8 @@ CATALOGUE: dict[str, ProblemKind] = {
     "quota-exceeded": ProblemKind(
         429,
         "A quota of the project is used up",
-        "the project has as many waiting jobs or as many bytes of artifacts as it may",
-        "wait for jobs to end, delete artifacts, or ask for a larger quota; `GET /v1/quota` shows them",
+        "the project has as many waiting jobs, bytes, texts, keys or webhooks as it may, or the server as many queues",
+        "wait for jobs to end, delete what is not needed, or ask for a larger quota; `GET /v1/quota` shows them",
     ),
     "internal-error": ProblemKind(
         500, "Something went wrong on the server", "a fault of ours", "report it with the `request_id`"

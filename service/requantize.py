@@ -53,7 +53,7 @@ def plan_requantization(
         if len(items) > MOST_ITEMS:
             detail = f"more than {MOST_ITEMS} artifacts are outdated; narrow them by model, recipe or tag"
             raise ProblemError("validation-failed", detail, [FieldProblem(pointer="", detail=detail)])
-    return found, Plan(items, request.evaluate, identities)
+    return found, Plan(items, request.evaluate, identities, request.queue)
 
 
 def _again(service: Context, caller: Caller, request: RequantizeRequest, job: Job) -> NewItem:

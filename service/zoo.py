@@ -32,6 +32,7 @@ class Plan:
     items: Sequence[NewItem]
     evaluation: BatchEvaluation | None
     identities: Identities | None
+    queue: str
     force: bool = False
 
 
@@ -51,7 +52,7 @@ def plan_batch(service: Context, caller: Caller, request: BatchRequest) -> Plan:
             raise ProblemError("validation-failed", detail, [FieldProblem(pointer="/models", detail=detail)])
     identities = check_evaluation(service, caller, request.evaluate)
     items = [_item(service, caller, request, ref, recipe) for ref in models for recipe in recipes]
-    return Plan(items, request.evaluate, identities, force=request.force)
+    return Plan(items, request.evaluate, identities, request.queue, force=request.force)
 
 
 def check_evaluation(service: Context, caller: Caller, settings: BatchEvaluation | None) -> Identities | None:
@@ -89,9 +90,21 @@ def _models(service: Context, caller: Caller, request: BatchRequest) -> Iterator
         refs = iter(found)
         first = next(refs, None)
         if first is None:
-            detail = "no model is found by this"
+            detail = _nothing(selector)
             raise ProblemError("model-not-found", detail, [FieldProblem(pointer=f"/models/{index}", detail=detail)])
         yield from chain([first], refs)
+
+
+def _nothing(selector: ModelSelector) -> str:
+    """Say what a selector has looked for in vain."""
+    match selector:
+        case ModelPrefix():
+            return f"no {selector.source} model of this server has a name that begins with {selector.prefix!r}"
+        case ModelTag() if selector.tag.endswith("*"):
+            return f"no artifact of this project has a tag that begins with {selector.tag.removesuffix('*')!r}"
+        case ModelTag():
+            return f"no artifact of this project has a tag {selector.tag!r}"
+    raise AssertionError(selector)  # one that is named stands for itself
 
 
 def _once(selectors: Sequence[ModelSelector]) -> Iterator[tuple[int, ModelSelector]]:
@@ -134,7 +147,7 @@ def add_batch(service: Context, caller: Caller, name: str, spec: Mapping[str, An
         jobs = [job for job in made if job is not None]
         measuring = [
             NewItem(model_name=new.model_name, recipe_name=new.recipe_name, job=new)
-            for new in _evaluations(jobs, plan.evaluation, plan.identities)
+            for new in _evaluations(jobs, plan.evaluation, plan.identities, plan.queue)
         ]
         made = [*made, *service.batches.add_items(batch, measuring, actor=caller.actor)]
     if all(job is None or job.state.is_terminal for job in made):
@@ -144,12 +157,17 @@ def add_batch(service: Context, caller: Caller, name: str, spec: Mapping[str, An
     return batch
 
 
-def _evaluations(made: Sequence[Job], settings: BatchEvaluation, identities: Identities) -> Iterator[NewJob]:
-    """Yield the evaluations of what the jobs make, and of their models."""
+def _evaluations(
+    made: Sequence[Job], settings: BatchEvaluation, identities: Identities, queue: str
+) -> Iterator[NewJob]:
+    """Yield the evaluations of what the jobs make, and of their models.
+
+    They wait in the batch's queue: that of a job which was there already may be gone.
+    """
     seen = set()
     for job in made:
         identity = job.spec["model_identity"]
-        options: dict[str, Any] = {"priority": job.priority, "queue": job.queue}
+        options: dict[str, Any] = {"priority": job.priority, "queue": queue}
         if settings.baseline and identity not in seen:
             seen.add(identity)
             ref = ModelRef(**job.spec["model"])

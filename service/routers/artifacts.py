@@ -63,7 +63,7 @@ def list_artifacts(
     limit: Limit = 50,
     cursor: Cursor = None,
 ) -> ArtifactPage:
-    """List this tenant's artifacts by pages, each with its tags and what was measured on it."""
+    """List this project's artifacts by pages, each with its tags and what was measured on it."""
     require_text("model", model)
     require_text("recipe", recipe)
     wanted = ArtifactFilter(

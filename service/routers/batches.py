@@ -134,7 +134,7 @@ def _add(service: Context, caller: Caller, name: str, asked: dict[str, Any], pla
     responses={200: shows({"items": [BATCH], "next_cursor": None}), **responses(*COMMON)},
 )
 def list_batches(service: Service, caller: Reader, limit: Limit = 50, cursor: Cursor = None) -> BatchPage:
-    """List this tenant's batches by pages, each with how far it is."""
+    """List this project's batches by pages, each with how far it is."""
     found = service.batches.page(caller.tenant_id, limit=limit + 1, before=read_cursor(cursor))
     page, next_cursor = cut(found, limit)
     return BatchPage(items=batch_views(service, page), next_cursor=next_cursor)
@@ -171,7 +171,8 @@ def get_batch_table(service: Service, caller: Reader, batch_id: BatchId) -> Batc
 def cancel_batch(service: Service, caller: BatchWriter, batch_id: BatchId) -> BatchView:
     """Cancel the jobs that the batch made and that have not ended.
 
-    Jobs that it found there go on, and so do those that another batch counts on, until that is cancelled, too.
+    Jobs that it found there go on, and so do those that another batch counts on, until that is cancelled, too. A batch
+    that has ended stays as it is.
     """
     return batch_view(service, service.batches.cancel(batch_id, tenant_id=caller.tenant_id, actor=caller.actor))
 
@@ -183,11 +184,14 @@ def cancel_batch(service: Service, caller: BatchWriter, batch_id: BatchId) -> Ba
     response_model=BatchView,
     responses={
         200: shows(BATCH, "What failed or was cancelled is waiting again", headers=idempotency.HEADERS),
-        **responses(*_ONE, *idempotency.PROBLEMS, "quota-exceeded"),
+        **responses(*_ONE, *idempotency.PROBLEMS, "queue-not-found", "quota-exceeded"),
     },
 )
 def retry_batch(service: Service, caller: BatchWriter, batch_id: BatchId, once: Once) -> Response:
-    """Queue again what failed or was cancelled. Each job goes on from the layers that it has finished."""
+    """Queue again what failed or was cancelled. Each job goes on from the layers that it has finished.
+
+    What was refused has no job that could run again: submit the batch again when what it lacks is there.
+    """
 
     def retry() -> Batch:
         # Not in the transaction of the answer, which would hold up the rest: two requests at once may both do it, which

@@ -95,7 +95,8 @@ def submit_job(service: Service, caller: Writer, body: JobRequest, once: Once) -
             ) from error
         evaluation = None
         if body.evaluate is not None and identities is not None:
-            measuring = replace(of_artifact(job, body.evaluate, identities), priority=job.priority, queue=job.queue)
+            # In the queue that was asked for: that of a job which was there already may be gone.
+            measuring = replace(of_artifact(job, body.evaluate, identities), priority=job.priority, queue=new.queue)
             evaluation, _ = service.jobs.enqueue(measuring, actor=caller.actor)
         evaluation_id = None if evaluation is None else evaluation.id
         view = job_submitted(service, job, created=created, evaluation_job_id=evaluation_id)
@@ -117,7 +118,7 @@ def list_jobs(
     limit: Limit = 50,
     cursor: Cursor = None,
 ) -> JobPage:
-    """List this tenant's jobs by pages. A page stays right when jobs are added meanwhile."""
+    """List this project's jobs by pages. A page stays right when jobs are added meanwhile."""
     jobs = service.search.page(caller.tenant_id, wanted, limit=limit + 1, before=read_cursor(cursor))
     page, next_cursor = cut(jobs, limit)
     return JobPage(items=[job_summary(job) for job in page], next_cursor=next_cursor)
@@ -224,7 +225,14 @@ def change_job(service: Service, caller: Writer, job_id: JobId, body: JobChange,
     response_model=JobDetail,
     responses={
         200: shows(JOB, "The job is waiting again", headers=idempotency.HEADERS),
-        **responses(*_ONE_JOB, *idempotency.PROBLEMS, "job-conflict", "dependency-failed", "quota-exceeded"),
+        **responses(
+            *_ONE_JOB,
+            *idempotency.PROBLEMS,
+            "queue-not-found",
+            "job-conflict",
+            "dependency-failed",
+            "quota-exceeded",
+        ),
     },
 )
 def retry_job(service: Service, caller: Writer, job_id: JobId, once: Once) -> Response:

@@ -113,7 +113,9 @@ class WorkCounts(BaseModel):
     """running or cancelling."""
     succeeded: int
     failed: int
-    """Also those that were refused from the start; the table says why."""
+    """Also those that were refused from the start."""
+    refused: int
+    """Of the failed ones, those that were refused and have no job: a retry leaves them, and the table says why."""
     cancelled: int
 
 

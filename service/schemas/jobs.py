@@ -13,7 +13,8 @@ from service.schemas.evaluations import EvaluationSettings
 from service.schemas.models import ModelRequest
 from service.schemas.recipes import CalibrationOverrides, RecipeInput
 
-QueueName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$", examples=["default"])]
+QUEUE_NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
+QueueName = Annotated[str, Field(pattern=QUEUE_NAME, examples=["default"])]
 JobIdText = Annotated[str, Field(pattern=r"^job_[0-9a-z]{1,60}$", examples=["job_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]
 Labels = Annotated[
     dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,63}$")], Annotated[str, Field(min_length=1, max_length=200)]],

@@ -2,11 +2,20 @@
 
 from datetime import datetime
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class QueueRequest(BaseModel):
+    """What a queue is to be like."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    max_running: int | None = Field(default=None, ge=1, le=2**31 - 1, strict=True, examples=[4])
+    """GPU slots that its jobs, of all projects, may take at once; null is no limit. One that runs none is paused."""
 
 
 class QueueView(BaseModel):
-    """A queue, and this tenant's jobs in it."""
+    """A queue, and this project's jobs in it."""
 
     name: str
     paused: bool
@@ -14,9 +23,9 @@ class QueueView(BaseModel):
     max_running: int | None
     """GPU slots that its jobs may take at once; null is no limit."""
     waiting: int
-    """This tenant's jobs whose turn may come any time."""
+    """This project's jobs whose turn may come any time."""
     running: int
-    """This tenant's jobs that run."""
+    """This project's jobs that run."""
     oldest_wait_seconds: float | None
     """How long the first of them has waited."""
 

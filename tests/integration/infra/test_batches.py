@@ -11,7 +11,7 @@ from pydantic import SecretStr
 from sqlalchemy import Engine, delete, event, insert, select, update
 
 from infra.batch_endings import note_finished_batches
-from infra.batch_progress import REFUSED
+from infra.batch_progress import REFUSED, progress_of
 from infra.batches import BatchItem, BatchStore, NewItem
 from infra.database import read, transaction, write
 from infra.errors import BatchNotFound, QuotaExceeded
@@ -101,6 +101,63 @@ def test_cancelling_spares_what_was_there_and_what_has_ended(store, desk, zoo):
     assert batch.cancelled_at is not None
     assert states(zoo, batch_id) == ["queued", "succeeded", "cancelled", "cancelled"]
     zoo.cancel(batch_id, tenant_id="default", actor=ACTOR)
+
+
+@pytest.mark.parametrize("is_noted", [False, True])
+def test_a_batch_that_has_ended_is_not_cancelled_any_more(store, desk, zoo, engine, is_noted):
+    refused = NewItem(model_name="absent", recipe_name="rtn", detail="no such model")
+    batch_id, jobs = batch_of(zoo, item(desk, "ok"), item(desk, "bad"), refused)
+    succeed(store, desk, jobs[0])
+    store.fail(desk.claim(), "bad_input", "on purpose")
+    if is_noted:
+        note_finished_batches(engine)
+    before = zoo.get(batch_id, "default")
+    assert zoo.cancel(batch_id, tenant_id="default", actor=ACTOR) == before
+    assert zoo.get(batch_id, "default") == before
+    assert (before.cancelled_at, states(zoo, batch_id)) == (None, ["succeeded", "failed", REFUSED])
+    # It does count again where something of it was tried again.
+    store.retry(jobs[1].id, tenant_id="default", actor=ACTOR)
+    assert zoo.cancel(batch_id, tenant_id="default", actor=ACTOR).cancelled_at is not None
+    assert states(zoo, batch_id) == ["succeeded", "cancelled", REFUSED]
+
+
+def test_a_batch_is_cancelled_once_until_something_of_it_is_tried_again(store, desk, zoo, engine):
+    batch_id, jobs = batch_of(zoo, item(desk, "runs"), item(desk, "waits"))
+    running = desk.claim()
+    first = zoo.cancel(batch_id, tenant_id="default", actor=ACTOR)
+    time.sleep(0.01)
+    # One has yet to stop; asking again changes nothing, nor does it afterwards.
+    assert states(zoo, batch_id) == ["cancelling", "cancelled"]
+    assert zoo.cancel(batch_id, tenant_id="default", actor=ACTOR) == first
+    store.finish_cancel(running)
+    assert zoo.cancel(batch_id, tenant_id="default", actor=ACTOR) == first
+    store.retry(jobs[1].id, tenant_id="default", actor=ACTOR)
+    again = zoo.cancel(batch_id, tenant_id="default", actor=ACTOR)
+    assert again.cancelled_at > first.cancelled_at
+    assert states(zoo, batch_id) == ["cancelled", "cancelled"]
+
+
+def test_a_batch_whose_last_job_is_stopping_by_itself_is_cancelled_all_the_same(store, desk, zoo):
+    batch_id, jobs = batch_of(zoo, item(desk, "runs"))
+    desk.claim()
+    store.cancel(jobs[0].id, tenant_id="default", actor=ACTOR)
+    assert zoo.cancel(batch_id, tenant_id="default", actor=ACTOR).cancelled_at is not None
+
+
+def test_refused_work_is_counted_as_such_and_has_nothing_to_retry(store, desk, zoo, engine, told):
+    refused = NewItem(model_name="absent", recipe_name="rtn", detail="no such model")
+    batch_id, jobs = batch_of(zoo, item(desk, "bad"), refused, refused)
+    store.fail(desk.claim(), "bad_input", "on purpose")
+    counts = progress_of(zoo.tallies([batch_id])[batch_id]).jobs
+    assert (counts.total, counts.failed, counts.refused) == (3, 3, 2)
+    assert zoo.retry_failed(batch_id, tenant_id="default", actor=ACTOR)[1] == counts.failed - counts.refused
+    succeed(store, desk, jobs[0])
+    assert note_finished_batches(engine) == 1
+    ended = zoo.get(batch_id, "default")
+    assert zoo.retry_failed(batch_id, tenant_id="default", actor=ACTOR) == (ended, 0)
+    # Nothing waits again, so nobody is told of its end again.
+    assert note_finished_batches(engine) == 0
+    assert [(each["state"], each["jobs"]["failed"], each["jobs"]["refused"]) for each in told()] == [("partial", 2, 2)]
 
 
 def test_work_of_two_batches_is_cancelled_with_the_last_of_them(desk, zoo):

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
-from sqlalchemy import insert, select, text, update
+from sqlalchemy import delete, insert, select, text, update
 
-from infra.artifact_keys import REPORTS, ArtifactKeys, report_key
+from infra.artifact_keys import REPORTS, ArtifactKeys, report_key, text_key
 from infra.database import make_engine, read, write
 from infra.gc import Collector, GcSettings, Report
+from infra.ids import new_id
 from infra.jobs import Claim, Job, JobState, JobStore, Measured, NewJob
-from infra.schema import artifact_tags, artifacts, job_events, jobs, usage_ledger
+from infra.schema import artifact_tags, artifacts, job_events, jobs, texts, usage_ledger
 from infra.storage import ObjectInfo, ObjectStore
+from infra.texts import TextStore
 
 pytestmark = pytest.mark.integration
 
@@ -92,6 +94,14 @@ class House:
 @pytest.fixture
 def house(migrated_sqlite_url: str, object_store: ObjectStore, tmp_path: Path):
     house = House(migrated_sqlite_url, object_store, tmp_path)
+    yield house
+    house.engine.dispose()
+
+
+@pytest.fixture
+def any_house(database_url: str, object_store: ObjectStore, tmp_path: Path):
+    """The same once for each kind of database."""
+    house = House(database_url, object_store, tmp_path)
     yield house
     house.engine.dispose()
 
@@ -191,6 +201,89 @@ def test_objects_of_unknown_jobs_go_later_and_other_objects_never(house: House) 
     assert house.collect(gc_unknown_days=7).objects == []
     assert house.collect().objects == [orphan]
     assert {item.key for item in house.storage.list("")} == {"texts/default/mine.txt", "artifacts/readme"}
+
+
+def lost_text(house: House, suffix: str = ".txt", tenant: str = "default") -> str:
+    """Put an object as a process does that dies before it writes the row; return its key."""
+    key = text_key(tenant, new_id("text"), suffix)
+    house.storage.put_bytes(key, b"It was.")
+    return key
+
+
+def texts_left(house: House) -> set[str]:
+    return {item.key for item in house.storage.list("texts/")}
+
+
+def test_texts_that_a_crash_left_without_a_row_go_when_they_are_old(any_house: House, tmp_path: Path) -> None:
+    house = any_house
+    file = tmp_path / "text"
+    file.write_text("It was a bright cold day.")
+    stored, _ = TextStore(house.engine, house.storage).add("default", "mine", file, suffix=".txt", actor="alice")
+    lost = {lost_text(house), lost_text(house, ".jsonl"), lost_text(house, tenant="gone")}
+    assert house.collect(gc_unknown_days=7).objects == []
+    assert house.collect(gc_grace_days=1).objects == []
+    planned = house.collect(dry_run=True)
+    assert texts_left(house) == {stored.key, *lost}
+    done = house.collect()
+    assert set(done.objects) == set(planned.objects) == lost
+    assert done.size_bytes == planned.size_bytes == 3 * len(b"It was.")
+    assert texts_left(house) == {stored.key}
+
+
+def test_a_text_whose_object_outlived_its_row_goes(any_house: House, tmp_path: Path) -> None:
+    house = any_house
+    file = tmp_path / "text"
+    file.write_text("It was a bright cold day.")
+    stored, _ = TextStore(house.engine, house.storage).add("default", "mine", file, suffix=".txt", actor="alice")
+    with write(house.engine) as connection:  # as a process that dies between the row and the object
+        connection.execute(delete(texts))
+    assert house.collect().objects == [stored.key]
+
+
+def test_texts_that_operators_have_put_into_the_bucket_stay(any_house: House) -> None:
+    house = any_house
+    hexadecimal = "0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"
+    names = [
+        *("mine.txt", "text_.txt", f"text_{hexadecimal}", f"text_{hexadecimal[:-1]}.txt", f"text_{hexadecimal}0.txt"),
+        *(f"Text_{hexadecimal}.txt", f"text_{hexadecimal.upper()}.txt", f"text_{hexadecimal}.txt.bak"),
+        *(f"old/text_{hexadecimal}.txt", f"my_text_{hexadecimal}.txt"),
+    ]
+    keys = {f"texts/default/{name}" for name in names} | {f"texts/text_{hexadecimal}.txt"}
+    for key in keys:
+        house.storage.put_bytes(key, b"x")
+    assert house.collect().objects == []
+    assert texts_left(house) == keys
+
+
+@pytest.mark.parametrize("what", ["recipe", "evaluation", "task", "gate"])
+def test_a_text_without_a_row_stays_while_a_job_that_has_not_ended_names_it(any_house: House, what: str) -> None:
+    house = any_house
+    key, other = lost_text(house), lost_text(house)
+    source = {"kind": "object", "name": key}
+    spec = {
+        "recipe": {"recipe": {"calibration": {"source": source}}},
+        "evaluation": {"evaluation": {"text": source}},
+        "task": {"evaluation": {"tasks": [source, {"kind": "file", "name": "piqa.jsonl"}]}},
+        "gate": {"recipe": {"quality_gate": {"text": source}}, "note": "50% of texts/ \u2028 \\"},
+    }[what]
+    new = NewJob(tenant_id="default", kind="quantize", spec=spec, fingerprint=what)
+    job, _ = house.store.enqueue(new, actor="alice")
+    assert house.collect().objects == [other]
+    assert house.store.claim("worker", lease_seconds=60) is not None
+    assert house.collect().objects == []
+    house.store.cancel(job.id, tenant_id=None, actor="alice")
+    assert house.collect().objects == []  # its worker may be reading
+    assert texts_left(house) == {key}
+
+
+def test_a_text_that_only_an_ended_job_names_goes(any_house: House) -> None:
+    house = any_house
+    key = lost_text(house)
+    spec = {"evaluation": {"text": {"kind": "object", "name": key}}}
+    new = NewJob(tenant_id="default", kind="evaluate", spec=spec, fingerprint="e")
+    job, _ = house.store.enqueue(new, actor="alice")
+    house.store.cancel(job.id, tenant_id=None, actor="alice")
+    assert house.collect().objects == [key]
 
 
 def test_unfinished_uploads_are_aborted(house: House) -> None:

@@ -92,7 +92,7 @@ def test_a_given_token_makes_one_key_however_often_it_is_given(keys: KeyStore, e
     assert again.id == first.id
     with write(engine) as connection:
         connection.execute(insert(tenants).values(id="other", name="Other", created_at=0))
-    with pytest.raises(InfraError, match="another tenant"):
+    with pytest.raises(InfraError, match="another project"):
         keys.create("other", "up", [], token=token)
     keys.revoke(first.id, "default")
     with pytest.raises(InfraError, match="revoked"):
@@ -102,7 +102,7 @@ def test_a_given_token_makes_one_key_however_often_it_is_given(keys: KeyStore, e
 def test_bad_tokens_and_tenants_make_no_key(keys: KeyStore) -> None:
     with pytest.raises(InfraError, match="not an API key"):
         keys.create("default", "up", [], token="dq_live_short")
-    with pytest.raises(InfraError, match="no tenant nobody"):
+    with pytest.raises(InfraError, match="no project nobody"):
         keys.create("nobody", "up", [])
     assert keys.list("default") == []
 

@@ -124,7 +124,7 @@ def test_other_tenants_and_fingerprints_are_other_work(desk, store: JobStore, en
 
 
 def test_enqueueing_for_an_unknown_tenant_is_refused(desk, store: JobStore) -> None:
-    with pytest.raises(InfraError, match="no tenant nobody"):
+    with pytest.raises(InfraError, match="no project nobody"):
         store.enqueue(desk.new_job(tenant_id="nobody"), actor="tester")
 
 

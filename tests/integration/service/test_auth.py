@@ -31,6 +31,8 @@ ROUTES = [
     ("POST", "/v1/estimates", "jobs:read"),
     ("GET", "/v1/queues", "jobs:read"),
     ("GET", "/v1/queues/{queue}", "jobs:read"),
+    ("PUT", "/v1/queues/{queue}", "queue:admin"),
+    ("DELETE", "/v1/queues/{queue}", "queue:admin"),
     ("POST", "/v1/queues/{queue}:pause", "queue:admin"),
     ("POST", "/v1/queues/{queue}:resume", "queue:admin"),
     ("GET", "/v1/workers", "queue:admin"),

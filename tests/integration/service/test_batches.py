@@ -64,7 +64,8 @@ def test_every_model_meets_every_recipe(any_service: Any) -> None:
     models = [{"source": "local", "name": name} for name in ("a", "b", "a")]
     batch = batch_of(service, name="zoo", models=models, recipes=["rtn", "duquant"], priority=7)
     assert (batch["name"], batch["state"]) == ("zoo", "running")
-    assert batch["jobs"] == {"total": 4, "waiting": 4, "running": 0, "succeeded": 0, "failed": 0, "cancelled": 0}
+    nothing = dict.fromkeys(("running", "succeeded", "failed", "refused", "cancelled"), 0)
+    assert batch["jobs"] == {"total": 4, "waiting": 4, **nothing}
     assert batch["request"]["models"] == models
     rows = table(service, batch)
     assert [(row["model_name"], row["recipe_name"], row["state"]) for row in rows] == [
@@ -88,10 +89,14 @@ def test_models_are_found_by_the_beginning_of_their_names_and_by_tags(service: A
     service.http.put(f"/v1/artifacts/{artifact['id']}/tags/prod-1")
     tagged = batch_of(service, models=[{"tag": "prod-*"}], recipes=["smoothquant"])
     assert [row["model_name"] for row in table(service, tagged)] == [artifact["model_name"]]
-    for selector in ({"tag": "absent"}, {"source": "local", "prefix": "zzz"}):
+    for selector, words in (
+        ({"tag": "absent"}, "no artifact of this project has a tag 'absent'"),
+        ({"tag": "absent-*"}, "no artifact of this project has a tag that begins with 'absent-'"),
+        ({"source": "local", "prefix": "zzz"}, "no local model of this server has a name that begins with 'zzz'"),
+    ):
         answer = post(service, {"models": [DEMO, selector]})
         assert problem(answer) == (422, "model-not-found")
-        assert answer.json()["errors"][0]["pointer"] == "/models/1"
+        assert (answer.json()["errors"][0]["pointer"], answer.json()["detail"]) == ("/models/1", words)
 
 
 def test_what_is_there_is_reused_and_force_makes_it_again(service: Any) -> None:
@@ -115,13 +120,18 @@ def test_what_is_there_is_reused_and_force_makes_it_again(service: Any) -> None:
 def test_a_model_that_cannot_be_used_does_not_stop_the_rest(service: Any) -> None:
     models = [DEMO, {"source": "local", "name": "absent"}, {"source": "local", "name": "../x"}]
     batch = batch_of(service, models=models, recipes=["rtn"])
-    assert (batch["state"], batch["jobs"]["failed"]) == ("running", 2)
+    assert (batch["state"], batch["jobs"]["failed"], batch["jobs"]["refused"]) == ("running", 2, 2)
     rows = table(service, batch)
     assert [row["state"] for row in rows] == ["queued", "refused", "refused"]
     assert [row["job_id"] is None for row in rows] == [False, True, True]
     assert "absent" in rows[1]["detail"]
     succeed(service)
-    assert service.http.get(f"/v1/batches/{batch['id']}").json()["state"] == "partial"
+    ended = service.http.get(f"/v1/batches/{batch['id']}").json()
+    assert (ended["state"], ended["jobs"]["failed"], ended["jobs"]["refused"]) == ("partial", 2, 2)
+    # There is nothing to try again, and nothing to cancel.
+    for action in ("retry-failed", "cancel"):
+        after = service.http.post(f"/v1/batches/{batch['id']}:{action}").json()
+        assert (after["state"], after["jobs"], after["cancelled_at"]) == ("partial", ended["jobs"], None)
 
 
 def test_the_table_holds_size_time_and_perplexity_beside_the_model(service: Any) -> None:
@@ -154,6 +164,8 @@ def test_a_cancelled_batch_goes_on_when_it_is_asked_to(service: Any) -> None:
         succeed(service)
     assert service.http.get(path).json()["state"] == "succeeded"
     assert service.http.post(f"{path}:retry-failed").json()["state"] == "succeeded"
+    late = service.http.post(f"{path}:cancel")
+    assert (late.status_code, late.json()["state"], late.json()["cancelled_at"]) == (200, "succeeded", None)
 
 
 def test_a_key_of_another_request_tries_nothing_again(service: Any) -> None:

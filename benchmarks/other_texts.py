@@ -1,4 +1,4 @@
-"""What GPTQ's damping does to text of another kind than the calibration's: benchmarks/results/other-texts.json.
+"""How recipes do on text of another kind than the calibration's: benchmarks/results/other-texts.json.
 
     python benchmarks/other_texts.py                                     # measures the rows that are missing
     python benchmarks/other_texts.py --recipe duquant-gptq --damp 0.01 --damp 0.3
@@ -6,7 +6,7 @@
 
 Recipes are calibrated on the first half of WikiText-2 valid. Every row has the perplexity on its other half, which is
 of the same kind, on the text that ships with Python (what help() prints), which is not, and on PIQA's questions with
-their right answers. The damping is chosen by the first two; PIQA is only reported. Every finished row is written at
+their right answers. GPTQ's damping is tried, and chosen by the first two; PIQA is only reported. Every finished row is written at
 once, so an interrupted run goes on where it was. `make docs` then writes docs/results/other-texts.md.
 """
 
@@ -26,7 +26,8 @@ from duquant.config import ALGORITHM_VERSION, PRESETS, Recipe, TextSource, prese
 
 OUT = RESULTS / "other-texts.json"
 MODEL = "demo:smollm2-135m"
-RECIPES = ("duquant-gptq", "duquant-best")
+RECIPES = ("rtn", "quarot", "duquant", "duquant-lwc", "duquant-fast", "duquant-gptq", "duquant-best")
+DAMPED = ("duquant-gptq", "duquant-best")
 DAMPS = (0.01, 0.1, 0.3, 1.0)
 PIQA = "piqa-valid.jsonl"
 
@@ -55,7 +56,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--recipe", action="append", choices=list(PRESETS), help=f"repeat for more; default: {', '.join(RECIPES)}"
     )
-    parser.add_argument("--damp", action="append", type=float, help=f"repeat for more; default: {DAMPS}")
+    parser.add_argument("--damp", action="append", type=float, help=f"repeat for more; default: {DAMPS} of {DAMPED}")
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=4, help="evaluation windows of each text")
@@ -63,9 +64,11 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def damped(name: str, damp: float) -> Recipe:
-    """Return a preset with another damping."""
+def damped(name: str, damp: float | None) -> Recipe:
+    """Return a preset, with another damping if there is one."""
     recipe = preset(name)
+    if damp is None:
+        return recipe
     return replace(recipe, weight=replace(recipe.weight, damp=damp))
 
 
@@ -98,7 +101,7 @@ def _planned(arguments: argparse.Namespace, valid: str) -> Iterator[Row]:
     evaluated = {"texts": [valid, "pydoc-topics", PIQA], "seq_len": arguments.seq_len, "windows": arguments.windows}
     yield {"model": arguments.model, "recipe": None, "damp": None, "evaluation": evaluated}
     for name in arguments.recipe or RECIPES:
-        for damp in arguments.damp or DAMPS:
+        for damp in arguments.damp or (DAMPS if name in DAMPED else (None,)):
             yield {
                 "model": arguments.model,
                 "recipe": name,

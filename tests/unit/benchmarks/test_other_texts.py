@@ -27,6 +27,7 @@ def test_only_the_damping_differs(other_texts: ModuleType) -> None:
     found, recipe = other_texts.damped("duquant-gptq", 0.125), preset("duquant-gptq")
     assert found.weight.damp == 0.125
     assert replace(found, weight=recipe.weight) == recipe
+    assert other_texts.damped("rtn", None) == preset("rtn")
 
 
 def test_questions_have_their_right_answers(other_texts: ModuleType) -> None:

@@ -59,7 +59,7 @@ bench-input-modes: $(VENV)/.demo ## measure what layers are calibrated on, mode 
 bench-kv-cache: $(VENV)/.demo ## measure where keys are rounded, before or after the rotary embedding: benchmarks/results/kv-cache.json
 	$(BIN)/python benchmarks/kv_cache.py
 
-bench-other-texts: $(VENV)/.demo ## measure GPTQ's damping on texts unlike the calibration's: benchmarks/results/other-texts.json
+bench-other-texts: $(VENV)/.demo ## measure recipes on texts unlike the calibration's: benchmarks/results/other-texts.json
 	$(BIN)/python benchmarks/other_texts.py
 
 bench-memory: $(VENV)/.demo ## measure the memory of a layer worker: benchmarks/results/worker-memory.json

@@ -6,8 +6,8 @@
 
 Recipes are calibrated on the first half of WikiText-2 valid. Every row has the perplexity on its other half, which is
 of the same kind, on the text that ships with Python (what help() prints), which is not, and on PIQA's questions with
-their right answers. GPTQ's damping is tried, and chosen by the first two; PIQA is only reported. Every finished row is written at
-once, so an interrupted run goes on where it was. `make docs` then writes docs/results/other-texts.md.
+their right answers. GPTQ's damping is tried, and chosen by the first two; PIQA is only reported. Every finished row is
+written at once, so an interrupted run goes on where it was. `make docs` then writes docs/results/other-texts.md.
 """
 
 import argparse

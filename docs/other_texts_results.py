@@ -38,7 +38,8 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
         losses = (math.log(row["perplexity"][text] / fp["perplexity"][text]) for text in texts)
         damp = "" if row["damp"] is None else f"{row['damp']:g}"
         lines.append(f"| `{row['recipe']}` | {damp} | {' | '.join(f'{loss:.3f}' for loss in losses)} |")
-    evaluation, machine = fp["evaluation"], fp["machine"]
+    evaluation = fp["evaluation"]
+    machines = {f"{row['machine']['cpu']}, {row['machine']['cores']} cores" for row in [fp, *made]}
     perplexities = ", ".join(f"{text} {value:.2f}" for text, value in fp["perplexity"].items())
     lines += [
         "",
@@ -48,7 +49,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
         calibration = made[0]["calibration"]
         lines.append(f"Calibration: {calibration['samples']} windows of {calibration['seq_len']} tokens, one seed.")
     lines += [
-        f"Machine: {machine['cpu']}, {machine['cores']} cores. Commits: {commits_of(rows)}; a star marks changes "
+        f"Machines: {'; '.join(sorted(machines))}. Commits: {commits_of(rows)}; a star marks changes "
         "that were not committed.",
     ]
     return "\n".join(lines) + "\n"

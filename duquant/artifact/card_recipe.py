@@ -100,14 +100,17 @@ def _times(ratio: float) -> str:
 
 def _calibration_text(recipe: Recipe) -> str:
     config = recipe.calibration
-    return f"{_source(config.source)}, {config.samples} windows of {config.seq_len} tokens"
+    if len(config.windows) == 1:
+        return f"{_source(config.windows[0][0])}, {config.samples} windows of {config.seq_len} tokens"
+    parts = ", ".join(f"{count} of {_source(source)}" for source, count in config.windows)
+    return f"{config.samples} windows of {config.seq_len} tokens: {parts}"
 
 
 def _source(source: TextSource) -> str:
     if source.kind == "random":
         return "uniformly random tokens"
     if source.kind == "self":
-        return "sampled from the model itself"
+        return "text that the model itself wrote"
     # Where a file lay on the machine that quantized says nothing to a reader of the card.
     name = PurePath(source.name).name if source.kind == "file" else source.name
     return text_words({**asdict(source), "name": name})

@@ -10,7 +10,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from duquant.config import TextSource
+from duquant.config import CalibrationConfig, TextSource
 from duquant.errors import CalibrationError, ConfigError, SourceError
 from duquant.models.building import one_at_a_time
 
@@ -178,33 +178,47 @@ def _start_with(first: int | None, text: Int64[Tensor, "windows length"]) -> Int
 
 def calibration_windows(
     model_path: Path,
-    source: TextSource,
+    calibration: CalibrationConfig,
     *,
-    samples: int,
-    seq_len: int,
     seed: int,
     local_file: Path | None = None,
     starts_with_bos: bool = False,
 ) -> Int64[Tensor, "samples seq_len"]:
-    """Return the token windows of a calibration source, each with BOS first where the model needs that.
+    """Return the token windows of a calibration, each with BOS first where the model needs that.
+
+    Windows of one source lie together: those of `calibration.source` first, then what its shares say.
+
+    Args:
+        model_path: the model's directory.
+        calibration: the sources, and how many windows of which length.
+        seed: of what is drawn at random.
+        local_file: where an `object` source was fetched to; also overrides a file's path.
+        starts_with_bos: whether the model needs every text to start with its BOS token.
 
     Raises:
-        CalibrationError: the text is missing, empty or too short.
+        CalibrationError: a text is missing, empty or too short.
         SourceError: the model has no usable tokenizer.
     """
     tokenizer = load_tokenizer(model_path)
     first = first_token(tokenizer, starts_with_bos=starts_with_bos)
     generator = torch.Generator().manual_seed(seed)
-    if source.kind == "random":
-        length = _text_length(seq_len, first)
-        return _start_with(first, torch.randint(0, len(tokenizer), (samples, length), generator=generator))
-    if source.kind == "self":
-        return _sample_from_model(model_path, tokenizer, samples=samples, seq_len=seq_len, generator=generator)
-    tokens = tokenize(tokenizer, read_text(source, local_file=local_file))
-    try:
-        return evenly_spaced_windows(tokens, samples=samples, seq_len=seq_len, first=first)
-    except CalibrationError as err:
-        raise CalibrationError(f"text source {source.kind}:{source.name}: {err}") from err
+    seq_len, found = calibration.seq_len, []
+    for source, samples in calibration.windows:
+        if source.kind == "random":
+            length = _text_length(seq_len, first)
+            windows = torch.randint(0, len(tokenizer), (samples, length), generator=generator)
+            found.append(_start_with(first, windows))
+        elif source.kind == "self":
+            sizes = {"samples": samples, "seq_len": seq_len}
+            found.append(_sample_from_model(model_path, tokenizer, **sizes, generator=generator))
+        else:
+            file = local_file if source == calibration.source else None
+            tokens = tokenize(tokenizer, read_text(source, local_file=file))
+            try:
+                found.append(evenly_spaced_windows(tokens, samples=samples, seq_len=seq_len, first=first))
+            except CalibrationError as err:
+                raise CalibrationError(f"text source {source.kind}:{source.name}: {err}") from err
+    return torch.cat(found)
 
 
 @torch.no_grad()

@@ -74,6 +74,11 @@ class CalibrationConfig:
     """Tokens per site, evenly spread, that rotation and permutation are searched on."""
     moment_tokens: int = 16384
     """Tokens per site, evenly spread, that second moments are summed over, where the recipe needs them."""
+    builtin_share: float = field(default=0.0, metadata=LATER)
+    """Part of the windows that is of the calibration half of the text that ships with Python, not of the source: what
+    is fitted to two kinds of text does better on a third."""
+    self_share: float = field(default=0.0, metadata=LATER)
+    """Part of the windows that the model writes itself, for the same end; the whole model is loaded for it."""
 
     def __post_init__(self) -> None:
         check_range("calibration", "samples", self.samples, 1, 65536)
@@ -82,6 +87,25 @@ class CalibrationConfig:
         check_range("calibration", "micro_batch", self.micro_batch, 1, 1024)
         check_range("calibration", "search_tokens", self.search_tokens, 16, 1048576)
         check_range("calibration", "moment_tokens", self.moment_tokens, 16, 16777216)
+        check_range("calibration", "builtin_share", self.builtin_share, 0.0, 1.0)
+        check_range("calibration", "self_share", self.self_share, 0.0, 1.0)
+        if self.builtin_share + self.self_share > 1.0:
+            raise ConfigError(
+                f"calibration.builtin_share and self_share are {self.builtin_share:g} and {self.self_share:g}; "
+                "together they must be at most 1",
+                field="calibration.self_share",
+            )
+
+    @property
+    def windows(self) -> tuple[tuple[TextSource, int], ...]:
+        """The sources that windows are of, and how many of each; `source` has what the shares leave."""
+        shares = {TextSource(part="calibration"): self.builtin_share, TextSource(kind="self"): self.self_share}
+        shared = {source: int(self.samples * share) for source, share in shares.items()}
+        counts = {self.source: self.samples - sum(shared.values())}
+        for source, count in shared.items():
+            # The source may be one of these itself: all of its windows are then cut from it at once.
+            counts[source] = counts.get(source, 0) + count
+        return tuple((source, count) for source, count in counts.items() if count)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -159,12 +159,9 @@ class ModelRun:
         """Write the calibration windows, unless they are there."""
         if self.work.tokens.exists():
             return
-        calibration = self.recipe.calibration
         windows = calibration_windows(
             self.source.path,
-            calibration.source,
-            samples=calibration.samples,
-            seq_len=calibration.seq_len,
+            self.recipe.calibration,
             seed=self.recipe.seed,
             local_file=self._text_file,
             starts_with_bos=self.source.architecture.starts_with_bos,

@@ -35,9 +35,7 @@ class Sweep:
         self.source, self.recipe, self.work = SourceCheckpoint(model), recipe, WorkDir(root)
         self.skeleton = Skeleton(self.source, CPU)
         calibration = recipe.calibration
-        windows = calibration_windows(
-            model, calibration.source, samples=calibration.samples, seq_len=calibration.seq_len, seed=0
-        )
+        windows = calibration_windows(model, calibration, seed=0)
         write_tokens(self.work, windows)
         self.windows = windows
 

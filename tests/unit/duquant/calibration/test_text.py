@@ -3,9 +3,9 @@
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from duquant.calibration.text import (
     read_text,
     tokenize,
 )
-from duquant.config import TextSource
+from duquant.config import CalibrationConfig, TextSource
 from duquant.errors import CalibrationError, ConfigError, SourceError
 
 
@@ -186,7 +186,7 @@ def test_broken_tokenizer_is_named(own_model: Callable[..., Path], content: str)
 
 def windows_of(model: Path, kind: str, seed: int = 0, name: str = "x") -> torch.Tensor:
     source = TextSource(kind=kind, name=name)  # type: ignore[arg-type]
-    return calibration_windows(model, source, samples=3, seq_len=16, seed=seed)
+    return calibration_windows(model, CalibrationConfig(source=source, samples=3, seq_len=16), seed=seed)
 
 
 @pytest.mark.parametrize("kind", ["random", "self"])
@@ -252,12 +252,41 @@ def test_windows_of_every_source_start_with_bos_where_the_model_needs_it(
     tiny_model: Callable[..., Path], text_file: Path, kind: str
 ) -> None:
     source = TextSource(kind=kind, name=str(text_file))  # type: ignore[arg-type]
-    options: dict[str, Any] = {"samples": 3, "seq_len": 16, "seed": 0}
-    windows = calibration_windows(tiny_model(), source, **options, starts_with_bos=True)
+    calibration = CalibrationConfig(source=source, samples=3, seq_len=16)
+    windows = calibration_windows(tiny_model(), calibration, seed=0, starts_with_bos=True)
     assert windows.shape == (3, 16)
     assert windows[:, 0].tolist() == [1] * 3
     if kind == "file":
-        assert 1 not in calibration_windows(tiny_model(), source, **options)
+        assert 1 not in calibration_windows(tiny_model(), calibration, seed=0)
+
+
+def test_windows_of_several_sources_lie_one_after_the_other(tiny_model: Callable[..., Path], text_file: Path) -> None:
+    source = TextSource(kind="file", name=str(text_file))
+    mixed = CalibrationConfig(source=source, samples=8, seq_len=16, builtin_share=0.25, self_share=0.5)
+    windows = calibration_windows(tiny_model(), mixed, seed=0)
+    alone = {
+        "file": replace(mixed, samples=2, builtin_share=0.0, self_share=0.0),
+        "builtin": replace(mixed, samples=2, builtin_share=1.0, self_share=0.0),
+        "self": replace(mixed, samples=4, builtin_share=0.0, self_share=1.0),
+    }
+    assert torch.equal(windows, torch.cat([calibration_windows(tiny_model(), each, seed=0) for each in alone.values()]))
+    text = read_text(TextSource(part="calibration"))
+    assert all(load_tokenizer(tiny_model()).decode(window) in text for window in windows[2:4])
+
+
+def test_a_text_that_is_shared_and_the_source_is_cut_once() -> None:
+    builtin = TextSource(part="calibration")
+    assert CalibrationConfig(source=builtin, samples=8, builtin_share=0.5).windows == ((builtin, 8),)
+    assert CalibrationConfig(samples=1, self_share=0.5).windows == ((builtin, 1),)
+    source = TextSource(kind="random")
+    assert CalibrationConfig(source=source, samples=5, builtin_share=0.5).windows == ((source, 3), (builtin, 2))
+
+
+def test_shares_of_more_than_all_windows_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"builtin_share and self_share are 0.75 and 0.5; together .* at most 1"):
+        CalibrationConfig(builtin_share=0.75, self_share=0.5)
+    with pytest.raises(ConfigError, match=r"builtin_share is -0\.1; it must be between 0\.0"):
+        CalibrationConfig(builtin_share=-0.1)
 
 
 def test_tokenizer_without_the_bos_token_that_the_model_needs_is_an_error(tiny_model: Callable[..., Path]) -> None:

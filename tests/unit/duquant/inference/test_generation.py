@@ -233,9 +233,7 @@ def test_caches_smooth_keys_by_the_calibration_text(
     calibration = recipe.calibration
     assert calibration.shards == 2
     model, _ = load(tiny_artifact(path, replace(recipe, kv_cache=kv_cache)).artifact)
-    windows = calibration_windows(
-        path, calibration.source, samples=calibration.samples, seq_len=calibration.seq_len, seed=recipe.seed
-    )
+    windows = calibration_windows(path, calibration, seed=recipe.seed)
     plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     keys = [layer.keys[:, :, 3:].float() for layer in plain(windows, use_cache=True).past_key_values.layers]
     for each in (model, copy.deepcopy(model)):

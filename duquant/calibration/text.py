@@ -16,7 +16,11 @@ from duquant.models.building import one_at_a_time
 
 log = logging.getLogger(__name__)
 
-_SELF_SAMPLE_BATCH = 8
+_DOCUMENT = 512
+"""Tokens of a document that the model writes itself."""
+_DOCUMENTS_AT_ONCE = 64
+_USER_TEXT = "DUQUANT-USER-TEXT"
+"""Stands for what the user says, to find where a chat template puts it."""
 
 
 def load_tokenizer(model_path: Path) -> Any:
@@ -209,8 +213,10 @@ def calibration_windows(
             windows = torch.randint(0, len(tokenizer), (samples, length), generator=generator)
             found.append(_start_with(first, windows))
         elif source.kind == "self":
-            sizes = {"samples": samples, "seq_len": seq_len}
-            found.append(_sample_from_model(model_path, tokenizer, **sizes, generator=generator))
+            windows = _written_by_model(
+                model_path, tokenizer, samples=samples, seq_len=seq_len, first=first, generator=generator
+            )
+            found.append(windows)
         else:
             file = local_file if source == calibration.source else None
             tokens = tokenize(tokenizer, read_text(source, local_file=file))
@@ -222,23 +228,46 @@ def calibration_windows(
 
 
 @torch.no_grad()
-def _sample_from_model(
-    model_path: Path, tokenizer: Any, *, samples: int, seq_len: int, generator: torch.Generator
-) -> Tensor:
-    """Sample windows from the model at temperature 1. The one source that needs the whole model in memory."""
+def _written_by_model(
+    model_path: Path, tokenizer: Any, *, samples: int, seq_len: int, first: int | None, generator: torch.Generator
+) -> Int64[Tensor, "samples seq_len"]:
+    """Fill windows with documents that the model writes at temperature 1.
+
+    Many short ones: what a model writes stays with what it began with. A chat model asks the questions itself, too:
+    it is left alone where its template lets the user speak (Magpie, arXiv 2406.08464). This is the one source that
+    needs the whole model in memory.
+    """
     with one_at_a_time():
         model = AutoModelForCausalLM.from_pretrained(model_path, trust_remote_code=False, use_safetensors=True)
     model.eval()
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    windows = []
-    for first in range(0, samples, _SELF_SAMPLE_BATCH):
-        batch = min(_SELF_SAMPLE_BATCH, samples - first)
-        ids = torch.full((batch, 1), start or 0, dtype=torch.int64)
+    start = torch.tensor([_beginning(tokenizer, first)])
+    length = max(min(_DOCUMENT, seq_len), start.shape[1])
+    per_window = -(-seq_len // length)
+    documents = []
+    for done in range(0, samples * per_window, _DOCUMENTS_AT_ONCE):
+        ids = start.repeat(min(_DOCUMENTS_AT_ONCE, samples * per_window - done), 1)
         step, cache = ids, None
-        for _ in range(seq_len - 1):
+        while ids.shape[1] < length:
             output = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = output.past_key_values
             step = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=generator)
             ids = torch.cat((ids, step), dim=1)
-        windows.append(ids)
-    return torch.cat(windows)
+        documents.append(ids)
+    return torch.cat(documents).view(samples, per_window * length)[:, :seq_len]
+
+
+def _beginning(tokenizer: Any, first: int | None) -> list[int]:
+    """Return the tokens that a document of the model's own begins with: up to what the user says, for a chat model."""
+    begin: list[int] = []
+    if tokenizer.chat_template:
+        try:
+            turn = tokenizer.apply_chat_template([{"role": "user", "content": _USER_TEXT}], tokenize=False)
+        except Exception as err:  # noqa: BLE001  a template is a program that came with the model
+            log.warning("the chat template does not work, so documents begin without one: %s", err)
+        else:
+            before, found, _ = turn.partition(_USER_TEXT)
+            begin = tokenizer(before, add_special_tokens=False)["input_ids"] if found else []
+    if not begin:
+        token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        begin = [token or 0]
+    return begin if first is None or begin[0] == first else [first, *begin]

@@ -28,7 +28,7 @@ class TextSource:
 
     kind: Literal["builtin", "file", "object", "hub", "random", "self"] = "builtin"
     """builtin: text that ships with Python; file: a text or JSONL file; object: a key in the object store;
-    hub: a Hugging Face data set; random: uniformly random tokens; self: sampled from the model itself."""
+    hub: a Hugging Face data set; random: uniformly random tokens; self: written by the model itself."""
     name: str = "pydoc-topics"
     """The built-in text's name, the file's path, the object's key, or the data set's name; unused for the rest."""
     part: Literal["all", "calibration", "evaluation"] = "all"

@@ -216,6 +216,29 @@ def test_self_source_samples_what_the_model_finds_likely(tiny_model: Callable[..
     assert loss(sampled) < loss(windows_of(model_path, "random"))
 
 
+CHAT = "{{ bos_token }}User: {% for each in messages %}{{ each['content'] }}{% endfor %} End"
+
+
+@pytest.mark.parametrize(
+    ("template", "begins"), [(CHAT, "<bos>User: "), ("no turns", "<bos>"), ("{{ messages[5]['content'].x }}", "<bos>")]
+)
+def test_a_chat_model_writes_from_where_the_user_speaks(
+    own_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, template: str, begins: str
+) -> None:
+    monkeypatch.setattr("duquant.calibration.text._DOCUMENT", 24)
+    model = own_model()
+    (model / "chat_template.jinja").write_text(template)
+    calibration = CalibrationConfig(source=TextSource(kind="self"), samples=2, seq_len=60)
+    windows = calibration_windows(model, calibration, seed=0)
+    assert windows.shape == (2, 60)
+    tokenizer = load_tokenizer(model)
+    # Three documents to a window, the last one cut.
+    starts = [tokenizer.decode(window[at:])[: len(begins)] for window in windows for at in (0, 24, 48)]
+    assert starts == [begins] * 6
+    documents = [*windows[:, :24], *windows[:, 24:48]]
+    assert len({tuple(each.tolist()) for each in documents}) == 4
+
+
 def test_file_windows_come_from_the_text(tiny_model: Callable[..., Path], text_file: Path) -> None:
     model = tiny_model()
     windows = windows_of(model, "file", name=str(text_file))

@@ -6,14 +6,16 @@
 
 Recipes are calibrated on the first half of WikiText-2 valid. Every row has the perplexity on its other half, which is
 of the same kind, on the text that ships with Python (what help() prints), which is not, and on PIQA's questions with
-their right answers. GPTQ's damping is tried, and chosen by the first two; PIQA is only reported. Every finished row is
-written at once, so an interrupted run goes on where it was. `make docs` then writes docs/results/other-texts.md.
+their right answers. GPTQ's damping is tried, and chosen by the first two; PIQA is only reported. So are
+mixtures: a part of the windows of the text that ships with Python (of its other half), a part that the model writes
+itself. Every finished row is written at once, so an interrupted run goes on where it was. `make docs` then writes
+docs/results/other-texts.md.
 """
 
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,13 +24,16 @@ from quantize import find_texts, text_name
 from row_file import Row, RowFile, perplexities, quantized
 
 from duquant.calibration.text import read_text
-from duquant.config import ALGORITHM_VERSION, PRESETS, Recipe, TextSource, preset
+from duquant.config import ALGORITHM_VERSION, PRESETS, Recipe, TextSource, preset, with_calibration
 
 OUT = RESULTS / "other-texts.json"
 MODEL = "demo:smollm2-135m"
 RECIPES = ("rtn", "quarot", "duquant", "duquant-lwc", "duquant-fast", "duquant-gptq", "duquant-best")
 DAMPED = ("duquant-gptq", "duquant-best")
 DAMPS = (0.01, 0.1, 0.3, 1.0)
+MIXED = "duquant-best"
+MIXES = ((0.5, 0.0), (0.0, 0.5), (0.33, 0.33))
+"""builtin_share and self_share."""
 PIQA = "piqa-valid.jsonl"
 
 
@@ -41,7 +46,7 @@ def main() -> None:
         raise SystemExit(f"measured with WikiText-2 and {PIQA}, and not both are in {data_folder()}")
     table = RowFile(
         Path(arguments.out),
-        place=("model", "recipe", "damp"),
+        place=("model", "recipe", "damp", "mix"),
         identity=("recipe_digest", "algorithm_version", "calibration", "evaluation"),
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -64,12 +69,14 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def damped(name: str, damp: float | None) -> Recipe:
-    """Return a preset, with another damping if there is one."""
+def variant(name: str, damp: float | None = None, mix: Sequence[float] | None = None) -> Recipe:
+    """Return a preset, with another damping and with shares of other texts, where these are given."""
     recipe = preset(name)
-    if damp is None:
-        return recipe
-    return replace(recipe, weight=replace(recipe.weight, damp=damp))
+    if damp is not None:
+        recipe = replace(recipe, weight=replace(recipe.weight, damp=damp))
+    if mix is not None:
+        recipe = with_calibration(recipe, builtin_share=mix[0], self_share=mix[1])
+    return recipe
 
 
 def questions_with_answers(lines: str) -> str:
@@ -101,12 +108,17 @@ def _planned(arguments: argparse.Namespace, valid: str) -> Iterator[Row]:
     evaluated = {"texts": [valid, "pydoc-topics", PIQA], "seq_len": arguments.seq_len, "windows": arguments.windows}
     yield {"model": arguments.model, "recipe": None, "damp": None, "evaluation": evaluated}
     for name in arguments.recipe or RECIPES:
-        for damp in arguments.damp or (DAMPS if name in DAMPED else (None,)):
+        variants: list[tuple[float | None, tuple[float, float] | None]] = []
+        if name == MIXED and not arguments.damp:
+            variants += [(None, mix) for mix in MIXES]
+        variants += [(damp, None) for damp in arguments.damp or (DAMPS if name in DAMPED else (None,))]
+        for damp, mix in variants:
             yield {
                 "model": arguments.model,
                 "recipe": name,
                 "damp": damp,
-                "recipe_digest": damped(name, damp).digest(),
+                "mix": mix and list(mix),
+                "recipe_digest": variant(name, damp, mix).digest(),
                 "algorithm_version": ALGORITHM_VERSION,
                 "calibration": {"text": valid, "seq_len": arguments.seq_len, "samples": arguments.samples},
                 "evaluation": evaluated,
@@ -116,7 +128,7 @@ def _planned(arguments: argparse.Namespace, valid: str) -> Iterator[Row]:
 def _measure(plan: Row, calibration: str, texts: dict[str, str]) -> Row:
     if plan["recipe"] is None:
         return {"perplexity": perplexities(plan["model"], texts, plan["evaluation"])}
-    recipe = damped(plan["recipe"], plan["damp"])
+    recipe = variant(plan["recipe"], plan["damp"], plan["mix"])
     with quantized(plan["model"], recipe, calibration, plan["calibration"]) as (artifact, cost):
         return {**cost, "perplexity": perplexities(artifact, texts, plan["evaluation"])}
 

@@ -24,10 +24,16 @@ def other_texts(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_only_the_damping_differs(other_texts: ModuleType) -> None:
-    found, recipe = other_texts.damped("duquant-gptq", 0.125), preset("duquant-gptq")
+    found, recipe = other_texts.variant("duquant-gptq", 0.125), preset("duquant-gptq")
     assert found.weight.damp == 0.125
     assert replace(found, weight=recipe.weight) == recipe
-    assert other_texts.damped("rtn", None) == preset("rtn")
+    assert other_texts.variant("rtn") == preset("rtn")
+
+
+def test_only_the_windows_differ(other_texts: ModuleType) -> None:
+    found, recipe = other_texts.variant("duquant-best", mix=(0.5, 0.25)), preset("duquant-best")
+    assert (found.calibration.builtin_share, found.calibration.self_share) == (0.5, 0.25)
+    assert replace(found, calibration=recipe.calibration) == recipe
 
 
 def test_questions_have_their_right_answers(other_texts: ModuleType) -> None:

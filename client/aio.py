@@ -28,12 +28,12 @@ _HOLD_SECONDS = 30
 
 
 class AsyncClient:
-    """A connection to one service with one API key. Close it, or use it in an `async with` statement."""
+    """A connection to one service with one API key; without one only for what needs none. Close it, or use it in an `async with` statement."""
 
     def __init__(
         self,
         url: str,
-        key: str,
+        key: str | None = None,
         *,
         timeout_s: float = _READ_SECONDS,
         transport: httpx.AsyncBaseTransport | None = None,

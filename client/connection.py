@@ -54,11 +54,19 @@ class Session:
 
 def on_service(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options of a service and of printing; it gets a Session as `session`."""
+    return _with_session(function, needs_key=True)
 
+
+def on_open_service(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Do what `on_service` does for a command that needs no key: it asks what everybody may."""
+    return _with_session(function, needs_key=False)
+
+
+def _with_session(function: Callable[..., Any], *, needs_key: bool) -> Callable[..., Any]:
     @functools.wraps(function)
     def command(*arguments: Any, **options: Any) -> Any:
         output = chosen(options.pop("output"), as_json=options.pop("as_json"))
-        with connect(options.pop("url"), options.pop("key"), options.pop("profile")) as client:
+        with connect(options.pop("url"), options.pop("key"), options.pop("profile"), needs_key=needs_key) as client:
             return function(*arguments, **options, session=Session(client, output))
 
     kinds = {
@@ -79,14 +87,16 @@ def default_home() -> Path:
     return Path(os.environ.get("DUQUANT_HOME") or Path.home() / ".local" / "share" / "duquant")
 
 
-def connect(url: str | None = None, key: str | None = None, profile: str | None = None) -> Client:
+def connect(
+    url: str | None = None, key: str | None = None, profile: str | None = None, *, needs_key: bool = True
+) -> Client:
     """Return a client.
 
     Raises:
-        BadInputError: no key was given and none is found, or there is no such profile.
+        BadInputError: a key is needed, none was given and none is found; or there is no such profile.
     """
     address, key = locate(url, key, profile)
-    if not key:
+    if needs_key and not key:
         raise BadInputError(
             "no API key: give --key, set DUQUANT_API_KEY, make a profile (`duquant up` prints one), or set "
             "DUQUANT_HOME to the folder of a `duquant up` on this machine"

@@ -14,6 +14,7 @@ from support.commands import data
 
 from client.aio import AsyncClient
 from client.errors import ApiError, UnavailableError
+from client.main import run
 from client.models import Event
 from client.sdk import Client
 from service import stream
@@ -220,3 +221,22 @@ def test_texts_show_ages(service: Any, cli: Any, tmp_path: Any) -> None:
 def test_what_is_wrong_with_a_whole_request_has_no_field_before_it(cli: Any, tmp_path: Any) -> None:
     (tmp_path / "empty.txt").touch()
     assert cli("text", "upload", str(tmp_path / "empty.txt"))[::2] == (2, "duquant: error: the text is empty\n")
+
+
+def test_the_state_of_a_service_is_for_everybody(
+    service: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Any
+) -> None:
+    for name in ("DUQUANT_API_KEY", "DUQUANT_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DUQUANT_HOME", str(tmp_path / "empty"))
+    monkeypatch.setenv("DUQUANT_CONFIG", str(tmp_path / "config.yaml"))
+    monkeypatch.setenv("DUQUANT_URL", service.url)
+    assert run(["status"]) == 5, "no dispatcher reports"
+    assert "dispatcher  DOWN" in capsys.readouterr().out
+    assert run(["job", "list"]) == 2
+    assert "no API key" in capsys.readouterr().err
+    monkeypatch.setenv("DUQUANT_URL", "http://127.0.0.1:9")
+    assert run(["status"]) == 5
+    said = capsys.readouterr()
+    assert (said.out, len(said.err.splitlines())) == ("", 1)
+    assert "cannot reach http://127.0.0.1:9" in said.err

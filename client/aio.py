@@ -28,7 +28,7 @@ _HOLD_SECONDS = 30
 
 
 class AsyncClient:
-    """A connection to one service with one API key; without one only for what needs none. Close it, or use it in an `async with` statement."""
+    """A connection to one service with one API key, or none where none is needed. Close it, or use it in an `async with` statement."""
 
     def __init__(
         self,

@@ -30,7 +30,7 @@ _SLOWEST_POLL_SECONDS = 5.0
 
 
 class Client:
-    """A connection to one service with one API key; without one only for what needs none. Close it, or use it in a `with` statement."""
+    """A connection to one service with one API key, or none where none is needed. Close it, or use it in a `with` statement."""
 
     def __init__(
         self,

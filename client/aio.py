@@ -28,7 +28,10 @@ _HOLD_SECONDS = 30
 
 
 class AsyncClient:
-    """A connection to one service with one API key, or none where none is needed. Close it, or use it in an `async with` statement."""
+    """A connection to one service with one API key. Close it, or use it in an `async with` statement.
+
+    Without a key it carries out what needs none: health, readiness, version.
+    """
 
     def __init__(
         self,

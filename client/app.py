@@ -34,7 +34,7 @@ from client.errors import (
     ApiError,
     ClientError,
 )
-from client.output import chatter
+from client.output import note
 from duquant.errors import (
     ArtifactError,
     CalibrationError,
@@ -129,5 +129,5 @@ def _api_text(error: ApiError) -> str:
 
 def _fail(message: str, status: int) -> int:
     line = " ".join(message.split())
-    chatter.print(f"duquant: error: {line}", markup=False, soft_wrap=True)
+    note(f"duquant: error: {line}")
     return status

@@ -9,7 +9,7 @@ from client import calls
 from client.connection import Session
 from client.errors import ApiError, BadInputError, JobFailedError
 from client.models import Event, Job
-from client.output import Format, duration, number, print_json, print_pairs, print_text, print_yaml, size
+from client.output import Format, duration, number, print_json, print_pairs, print_text, print_yaml, size, visible
 from client.times import ago, at, moment, took
 
 COLUMNS = ("job", "kind", "state", "model", "recipe", "progress", "created", "took", "GPU time", "reason")
@@ -63,7 +63,7 @@ def print_event(event: Event, output: Format) -> None:
             given = {name: value for name, value in {**event.data, **who}.items() if value not in (None, {})}
             facts = " ".join(f"{name}={_fact(value)}" for name, value in given.items())
             when = f"{moment(event.at).astimezone(UTC):%Y-%m-%d %H:%M:%S}"
-            print_text(f"{event.id:>6}  {when}  {event.type:<14}  {facts}".rstrip())
+            print_text(visible(f"{event.id:>6}  {when}  {event.type:<14}  {facts}".rstrip()))
 
 
 def _fact(value: object) -> object:

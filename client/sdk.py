@@ -30,7 +30,10 @@ _SLOWEST_POLL_SECONDS = 5.0
 
 
 class Client:
-    """A connection to one service with one API key, or none where none is needed. Close it, or use it in a `with` statement."""
+    """A connection to one service with one API key. Close it, or use it in a `with` statement.
+
+    Without a key it carries out what needs none: health, readiness, version.
+    """
 
     def __init__(
         self,

@@ -131,6 +131,15 @@ def note(text: str) -> None:
     chatter.print(visible(text, keep="\n"), markup=False, soft_wrap=True)
 
 
+def counted(count: int, what: str) -> str:
+    """Write how many of something there are.
+
+    >>> counted(1, "job"), counted(0, "job")
+    ('1 job', '0 jobs')
+    """
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """Write a length of time for people.
 

@@ -209,7 +209,7 @@ def _finish(session: Session, batch_id: str, timeout: float | None) -> None:
 def _may_succeed(row: Mapping[str, Any]) -> bool:
     """Tell whether trying a row again may help: what was refused has no job, and a bad input stays bad."""
     if row["state"] in ("failed", "cancelled"):
-        return row["reason"] != "bad_input"
+        return bool(row["reason"] != "bad_input")
     return row["state"] != "refused" and row["evaluation_state"] in ("failed", "cancelled")
 
 

@@ -57,6 +57,28 @@ def test_a_job_is_submitted_for_later_and_shows_when_and_why_it_waits(service: A
     assert pairs(cli("quota"))["state"] == "paused"
 
 
+def test_a_bound_that_is_reached_is_named(service: Any, cli: Any) -> None:
+    service.submit()
+    waiting, later = service.submit()["id"], data(cli("job", "submit", MODEL, "--run-at", "+2h", "--force", "--json"))
+    cli("project", "set", "default", "--max-running", "1")
+    assert "held by" not in pairs(cli("job", "get", waiting)), "nothing runs yet"
+    service.claim()
+    held = "project default, which has 1 of 1 GPU slot taken"
+    assert pairs(cli("job", "get", waiting))["held by"] == held
+    assert "held by" not in pairs(cli("job", "get", later["id"])), "its time keeps it"
+    cli("queue", "pause", "default")
+    assert pairs(cli("job", "get", waiting))["held by"] == f"queue default, which is paused; {held}"
+
+
+def test_an_artifact_that_was_deleted_is_told(service: Any, cli: Any) -> None:
+    job = service.submit()["id"]
+    work(service)
+    assert pairs(cli("job", "get", job))["artifact"].startswith("5 files, ")
+    assert "files" in pairs(cli("job", "get", job, "--key", service.key("jobs:read")))["artifact"]
+    cli("artifact", "delete", job)
+    assert pairs(cli("job", "get", job))["artifact"] == "deleted"
+
+
 def test_what_is_usual_is_not_shown(service: Any, cli: Any) -> None:
     shown = pairs(cli("job", "get", service.submit()["id"]))
     assert shown.keys().isdisjoint({"queue", "priority", "labels", "deadline", "not before", "held by", "after"})
@@ -121,6 +143,18 @@ def test_events_are_printed_as_they_happen_until_the_job_ends(service: Any, cli:
     assert len(lines) == len(events)
     assert "by=key:" in lines[0]
     assert cli("job", "events", "job_absent")[0] == 4
+
+
+def test_the_facts_of_events_are_written_for_people(service: Any, cli: Any) -> None:
+    options = ("--run-at", "2098-01-31T09:30:00+01:00", "--deadline", "2099-01-31", "--json")
+    job = data(cli("job", "submit", MODEL, *options))["id"]
+    cli("job", "change", job, "--deadline", "none", "--run-at", "2098-01-31T10:30:00+01:00", "--priority", "5")
+    cli("job", "cancel", job)
+    lines = cli("job", "events", job)[1].splitlines()
+    assert "forced=false" in lines[0]
+    (changed,) = (part for line in lines for part in line.split() if part.startswith("changes="))
+    facts = {"priority:5", "run_at:2098-01-31T09:30:00Z", "deadline_at:none"}
+    assert set(changed.removeprefix("changes=").split(",")) == facts
 
 
 def test_events_go_on_when_the_service_ends_the_stream(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,16 +5,18 @@ by DUQUANT_PROFILE or the default one, what `duquant up` left behind on this mac
 """
 
 import functools
+import inspect
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.models import OptionInfo
 
-from client.errors import BadInputError
+from client.errors import ApiError, BadInputError
 from client.home import SECRETS_FILE, read_address
 from client.output import Format, JsonFlag, OutputOption, add_options, chosen, show
 from client.profiles import Profile, load_profiles
@@ -67,7 +69,11 @@ def _with_session(function: Callable[..., Any], *, needs_key: bool) -> Callable[
     def command(*arguments: Any, **options: Any) -> Any:
         output = chosen(options.pop("output"), as_json=options.pop("as_json"))
         with connect(options.pop("url"), options.pop("key"), options.pop("profile"), needs_key=needs_key) as client:
-            return function(*arguments, **options, session=Session(client, output))
+            try:
+                return function(*arguments, **options, session=Session(client, output))
+            except ApiError as error:
+                error.options = named_options(function, options)
+                raise
 
     kinds = {
         "url": UrlOption,
@@ -80,6 +86,35 @@ def _with_session(function: Callable[..., Any], *, needs_key: bool) -> Callable[
     command.__signature__ = signature  # type: ignore[attr-defined]  # what inspect, and so typer, looks at
     command.__annotations__ = {name: each.annotation for name, each in signature.parameters.items()}
     return command
+
+
+_FIELDS = {
+    "after": "depends_on",
+    "calibration": "calibration/source",
+    "deadline": "deadline_at",
+    "evaluate_on": "evaluate/text",
+    "evaluate_seq_len": "evaluate/seq_len",
+    "evaluate_windows": "evaluate/windows",
+    "label": "labels",
+    "samples": "calibration/samples",
+    "scope": "scopes",
+    "until": "expires_at",
+}
+"""The fields that options with other names fill."""
+
+
+def named_options(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, str]:
+    """Return how the options with a value are written, by the fields of the request that they fill."""
+    names = {}
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        kinds = getattr(parameter.annotation, "__metadata__", ())
+        option = next((each for each in kinds if isinstance(each, OptionInfo)), None)
+        value = given.get(name)
+        if option is not None and value is not None and value is not False and value != []:
+            written = [each for each in option.param_decls or () if each.startswith("--")]
+            field = _FIELDS.get(name, "calibration/seq_len" if name == "seq_len" and "samples" in given else name)
+            names[field] = written[0] if written else f"--{name.replace('_', '-')}"
+    return names
 
 
 def default_home() -> Path:

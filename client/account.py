@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from client import calls
-from client.connection import Session, on_service
+from client.connection import Session, on_open_service, on_service
 from client.errors import EXIT_OK, EXIT_UNAVAILABLE
 from client.lists import CursorOption, LimitOption, read_time, tell_of_more
 from client.output import print_pairs, print_table, size
@@ -77,9 +77,12 @@ def _facts(data: Mapping[str, Any]) -> str:
     )
 
 
-@on_service
+@on_open_service
 def status(session: Session) -> int:
-    """Say which versions a service runs and whether all of its parts work; exit code 5 when one does not."""
+    """Say which versions a service runs and whether all of its parts work; exit code 5 when one does not.
+
+    It needs no API key.
+    """
     version = session.client.run(calls.version())
     readiness = session.client.run(calls.readiness())
     checks = readiness["checks"].items()

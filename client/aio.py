@@ -28,12 +28,15 @@ _HOLD_SECONDS = 30
 
 
 class AsyncClient:
-    """A connection to one service with one API key. Close it, or use it in an `async with` statement."""
+    """A connection to one service with one API key. Close it, or use it in an `async with` statement.
+
+    Without a key it carries out what needs none: health, readiness, version.
+    """
 
     def __init__(
         self,
         url: str,
-        key: str,
+        key: str | None = None,
         *,
         timeout_s: float = _READ_SECONDS,
         transport: httpx.AsyncBaseTransport | None = None,

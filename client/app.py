@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import typer
@@ -34,7 +34,7 @@ from client.errors import (
     ApiError,
     ClientError,
 )
-from client.output import chatter
+from client.output import note
 from duquant.errors import (
     ArtifactError,
     CalibrationError,
@@ -122,12 +122,22 @@ def run_app(arguments: Sequence[str]) -> int:
 
 def _api_text(error: ApiError) -> str:
     # What is wrong with the whole of a request has an empty pointer, and names what it means.
-    fields = ((each.get("pointer"), each.get("detail") or error) for each in error.errors)
-    text = "; ".join(f"{pointer}: {detail}" if pointer else str(detail) for pointer, detail in fields) or str(error)
+    fields = [(_where(each.get("pointer") or "", error.options), each.get("detail") or error) for each in error.errors]
+    text = "; ".join(f"{where}: {detail}" if where else str(detail) for where, detail in fields) or str(error)
     return f"{text} (request {error.request_id})" if error.status >= 500 and error.request_id else text
+
+
+def _where(pointer: str, options: Mapping[str, str]) -> str:
+    """Return the option that has filled a field, or the pointer to one that no option has."""
+    field = pointer.removeprefix("/")
+    while field:
+        if field in options:
+            return options[field]
+        field = field.rpartition("/")[0]
+    return pointer
 
 
 def _fail(message: str, status: int) -> int:
     line = " ".join(message.split())
-    chatter.print(f"duquant: error: {line}", markup=False, soft_wrap=True)
+    note(f"duquant: error: {line}")
     return status

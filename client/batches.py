@@ -10,9 +10,9 @@ from client import calls
 from client.connection import Session, on_service
 from client.errors import BadInputError, JobFailedError
 from client.jobs import PriorityOption, TimeoutOption, WaitFlag, recipe_value
-from client.lists import CursorOption, LimitOption, OfModel, OfRecipe, WithTag, tell_of_more
+from client.lists import CursorOption, LimitOption, OfModel, OfRecipe, WithTag, tell_of_ignored, tell_of_more
 from client.models import Batch, parse_model
-from client.output import duration, note, print_pairs, print_table, size
+from client.output import counted, duration, note, print_pairs, print_table, size
 from client.progress import Teller, teller
 from client.recipes import read_data_file
 from client.times import ago, at
@@ -45,11 +45,21 @@ def submit(
     if force:
         options["force"] = True
     batch = session.client.run(calls.submit_batch(options.pop("models"), options.pop("recipes", None), **options))
-    note(f"submitted {batch.id}: {batch.jobs.total} jobs, {batch.reused} of them there already")
+    there = f", {batch.reused} of them there already" if batch.reused else ""
+    note(f"submitted {batch.id}: {_pieces(batch)}{there}")
+    if batch.reused:
+        tell_of_ignored([f"--{name}" for name in _given(priority=priority, queue=queue)], "what is there already")
     if wait_for_it:
         _finish(session, batch.id, timeout)
-    else:
-        _report(session, batch)
+        return
+    _report(session, batch)
+    refused = batch.raw["jobs"].get("refused", 0)
+    if refused:
+        for row in session.client.run(calls.batch_table(batch.id)):
+            if row["state"] == "refused":
+                note(f"refused {row['model_name']} with {row['recipe_name']}: {row['detail']}")
+    if refused == batch.jobs.total:
+        raise JobFailedError(f"nothing of {batch.id} was accepted: mend what is refused and submit it again")
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -174,9 +184,13 @@ def requantize(
         options["evaluate"] = {}
     answer = session.client.run(calls.requantize(name=name or "requantize", dry_run=dry_run, **options))
     rows = [(each["artifact_id"], each["model_name"], each["recipe_name"], each["reason"]) for each in answer.items]
-    session.show(answer.raw, lambda: print_table(("artifact", "model", "recipe", "outdated by"), rows))
+    session.show(
+        answer.raw, lambda: print_table(("artifact", "model", "recipe", "outdated by"), rows) if rows else None
+    )
+    if not rows:
+        note("nothing is outdated")
     if answer.batch is not None:
-        note(f"submitted {answer.batch.id}: {answer.batch.jobs.total} jobs")
+        note(f"submitted {answer.batch.id}: {_pieces(answer.batch)}")
 
 
 def _finish(session: Session, batch_id: str, timeout: float | None) -> None:
@@ -187,18 +201,29 @@ def _finish(session: Session, batch_id: str, timeout: float | None) -> None:
     _show_table(session, rows)
     bad = sum(each.failed + each.cancelled for each in (batch.jobs, batch.evaluations))
     if bad:
-        total = batch.jobs.total + batch.evaluations.total
-        # What was refused has no job that could be tried again.
-        can_retry = bad > sum(row["state"] == "refused" for row in rows)
+        can_retry = any(map(_may_succeed, rows))
         advice = f"duquant batch retry {batch_id}" if can_retry else "mend what the table says and submit it again"
-        raise JobFailedError(f"{bad} of {total} jobs of {batch_id} did not succeed: {advice}")
+        raise JobFailedError(f"{bad} of the {_pieces(batch)} of {batch_id} did not succeed: {advice}")
+
+
+def _may_succeed(row: Mapping[str, Any]) -> bool:
+    """Tell whether trying a row again may help: what was refused has no job, and a bad input stays bad."""
+    if row["state"] in ("failed", "cancelled"):
+        return bool(row["reason"] != "bad_input")
+    return row["state"] != "refused" and row["evaluation_state"] in ("failed", "cancelled")
+
+
+def _pieces(batch: Batch) -> str:
+    jobs = counted(batch.jobs.total, "job")
+    return f"{jobs} and {counted(batch.evaluations.total, 'evaluation')}" if batch.evaluations.total else jobs
 
 
 def _tell(shown: Teller, batch: Batch) -> None:
-    ended = batch.jobs.ended + batch.evaluations.ended
-    failed = batch.jobs.failed + batch.evaluations.failed
+    kinds = [(each, unit) for each, unit in ((batch.jobs, "jobs"), (batch.evaluations, "evaluations")) if each.total]
+    failed = sum(each.failed for each, _ in kinds)
     title = f"{batch.state}, {failed} failed" if failed else batch.state
-    shown.tell(title, ended, batch.jobs.total + batch.evaluations.total, "jobs")
+    words = ", ".join(f"{each.ended}/{each.total} {unit}" for each, unit in kinds)
+    shown.tell(title, sum(each.ended for each, _ in kinds), sum(each.total for each, _ in kinds), words=words)
 
 
 def _report(session: Session, batch: Batch) -> None:
@@ -206,9 +231,9 @@ def _report(session: Session, batch: Batch) -> None:
         "batch": batch.id,
         "name": batch.name or None,
         "state": batch.state,
-        "jobs": _counted(batch.raw["jobs"]),
+        "jobs": _how_many(batch.raw["jobs"]),
         "there already": batch.reused,
-        "evaluations": _counted(batch.raw["evaluations"]) if batch.evaluations.total else None,
+        "evaluations": _how_many(batch.raw["evaluations"]) if batch.evaluations.total else None,
         "created": at(batch.raw["created_at"]),
         "cancelled": at(batch.raw["cancelled_at"]),
         "finished": at(batch.raw["finished_at"]),
@@ -220,7 +245,7 @@ def _made(batch: Batch) -> str | None:
     return ago(batch.raw["created_at"])
 
 
-def _counted(counts: Mapping[str, int]) -> str:
+def _how_many(counts: Mapping[str, int]) -> str:
     """Say how many are where; those that were refused are some of the failed ones."""
     parts = {name: f"{count} {name}" for name, count in counts.items() if count and name not in ("total", "refused")}
     if refused := counts.get("refused"):

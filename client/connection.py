@@ -5,16 +5,18 @@ by DUQUANT_PROFILE or the default one, what `duquant up` left behind on this mac
 """
 
 import functools
+import inspect
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.models import OptionInfo
 
-from client.errors import BadInputError
+from client.errors import ApiError, BadInputError
 from client.home import SECRETS_FILE, read_address
 from client.output import Format, JsonFlag, OutputOption, add_options, chosen, show
 from client.profiles import Profile, load_profiles
@@ -54,12 +56,24 @@ class Session:
 
 def on_service(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options of a service and of printing; it gets a Session as `session`."""
+    return _with_session(function, needs_key=True)
 
+
+def on_open_service(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Do what `on_service` does for a command that needs no key: it asks what everybody may."""
+    return _with_session(function, needs_key=False)
+
+
+def _with_session(function: Callable[..., Any], *, needs_key: bool) -> Callable[..., Any]:
     @functools.wraps(function)
     def command(*arguments: Any, **options: Any) -> Any:
         output = chosen(options.pop("output"), as_json=options.pop("as_json"))
-        with connect(options.pop("url"), options.pop("key"), options.pop("profile")) as client:
-            return function(*arguments, **options, session=Session(client, output))
+        with connect(options.pop("url"), options.pop("key"), options.pop("profile"), needs_key=needs_key) as client:
+            try:
+                return function(*arguments, **options, session=Session(client, output))
+            except ApiError as error:
+                error.options = named_options(function, options)
+                raise
 
     kinds = {
         "url": UrlOption,
@@ -74,19 +88,50 @@ def on_service(function: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+_FIELDS = {
+    "after": "depends_on",
+    "calibration": "calibration/source",
+    "deadline": "deadline_at",
+    "evaluate_on": "evaluate/text",
+    "evaluate_seq_len": "evaluate/seq_len",
+    "evaluate_windows": "evaluate/windows",
+    "label": "labels",
+    "samples": "calibration/samples",
+    "scope": "scopes",
+    "until": "expires_at",
+}
+"""The fields that options with other names fill."""
+
+
+def named_options(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, str]:
+    """Return how the options with a value are written, by the fields of the request that they fill."""
+    names = {}
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        kinds = getattr(parameter.annotation, "__metadata__", ())
+        option = next((each for each in kinds if isinstance(each, OptionInfo)), None)
+        value = given.get(name)
+        if option is not None and value is not None and value is not False and value != []:
+            written = [each for each in option.param_decls or () if each.startswith("--")]
+            field = _FIELDS.get(name, "calibration/seq_len" if name == "seq_len" and "samples" in given else name)
+            names[field] = written[0] if written else f"--{name.replace('_', '-')}"
+    return names
+
+
 def default_home() -> Path:
     """Return the folder that the embedded service keeps its data in."""
     return Path(os.environ.get("DUQUANT_HOME") or Path.home() / ".local" / "share" / "duquant")
 
 
-def connect(url: str | None = None, key: str | None = None, profile: str | None = None) -> Client:
+def connect(
+    url: str | None = None, key: str | None = None, profile: str | None = None, *, needs_key: bool = True
+) -> Client:
     """Return a client.
 
     Raises:
-        BadInputError: no key was given and none is found, or there is no such profile.
+        BadInputError: a key is needed, none was given and none is found; or there is no such profile.
     """
     address, key = locate(url, key, profile)
-    if not key:
+    if needs_key and not key:
         raise BadInputError(
             "no API key: give --key, set DUQUANT_API_KEY, make a profile (`duquant up` prints one), or set "
             "DUQUANT_HOME to the folder of a `duquant up` on this machine"

@@ -46,7 +46,7 @@ def pull(
     The manifest comes last, and goes first when files must change, so a folder that has one is whole.
 
     Raises:
-        BadInputError: the folder cannot be written, or holds something that is not this artifact.
+        BadInputError: the folder cannot be written, holds something else, or is being filled by another pull.
         DownloadError: a file does not arrive as the service describes it.
         UnavailableError: the object store does not answer.
     """
@@ -84,6 +84,8 @@ def _pull(
     except OSError as error:
         full = " (the disk is full)" if error.errno == errno.ENOSPC else ""
         raise ClientError(f"cannot write to {out}: {error.strerror}{full}; pull again to go on") from error
+    finally:
+        folder.release()
     return PullSummary(
         out=out, files=len(artifact.files), size_bytes=artifact.size_bytes, fetched_bytes=transfer.fetched_bytes
     )

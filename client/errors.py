@@ -56,6 +56,8 @@ class ApiError(ClientError):
         self.type = str(problem.get("type", "about:blank"))
         self.request_id = problem.get("request_id")
         self.errors: Sequence[Mapping[str, str]] = problem.get("errors") or []
+        self.options: Mapping[str, str] = {}
+        """The options of the command line that were given, by the fields that they have filled."""
 
     @property
     def exit_code(self) -> int:  # type: ignore[override]  # here it depends on the answer

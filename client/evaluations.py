@@ -9,8 +9,8 @@ from client import calls
 from client.connection import Session, on_service
 from client.errors import BadInputError
 from client.job_views import check_job, report_job
-from client.jobs import PriorityOption, TimeoutOption, WaitFlag
-from client.lists import CursorOption, LimitOption, OfModel, tell_of_more
+from client.jobs import PriorityOption, TimeoutOption, WaitFlag, ignored_options
+from client.lists import CursorOption, LimitOption, OfModel, tell_of_ignored, tell_of_more
 from client.measures import FewshotOption, QuestionsOption, SpeedFlag, TasksOption, TextOption, measuring
 from client.models import Evaluation
 from client.output import note, number, print_pairs, print_table, print_text, size
@@ -54,6 +54,8 @@ def submit(
         settings["priority"] = priority
     job = session.client.run(calls.submit_evaluation(**target, force=force, **settings))
     note(f"{'found' if job.reused else 'submitted'} {job.id} ({job.state})")
+    if job.reused:
+        tell_of_ignored(ignored_options(job, priority=priority), job.id)
     if not wait_for_it:
         report_job(session, job, reused=job.reused)
         return

@@ -2,14 +2,25 @@
 
 import json
 from collections.abc import Mapping
-from datetime import UTC, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from client import calls
 from client.connection import Session
 from client.errors import ApiError, BadInputError, JobFailedError
 from client.models import Event, Job
-from client.output import Format, duration, number, print_json, print_pairs, print_text, print_yaml, size
+from client.output import (
+    Format,
+    counted,
+    duration,
+    number,
+    print_json,
+    print_pairs,
+    print_text,
+    print_yaml,
+    size,
+    visible,
+)
 from client.times import ago, at, moment, took
 
 COLUMNS = ("job", "kind", "state", "model", "recipe", "progress", "created", "took", "GPU time", "reason")
@@ -61,15 +72,32 @@ def print_event(event: Event, output: Format) -> None:
             # A worker says nothing new: it is the one that has the job.
             who = {"by": event.actor} if ":" in event.actor else {}
             given = {name: value for name, value in {**event.data, **who}.items() if value not in (None, {})}
-            facts = " ".join(f"{name}={_fact(value)}" for name, value in given.items())
+            facts = " ".join(f"{name}={_fact(name, value)}" for name, value in given.items())
             when = f"{moment(event.at).astimezone(UTC):%Y-%m-%d %H:%M:%S}"
-            print_text(f"{event.id:>6}  {when}  {event.type:<14}  {facts}".rstrip())
+            print_text(visible(f"{event.id:>6}  {when}  {event.type:<14}  {facts}".rstrip()))
 
 
-def _fact(value: object) -> object:
-    if isinstance(value, Mapping):
-        return ",".join(f"{name}:{_fact(each)}" for name, each in value.items())
-    return json.dumps(value) if isinstance(value, bool) else number(value)
+def _fact(name: str, value: object) -> object:
+    """Write a fact without spaces: switches as in JSON, times to the second, what is taken away as none."""
+    match value:
+        case None:
+            return "none"
+        case bool():
+            return json.dumps(value)
+        case Mapping():
+            return ",".join(f"{inner}:{_fact(inner, each)}" for inner, each in value.items())
+        case int() | str() if name.endswith("_at"):
+            return _time(value)
+    return number(value)
+
+
+def _time(value: int | str) -> str:
+    try:
+        # Older services send milliseconds.
+        when = datetime.fromtimestamp(value / 1000, UTC) if isinstance(value, int) else moment(value)
+        return f"{when.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    except (ValueError, OverflowError, OSError):
+        return str(value)
 
 
 def report_job(session: Session, job: Job, *, reused: bool | None = None) -> None:
@@ -107,6 +135,7 @@ def _pairs(session: Session, job: Job) -> dict[str, Any]:
         "took": took(job.raw),
         "GPU time": _gpu(job),
         **_result(job),
+        **({"artifact": "deleted"} if _is_deleted(session, job) else {}),
     }
 
 
@@ -118,7 +147,7 @@ def _start(job: Job) -> str | None:
 
 
 def _held_by(session: Session, job: Job) -> str | None:
-    """Say what is paused and keeps a job from starting. The job does not tell, so its queue and its project do."""
+    """Say what keeps a job from starting. The job does not tell, so its queue and its project do."""
     if job.state not in _WAITING:
         return None
     try:
@@ -129,7 +158,33 @@ def _held_by(session: Session, job: Job) -> str | None:
         return None
     paused = [f"queue {queue['name']}"] if queue["paused"] else []
     paused += [f"project {project['tenant']}"] if project["paused"] else []
-    return f"{' and '.join(paused)}, which {'is' if len(paused) == 1 else 'are'} paused" if paused else None
+    held = [f"{' and '.join(paused)}, which {'is' if len(paused) == 1 else 'are'} paused"] if paused else []
+    # What waits for a time or for another job is not kept by a bound.
+    return "; ".join([*held, *(_full(queue, project) if job.state == "queued" else ())]) or None
+
+
+def _full(queue: Mapping[str, Any], project: Mapping[str, Any]) -> list[str]:
+    """Say which bounds are reached. An older service does not tell how many slots a queue takes for all projects."""
+    bounds = (
+        (f"queue {queue['name']}", queue.get("busy"), queue["max_running"]),
+        (f"project {project['tenant']}", project["running"]["used"], project["running"]["limit"]),
+    )
+    return [
+        f"{name}, which has {used} of {counted(limit, 'GPU slot')} taken"
+        for name, used, limit in bounds
+        if used is not None and limit is not None and used >= limit
+    ]
+
+
+def _is_deleted(session: Session, job: Job) -> bool:
+    """Tell whether the artifact that a job has made is gone; the job itself keeps what it was."""
+    if job.state != "succeeded" or not (job.result or {}).get("artifact"):
+        return False
+    try:
+        session.client.run(calls.get_artifact(job.id))
+    except ApiError as error:
+        return error.status == 404
+    return False
 
 
 def check_job(job: Job) -> None:

@@ -18,10 +18,12 @@ from client.lists import (
     OfModel,
     OfRecipe,
     read_time,
+    tell_of_ignored,
     tell_of_more,
 )
 from client.measures import FewshotOption, QuestionsOption, SpeedFlag, TasksOption, TextOption, measuring, text_source
-from client.output import duration, note, print_pairs, print_table, size
+from client.models import Job
+from client.output import counted, duration, note, print_pairs, print_table, size
 from client.progress import detaching, follow_job
 from client.recipes import is_file_name, preset_names, read_data_file
 
@@ -60,6 +62,15 @@ LabelOption = Annotated[
     list[str] | None, typer.Option("--label", metavar="NAME=VALUE", parser=_label, help="A label; repeat for more.")
 ]
 _NO_DEADLINE = "none"
+_OPTIONS = {
+    "queue": "--queue",
+    "priority": "--priority",
+    "run_at": "--run-at",
+    "deadline_at": "--deadline",
+    "labels": "--label",
+    "depends_on": "--after",
+}
+"""The options that say how a job waits, by the API's names: they are no part of the work that is found again."""
 
 
 def _deadline_or_none(text: str) -> str:
@@ -126,11 +137,27 @@ def submit(
     )
     note(f"{'found' if job.reused else 'submitted'} {job.id} ({job.state})")
     reused = job.reused
+    if reused:
+        asked = {"queue": queue, "priority": priority, "run_at": run_at, "deadline_at": deadline}
+        tell_of_ignored(ignored_options(job, labels=_labels(label), depends_on=after, **asked), job.id)
     if wait_for_it:
         job = follow_job(session.client, job.id, timeout)
     report_job(session, job, reused=reused)
     if wait_for_it:
         check_job(job)
+
+
+def ignored_options(job: Job, **asked: Any) -> list[str]:
+    """Return the options whose values a job that was there already does not have."""
+    return [_OPTIONS[name] for name, value in asked.items() if value is not None and not _has(job.raw.get(name), value)]
+
+
+def _has(value: Any, asked: Any) -> bool:
+    if isinstance(asked, Mapping):
+        return asked.items() <= (value or {}).items()
+    if isinstance(asked, list):
+        return set(asked) <= set(value or ())
+    return bool(value == asked)
 
 
 def _labels(given: list[str] | None) -> dict[str, str] | None:
@@ -311,10 +338,10 @@ def estimate(
 
 def _basis(known: Mapping[str, Any]) -> str | None:
     """Say what an estimate rests on; none when there is no estimate."""
-    jobs = f"{known['jobs']} finished job{'' if known['jobs'] == 1 else 's'}"
+    jobs = counted(known["jobs"], "finished job")
     words = {
         "same_work": f"{jobs} with this model and recipe",
-        "same_model": f"{jobs} with this model and other recipes",
+        "same_model": f"{jobs} with this model and other settings",
         "same_recipe": f"{jobs} with this recipe and other models",
         "shape": "the shape of the model",
         "none": None,

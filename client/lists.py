@@ -1,5 +1,6 @@
 """What the commands that list things have in common: how lists are narrowed, and how they go on."""
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -29,6 +30,13 @@ CreatedFrom = Annotated[
 CreatedUntil = Annotated[
     str | None, typer.Option(metavar="TIME", parser=read_time, help="Only what was made before this time.")
 ]
+
+
+def tell_of_ignored(options: Sequence[str], what: str) -> None:
+    """Say which options of a submit did nothing, since the work was there already."""
+    if options:
+        do = "do" if len(options) > 1 else "does"
+        note(f"{', '.join(options)} {do} not apply to {what}; --force makes it anew")
 
 
 def tell_of_more(command: str, next_cursor: str | None) -> None:

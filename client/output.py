@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
@@ -12,6 +13,8 @@ import typer
 import yaml
 from rich.console import Console
 
+_STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""C0 and C1 control characters, line and paragraph separators, and what turns the direction of writing."""
 chatter = Console(stderr=True, highlight=False)
 """For people: progress, notes, errors."""
 
@@ -76,26 +79,40 @@ def show(value: object, output: Format, people: Callable[[], None]) -> None:
 
 def print_json(value: object) -> None:
     """Print one line of JSON on stdout."""
-    sys.stdout.write(json.dumps(value, default=str) + "\n")
-    sys.stdout.flush()
+    _write(json.dumps(value, default=str))
 
 
 def print_yaml(value: object) -> None:
     """Print a document of YAML on stdout."""
     # Through JSON, so that both have the same types.
     plain = json.loads(json.dumps(value, default=str))
-    print_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120).rstrip("\n"))
+    _write(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120).rstrip("\n"))
+
+
+def visible(value: object, *, keep: str = "") -> str:
+    r"""Return text in which nothing steers the terminal: control characters are written out, but for those to keep.
+
+    Names and messages come from others: a line break in one would break a table, an escape could hide a line.
+
+    >>> visible("k\x1b[31m\ny"), visible("a\tb", keep="\t"), visible("é\u202e")
+    ('k\\x1b[31m\\ny', 'a\tb', 'é\\u202e')
+    """
+    return _STEERING.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], str(value))
 
 
 def print_text(text: str) -> None:
-    """Print a result for people on stdout, exactly as it is."""
+    """Print a result for people on stdout; of its control characters only line breaks and tabs work."""
+    _write(visible(text, keep="\n\t"))
+
+
+def _write(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table for people on stdout. Nothing is cut or folded, so that `grep` and `cut` work on it."""
-    cells = [list(columns), *([("" if cell is None else str(cell)) for cell in row] for row in rows)]
+    cells = [list(columns), *([("" if cell is None else visible(cell)) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(columns))]
     for row in cells:
         print_text("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -103,7 +120,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
 
 def print_pairs(values: Mapping[str, Any]) -> None:
     """Print names and values for people on stdout."""
-    known = {name: value for name, value in values.items() if value is not None}
+    known = {visible(name): visible(value) for name, value in values.items() if value is not None}
     width = max(map(len, known), default=0)
     for name, value in known.items():
         print_text(f"{name:<{width}}  {value}")
@@ -111,7 +128,16 @@ def print_pairs(values: Mapping[str, Any]) -> None:
 
 def note(text: str) -> None:
     """Say something to a person."""
-    chatter.print(text, markup=False, soft_wrap=True)
+    chatter.print(visible(text, keep="\n"), markup=False, soft_wrap=True)
+
+
+def counted(count: int, what: str) -> str:
+    """Write how many of something there are.
+
+    >>> counted(1, "job"), counted(0, "job")
+    ('1 job', '0 jobs')
+    """
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:

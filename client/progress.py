@@ -37,9 +37,11 @@ class Teller:
         self._task = bar.add_task("waiting", total=None, done="", left="")
         self._said = ""
 
-    def tell(self, title: str, done: int, total: int, unit: str = "", left: str = "") -> None:
-        """Show it."""
-        counted = f"{done}/{total} {unit}".strip() if total else ""
+    def tell(
+        self, title: str, done: int, total: int, unit: str = "", left: str = "", *, words: str | None = None
+    ) -> None:
+        """Show it; `words` say how much is done where one number of one unit does not."""
+        counted = (words or f"{done}/{total} {unit}").strip() if total else ""
         self._bar.update(self._task, description=title, completed=done, total=total or None, done=counted, left=left)
         line = " ".join(part for part in (title, counted) if part)
         if not chatter.is_terminal and line != self._said:

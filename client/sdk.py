@@ -30,10 +30,18 @@ _SLOWEST_POLL_SECONDS = 5.0
 
 
 class Client:
-    """A connection to one service with one API key. Close it, or use it in a `with` statement."""
+    """A connection to one service with one API key. Close it, or use it in a `with` statement.
+
+    Without a key it carries out what needs none: health, readiness, version.
+    """
 
     def __init__(
-        self, url: str, key: str, *, timeout_s: float = _READ_SECONDS, transport: httpx.BaseTransport | None = None
+        self,
+        url: str,
+        key: str | None = None,
+        *,
+        timeout_s: float = _READ_SECONDS,
+        transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.url = url.rstrip("/")
         options = wire.options(url, key, timeout_s)

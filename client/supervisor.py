@@ -10,7 +10,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from client.errors import ClientError
 
@@ -21,6 +23,12 @@ _STEADY_S = 60.0
 _TAIL_BYTES = 16_384
 _SERIOUS = frozenset({"warning", "error", "critical"})
 _SERIOUS_WORDS = re.compile(r"error|warning|critical|exception|fatal", re.I)
+_OF_JOBS = frozenset({"job_failed"})
+"""Events that tell of a job, and never why a process has ended."""
+_OUTSIDE = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT})
+"""Signals that come from outside: whatever the process logged before says nothing about them."""
+_FRESH_S = 15.0
+"""What was logged longer than this before the end is of something else; a part may take so long to stop."""
 
 
 @dataclass
@@ -76,18 +84,50 @@ class Child:
         return f"was killed by signal {-self.status}"
 
     def last_words(self) -> str:
-        """Return the last warning or error that it has logged since it was started; empty without any.
+        """Return the last warning or error that it has logged right before its end; empty without any.
 
         What ends by itself, and was not killed, may say why before it has a log: then any plain line will do.
         """
+        if self.status is not None and -self.status in _OUTSIDE:
+            return ""
         with contextlib.suppress(OSError), self.log.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
             stream.seek(max(self._log_start, size - _TAIL_BYTES))
-            lines = stream.read().decode("utf-8", "replace").splitlines()
-            plain = [line.strip() for line in lines if self.status and self.status > 0 and not line.startswith("{")]
-            words = [words for line in lines if (words := _serious(line))] or plain
-            return words[-1][:400] if words else ""
+            written_at = os.fstat(stream.fileno()).st_mtime
+            lines = _fresh(stream.read().decode("utf-8", "replace").splitlines(), written_at, time.time())
+            plain = [line.strip() for line in lines if self.status and self.status > 0 and _event(line) is None]
+            words = [words for line in lines if (words := _serious(line))] or [line for line in plain if line]
+            return _announced(words[-1])[:400] if words else ""
         return ""
+
+
+def _event(line: str) -> Mapping[str, Any] | None:
+    """Read a line of a log; none when it is plain text."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None
+
+
+def _fresh(lines: Sequence[str], written_at: float, now: float) -> list[str]:
+    """Return the lines that were logged just now; without a time a line is as old as the next, the last as the file."""
+    kept, at = [], written_at
+    for line in reversed(lines):
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            at = datetime.fromisoformat((_event(line) or {})["timestamp"]).timestamp()
+        if now - at <= _FRESH_S:
+            kept.append(line)
+    return kept[::-1]
+
+
+def _announced(words: str) -> str:
+    """Leave out what only announces the lines after it, which are not shown.
+
+    >>> _announced("error: the store ended with status -9; its last words:")
+    'error: the store ended with status -9'
+    """
+    return words.rpartition(";")[0] or words.rstrip(":") if words.endswith(":") else words
 
 
 def _serious(line: str) -> str:
@@ -98,13 +138,10 @@ def _serious(line: str) -> str:
     >>> _serious('{"level": "info", "event": "http_request"}')
     ''
     """
-    try:
-        event = json.loads(line)
-    except ValueError:
-        event = None
-    if not isinstance(event, dict):
+    event = _event(line)
+    if event is None:
         return line.strip() if _SERIOUS_WORDS.search(line) else ""
-    if event.get("level") not in _SERIOUS:
+    if event.get("level") not in _SERIOUS or event.get("event") in _OF_JOBS:
         return ""
     # Of a traceback the last line says what happened.
     cause = str(event.get("exception") or event.get("error") or event.get("detail") or "").strip()

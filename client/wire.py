@@ -23,7 +23,7 @@ _LONGEST_PAUSE_S = 10.0
 _AGAIN = frozenset({httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.TOO_MANY_REQUESTS})
 
 
-def options(url: str, key: str, timeout_s: float) -> dict[str, Any]:
+def options(url: str, key: str | None, timeout_s: float) -> dict[str, Any]:
     """Return the options of an httpx client for this service.
 
     Raises:
@@ -31,11 +31,11 @@ def options(url: str, key: str, timeout_s: float) -> dict[str, Any]:
     """
     if not url.startswith(("http://", "https://")):
         raise BadInputError(f"{url!r} is no service URL; it looks like http://127.0.0.1:8000")
-    if not key.isascii() or not key.isprintable():
+    if key and not (key.isascii() and key.isprintable()):
         raise BadInputError("the API key has characters that no key has")
     return {
         "base_url": url.rstrip("/"),
-        "headers": {"Authorization": f"Bearer {key}", "User-Agent": "duquant-client"},
+        "headers": {"User-Agent": "duquant-client", **({"Authorization": f"Bearer {key}"} if key else {})},
         "timeout": httpx.Timeout(timeout_s, connect=CONNECT_SECONDS),
         # Without TLS there is nothing to verify, and reading the certificates takes longer than most commands.
         "verify": url.startswith("https://"),

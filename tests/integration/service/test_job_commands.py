@@ -14,6 +14,7 @@ from support.commands import data
 
 from client.aio import AsyncClient
 from client.errors import ApiError, UnavailableError
+from client.main import run
 from client.models import Event
 from client.sdk import Client
 from service import stream
@@ -54,6 +55,28 @@ def test_a_job_is_submitted_for_later_and_shows_when_and_why_it_waits(service: A
     assert pairs(cli("job", "get", job["id"]))["held by"] == both
     assert data(cli("queue", "get", "default", "--json"))["paused"] is True
     assert pairs(cli("quota"))["state"] == "paused"
+
+
+def test_a_bound_that_is_reached_is_named(service: Any, cli: Any) -> None:
+    service.submit()
+    waiting, later = service.submit()["id"], data(cli("job", "submit", MODEL, "--run-at", "+2h", "--force", "--json"))
+    cli("project", "set", "default", "--max-running", "1")
+    assert "held by" not in pairs(cli("job", "get", waiting)), "nothing runs yet"
+    service.claim()
+    held = "project default, which has 1 of 1 GPU slot taken"
+    assert pairs(cli("job", "get", waiting))["held by"] == held
+    assert "held by" not in pairs(cli("job", "get", later["id"])), "its time keeps it"
+    cli("queue", "pause", "default")
+    assert pairs(cli("job", "get", waiting))["held by"] == f"queue default, which is paused; {held}"
+
+
+def test_an_artifact_that_was_deleted_is_told(service: Any, cli: Any) -> None:
+    job = service.submit()["id"]
+    work(service)
+    assert pairs(cli("job", "get", job))["artifact"].startswith("5 files, ")
+    assert "files" in pairs(cli("job", "get", job, "--key", service.key("jobs:read")))["artifact"]
+    cli("artifact", "delete", job)
+    assert pairs(cli("job", "get", job))["artifact"] == "deleted"
 
 
 def test_what_is_usual_is_not_shown(service: Any, cli: Any) -> None:
@@ -122,6 +145,18 @@ def test_events_are_printed_as_they_happen_until_the_job_ends(service: Any, cli:
     assert cli("job", "events", "job_absent")[0] == 4
 
 
+def test_the_facts_of_events_are_written_for_people(service: Any, cli: Any) -> None:
+    options = ("--run-at", "2098-01-31T09:30:00+01:00", "--deadline", "2099-01-31", "--json")
+    job = data(cli("job", "submit", MODEL, *options))["id"]
+    cli("job", "change", job, "--deadline", "none", "--run-at", "2098-01-31T10:30:00+01:00", "--priority", "5")
+    cli("job", "cancel", job)
+    lines = cli("job", "events", job)[1].splitlines()
+    assert "forced=false" in lines[0]
+    (changed,) = (part for line in lines for part in line.split() if part.startswith("changes="))
+    facts = {"priority:5", "run_at:2098-01-31T09:30:00Z", "deadline_at:none"}
+    assert set(changed.removeprefix("changes=").split(",")) == facts
+
+
 def test_events_go_on_when_the_service_ends_the_stream(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "LONGEST_SECONDS", 0.2)
     job = service.submit()
@@ -188,7 +223,7 @@ def test_a_batch_takes_options_over_what_its_file_says(service: Any, cli: Any, t
     assert job["priority"] == 300
     assert cli("batch", "list")[1].splitlines()[1].endswith(" s ago")
     status, _, err = cli("batch", "submit", str(file), "--queue", "absent")
-    assert (status, "/queue" in err) == (2, True)
+    assert (status, err.startswith("duquant: error: --queue: ")) == (2, True)
 
 
 def test_an_evaluation_has_a_priority(service: Any, cli: Any) -> None:
@@ -220,3 +255,43 @@ def test_texts_show_ages(service: Any, cli: Any, tmp_path: Any) -> None:
 def test_what_is_wrong_with_a_whole_request_has_no_field_before_it(cli: Any, tmp_path: Any) -> None:
     (tmp_path / "empty.txt").touch()
     assert cli("text", "upload", str(tmp_path / "empty.txt"))[::2] == (2, "duquant: error: the text is empty\n")
+
+
+def test_the_state_of_a_service_is_for_everybody(
+    service: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Any
+) -> None:
+    for name in ("DUQUANT_API_KEY", "DUQUANT_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DUQUANT_HOME", str(tmp_path / "empty"))
+    monkeypatch.setenv("DUQUANT_CONFIG", str(tmp_path / "config.yaml"))
+    monkeypatch.setenv("DUQUANT_URL", service.url)
+    assert run(["status"]) == 5, "no dispatcher reports"
+    assert "dispatcher  DOWN" in capsys.readouterr().out
+    assert run(["job", "list"]) == 2
+    assert "no API key" in capsys.readouterr().err
+    monkeypatch.setenv("DUQUANT_URL", "http://127.0.0.1:9")
+    assert run(["status"]) == 5
+    said = capsys.readouterr()
+    assert (said.out, len(said.err.splitlines())) == ("", 1)
+    assert "cannot reach http://127.0.0.1:9" in said.err
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        (("queue", "change", "default", "--max-running", "0"), "--max-running: "),
+        (("job", "list", "--state", "queued", "--state", "nope"), "--state: "),
+        (("job", "submit", MODEL, "--priority", "2000"), "--priority: "),
+        (("job", "submit", MODEL, "--label", "team=" + "x" * 500), "--label: "),
+        (("job", "submit", MODEL, "--deadline", "-1h"), "--deadline: "),
+        (("job", "submit", MODEL, "--samples", "0"), "--samples: "),
+        (("job", "submit", MODEL, "--seq-len", "1"), "--seq-len: "),
+        (("job", "submit", MODEL, "--evaluate-seq-len", "-1"), "--evaluate-seq-len: "),
+        (("job", "submit", MODEL, "--after", "job_absent"), "--after: "),
+        (("key", "create", "k", "--scope", "nope"), "--scope: "),
+    ],
+)
+def test_an_option_that_the_service_refuses_is_named(cli: Any, command: tuple[str, ...], named: str) -> None:
+    status, _, err = cli(*command)
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert err.startswith(f"duquant: error: {named}"), err

@@ -58,7 +58,7 @@ def test_people_see_a_table_and_the_token_once(service: Any, capsys: pytest.Capt
 
 
 def test_what_is_wrong_is_one_line_and_an_exit_code(service: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "/scopes/0" in key(service, capsys, "create", "x", "--scope", "root", status=EXIT_BAD_INPUT)
+    assert "--scope: " in key(service, capsys, "create", "x", "--scope", "root", status=EXIT_BAD_INPUT)
     assert "length of time" in key(
         service, capsys, "create", "x", "--scope", "jobs:read", "--expires-in", "soon", status=EXIT_BAD_INPUT
     )

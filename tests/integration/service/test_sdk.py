@@ -132,6 +132,49 @@ def test_no_manifest_stands_while_files_are_replaced(service: Any, tmp_path: Pat
         assert not (out / ".duquant-partial").exists()
 
 
+PULL = """
+import sys, pathlib
+from client.sdk import Client
+url, key, job, out = sys.argv[1:]
+with Client(url, key) as client:
+    for _ in range(5):
+        client.pull(job, pathlib.Path(out))
+"""
+
+
+def test_two_pulls_do_not_fill_one_folder_at_once(service: Any, cli: Any, tmp_path: Path) -> None:
+    job = service.finished_job(layers=1)
+    out = tmp_path / "out"
+    refused: list[tuple[int, str, str]] = []
+
+    def pull_again(present: int, total: int) -> None:
+        if not refused:
+            refused.append(cli("artifact", "pull", job.id, "--out", str(out)))
+
+    with service.client() as client:
+        client.pull(job.id, out, on_bytes=pull_again)
+        ((status, _, err),) = refused
+        assert (status, "another pull fills" in err) == (2, True)
+        assert not (out / ".duquant-partial").exists()
+        assert client.pull(job.id, out).fetched_bytes == 0
+        # Many at once: each is whole or refused, and what is left is whole.
+        racers = [
+            subprocess.Popen(
+                [sys.executable, "-c", PULL, service.url, service.token, job.id, str(tmp_path / "race")],
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for _ in range(4)
+        ]
+        said = [racer.communicate(timeout=60)[1] for racer in racers]
+        assert all(
+            racer.returncode == 0 or "another pull fills" in words for racer, words in zip(racers, said, strict=True)
+        ), said
+        assert any(racer.returncode == 0 for racer in racers)
+        assert not (tmp_path / "race" / ".duquant-partial").exists()
+        assert client.pull(job.id, tmp_path / "race").fetched_bytes == 0
+
+
 def test_a_large_file_comes_in_pieces_and_what_has_arrived_is_kept(service: Any, tmp_path: Path) -> None:
     job = service.finished_job(layers=1)
     out = tmp_path / "out"

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from client.main import run
+from client.output import note, print_json, print_pairs, print_table, print_text, print_yaml
 
 
 def test_json_yaml_and_the_table_hold_the_same(capsys: pytest.CaptureFixture[str]) -> None:
@@ -21,6 +22,27 @@ def test_json_yaml_and_the_table_hold_the_same(capsys: pytest.CaptureFixture[str
     assert yaml.safe_load(said["yaml"]) == items
     assert said["json"].count("\n") == 1
     assert all(item["name"] in said["table"] for item in items["items"])
+
+
+def test_nothing_that_is_shown_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "k\x1b[31m\ny\x9b2J\u202e\t\x7f"
+    shown = "k\\x1b[31m\\ny\\x9b2J\\u202e\\t\\x7f"
+    print_table(("name", "state"), [(name, "ok")])
+    print_pairs({"name": name})
+    print_text(f"{name} is deleted")
+    note(f"found {name}")
+    said = capsys.readouterr()
+    _, row, pair, text = said.out.split("\n", 3)
+    assert (row, pair) == (f"{shown}  ok", f"name  {shown}")
+    assert text == "k\\x1b[31m\ny\\x9b2J\\u202e\t\\x7f is deleted\n"
+    assert "\x1b" not in said.err
+    assert "\x9b" not in said.err
+    print_json({"name": name})
+    assert json.loads(capsys.readouterr().out) == {"name": name}
+    print_yaml({"name": name})
+    assert yaml.safe_load(capsys.readouterr().out) == {"name": name}
+    assert run(["recipe", "show", "a\x1b[31mb"]) == 2
+    assert "\x1b" not in capsys.readouterr().err
 
 
 def test_a_recipe_shown_as_yaml_is_a_recipe_file(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:

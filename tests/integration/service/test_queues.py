@@ -155,6 +155,34 @@ def test_what_measures_a_job_that_was_there_waits_in_the_queue_that_was_asked_fo
     assert [each["queue"] for each in listed] == ["other"]
 
 
+def test_work_that_waits_in_a_paused_queue_is_not_stuck_there(any_service: Any) -> None:
+    service = any_service
+    put(service, "slow", {})
+    first = submit(service, queue="slow").json()
+    service.http.post("/v1/queues/slow:pause")
+    again = submit(service)
+    assert (again.status_code, again.json()["reused"], again.json()["id"]) == (200, True, first["id"])
+    assert again.json()["queue"] == "default"
+    # And back by hand: whoever names a paused queue means it.
+    path = f"/v1/jobs/{first['id']}"
+    assert service.http.patch(path, json={"queue": "slow"}).json()["queue"] == "slow"
+    refused = service.http.patch(path, json={"queue": "nowhere"})
+    assert problem(refused) == (422, "validation-failed")
+    assert refused.json()["errors"][0]["pointer"] == "/queue"
+    assert service.jobs.claim("worker", lease_seconds=60) is None
+    assert service.http.patch(path, json={"queue": None}).json()["queue"] == "default"
+    assert service.jobs.claim("worker", lease_seconds=60).job.id == first["id"]
+    assert problem(service.http.patch(path, json={"queue": "slow"})) == (409, "job-conflict")
+
+
+def test_the_command_line_puts_a_job_into_another_queue(service: Any, cli: Any) -> None:
+    put(service, "slow", {})
+    job = submit(service).json()
+    assert data(cli("job", "change", job["id"], "--queue", "slow", "--json"))["queue"] == "slow"
+    status, _, err = cli("job", "change", job["id"], "--queue", "nowhere")
+    assert (status, "no queue nowhere" in err) == (2, True), err
+
+
 def test_the_command_line_makes_shows_changes_and_deletes_queues(service: Any, cli: Any) -> None:
     assert data(cli("queue", "create", "express-1", "--max-running", "2", "--json"))["max_running"] == 2
     status, _, err = cli("queue", "create", "express-1")

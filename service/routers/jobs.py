@@ -127,7 +127,7 @@ def list_jobs(
     cursor: Cursor = None,
 ) -> JobPage:
     """List this project's jobs by pages. A page stays right when jobs are added meanwhile."""
-    jobs = service.search.page(caller.tenant_id, wanted, limit=limit + 1, before=read_cursor(cursor))
+    jobs = service.search.page(caller.tenant_id, wanted, limit=limit + 1, before=read_cursor(cursor, "job_"))
     page, next_cursor = cut(jobs, limit)
     return JobPage(items=[job_summary(job) for job in page], next_cursor=next_cursor)
 

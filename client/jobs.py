@@ -276,6 +276,7 @@ def change(
     job_id: JobArgument,
     priority: PriorityOption = None,
     run_at: RunAtOption = None,
+    queue: QueueOption = None,
     deadline: Annotated[
         str | None,
         typer.Option(
@@ -287,11 +288,11 @@ def change(
         typer.Option(min=0, help="Only if the job still has this version, as `job get -o json` prints it."),
     ] = None,
 ) -> None:
-    """Change a waiting job's priority or start, or the deadline of one that has not ended."""
-    given = {"priority": priority, "run_at": run_at, "deadline_at": deadline}
+    """Change a waiting job's priority, start or queue, or the deadline of one that has not ended."""
+    given = {"priority": priority, "run_at": run_at, "queue": queue, "deadline_at": deadline}
     changes = {name: None if value == _NO_DEADLINE else value for name, value in given.items() if value is not None}
     if not changes:
-        raise BadInputError("nothing is to be changed; give --priority, --run-at or --deadline")
+        raise BadInputError("nothing is to be changed; give --priority, --run-at, --queue or --deadline")
     report_job(session, session.client.change(job_id, version=version, **changes))
 
 

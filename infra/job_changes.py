@@ -84,12 +84,13 @@ class JobRequests(JobRows):
     def change(
         self, job_id: str, changes: JobChanges, *, tenant_id: str | None, actor: str, version: int | None = None
     ) -> Job:
-        """Change when a job runs. `version` makes sure that it is still as the caller has seen it.
+        """Change when and in which queue a job runs. `version` makes sure that it is as the caller has seen it.
 
         Raises:
             JobNotFound: no such job, or it is another tenant's.
             JobChanged: it has another version by now.
             JobConflict: it has ended; or it runs, and something else than its deadline was to be changed.
+            QueueNotFound: the queue that it is to wait in is not there.
         """
         with write(self._engine) as connection:
             job = self._lock_job(connection, job_id, tenant_id)
@@ -98,6 +99,8 @@ class JobRequests(JobRows):
             allowed = ACTIVE if changes.keys() <= {"deadline_at"} else WAITING
             if job.state not in allowed:
                 raise JobConflict(f"{job.id} is {job.state}; this cannot be changed any more", job_id=job.id)
+            if "queue" in changes:
+                self._hold_queue(connection, changes["queue"])
             return self._change(connection, job, changes, actor) if changes else job
 
 

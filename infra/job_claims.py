@@ -158,7 +158,7 @@ class JobClaims(JobRows):
 
         One look into an index for each tenant. Written as one join over all of them, planners scan the table instead.
         """
-        held = _held_gpus(jobs.c.queue == queues.c.name)
+        held = held_gpus(jobs.c.queue == queues.c.name)
         room = case((queues.c.max_running.is_(None), _UNBOUNDED), else_=queues.c.max_running - held)
         head = self._first(kinds, queues.c.name, room).with_only_columns(_HEAD)
         return (
@@ -316,10 +316,10 @@ def _choice(row: Row) -> _Choice:
 
 
 def _held_by_tenant() -> ColumnElement[int]:
-    return _held_gpus(jobs.c.tenant_id == tenants.c.id)
+    return held_gpus(jobs.c.tenant_id == tenants.c.id)
 
 
-def _held_gpus(condition: ColumnElement[bool]) -> ColumnElement[int]:
+def held_gpus(condition: ColumnElement[bool]) -> ColumnElement[int]:
     """Return the GPU slots of running jobs that fulfil a condition on an outer table's row."""
     # Only a held job has a lease, and the index of leases is small.
     return (

@@ -59,7 +59,8 @@ class JobEnqueue(JobRows):
         """Add a job, or return the one that already does or did the same work for this tenant.
 
         One that has not ended serves both from then on: it starts as early, and as urgently, as the more impatient of
-        the two wants, fails at the later deadline, and waits for other jobs only if both do.
+        the two wants, fails at the later deadline, and waits for other jobs only if both do. It stays in its queue,
+        unless it waits in one that is paused and the new request names one that is not.
 
         Returns:
             The job, and whether it is new. With `force` it always is.
@@ -131,10 +132,18 @@ class JobEnqueue(JobRows):
         now = connection.execute(select(self._now())).scalar_one()
         if (run_at := max(now, new.run_at or now)) < job.run_at:
             changes["run_at"] = run_at
+        if new.queue != job.queue and self._is_only_there_paused(connection, job.queue, new.queue):
+            # As with a new job: the queue stays until the job is in.
+            self._hold_queue(connection, new.queue)
+            changes["queue"] = new.queue
         unblock = job.state is JobState.BLOCKED and not new.depends_on
         if unblock:
             connection.execute(delete(job_deps).where(job_deps.c.job_id == job.id))
         return self._change(connection, job, changes, actor, unblock=unblock) if changes or unblock else job
+
+    def _is_only_there_paused(self, connection: Connection, there: str, elsewhere: str) -> bool:
+        query = select(queues.c.name).where(queues.c.name.in_([there, elsewhere]), queues.c.paused != 0)
+        return set(connection.execute(query).scalars()) == {there}
 
     def _insert(self, connection: Connection, new: NewJob, *, force: bool, actor: str) -> Job | None:
         """Add the job; none where an active one with its fingerprint is there, unless it is forced."""

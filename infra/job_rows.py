@@ -66,6 +66,7 @@ class JobChanges(TypedDict, total=False):
     run_at: int
     deadline_at: int | None
     labels: dict[str, str]
+    queue: str
     batch_id: None
     """It no longer ends with its batch."""
 
@@ -242,7 +243,7 @@ class JobRows:
     def _change(
         self, connection: Connection, job: Job, changes: JobChanges, actor: str, *, unblock: bool = False
     ) -> Job:
-        """Change when a locked job runs; `unblock` lets it no longer wait for other jobs."""
+        """Change when and in which queue a locked job runs; `unblock` lets it no longer wait for other jobs."""
         now = connection.execute(select(self._now())).scalar_one()
         run_at = max(changes["run_at"], now) if "run_at" in changes else job.run_at
         values = {**changes, "run_at": run_at, "turn_at": turn_at(run_at, changes.get("priority", job.priority))}

@@ -9,6 +9,7 @@ from sqlalchemy.engine import RowMapping
 from infra import audit
 from infra.database import now_ms, read, take_turns, write
 from infra.errors import QueueChanged, QueueConflict, QueueNotFound, QuotaExceeded
+from infra.job_claims import held_gpus
 from infra.job_model import HELD, JobState
 from infra.job_rows import state_is
 from infra.schema import DEFAULT_QUEUE, jobs, queues
@@ -29,6 +30,8 @@ class Queue:
     waiting: int
     """Jobs whose turn may come any time."""
     running: int
+    busy: int
+    """GPU slots that its jobs take, of all tenants: what `max_running` bounds."""
     oldest_wait_ms: int | None
     """How long the job has waited that could have started first."""
 
@@ -151,6 +154,7 @@ class QueueStore:
                 queues.c.max_running,
                 func.count(case((is_waiting, 1))).label("waiting"),
                 func.count(case((state_is(*HELD), 1))).label("running"),
+                held_gpus(jobs.c.queue == queues.c.name).label("busy"),
                 (now_ms(self._engine.dialect) - func.min(waits_since)).label("oldest_wait_ms"),
             )
             .select_from(queues.outerjoin(jobs, is_open))

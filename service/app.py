@@ -39,6 +39,7 @@ from infra.webhooks.store import WebhookStore
 from service import errors
 from service.auth import SCOPES
 from service.context import Context
+from service.heads import HeadAsGet
 from service.housekeeping import keep_house
 from service.known_keys import KnownKeys
 from service.limits import OpenStreams, RateLimiter
@@ -144,6 +145,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         app.include_router(resource.router)
     app.mount("/static", StaticFiles(directory=_HERE / "static"), name="static")
     errors.install(app)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, larger={"/v1/texts": settings.max_text_bytes})
     app.add_middleware(RequestContext)
     described = [resource.router for resource in ROUTERS]

@@ -8,7 +8,9 @@ from service.errors import ProblemError
 async def _require_json(request: Request) -> None:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
-        raise ProblemError("unsupported-media-type", f"The body's content type is {media_type!r}.")
+        raise ProblemError(
+            "unsupported-media-type", f"The body's content type is {media_type!r}; send application/json."
+        )
 
 
 async def _require_json_if_any(request: Request) -> None:

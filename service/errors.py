@@ -44,6 +44,7 @@ from infra.errors import (
     WebhookNotFound,
 )
 from service.catalogue import CATALOGUE, ProblemKind
+from service.heads import takes_head
 
 log = structlog.get_logger(__name__)
 
@@ -55,6 +56,18 @@ _BY_STATUS = {404: "not-found", 405: "method-not-allowed", 413: "body-too-large"
 
 UNION_MARK = "union:"
 """What tags of unions begin with: pydantic names them in the paths of errors, but no request has them."""
+
+RULES = {
+    r"^[a-z0-9][a-z0-9_-]{0,63}$": (
+        "must be 1 to 64 lower-case letters, digits, hyphens and underscores, and begin with a letter or a digit"
+    ),
+    r"^[A-Za-z0-9_.-]{1,63}$": "must be 1 to 63 letters without accents, digits, underscores, dots and hyphens",
+    r"^[A-Za-z0-9_.-]{1,63}=[^\x00]{1,200}$": (
+        "must be NAME=VALUE, the name of 1 to 63 letters without accents, digits, underscores, dots and hyphens, "
+        "the value of 1 to 200 characters"
+    ),
+}
+"""What patterns of the API say, in words."""
 
 Location = Literal["body", "query", "path", "header"]
 
@@ -154,6 +167,8 @@ def _field_problem(error: Mapping[str, Any]) -> FieldProblem:
         detail = str(cause)
     if isinstance(cause, ConfigError):
         path = _joined(path, str(cause.facts.get("field", "")))
+    if error["type"] == "string_pattern_mismatch":
+        detail = RULES.get(error.get("ctx", {}).get("pattern", ""), detail)
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         detail = f"unknown field {path[-1]!r}" if path else detail
     place: Location = location if location in ("query", "path", "header") else "body"
@@ -187,7 +202,8 @@ def _http_problem(request: Request, error: HTTPException) -> ProblemError:
 def _allowed_methods(request: Request) -> list[str]:
     """Return the methods of every route with this path; the framework names those of the first one only."""
     routes = [route for route in request.app.state.routes if route.path_regex.match(request.url.path)]
-    return sorted({method for route in routes for method in route.methods or ()})
+    methods = {method for route in routes for method in route.methods or ()}
+    return sorted(methods | {"HEAD"} if "GET" in methods and takes_head(request.url.path) else methods)
 
 
 _BY_ERROR: dict[type[Exception], tuple[str, str | None]] = {

@@ -10,13 +10,16 @@ import anyio
 import structlog
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from infra import tracing
+from service.errors import ProblemError, problem_response
 from service.metrics import REQUEST_SECONDS, REQUESTS
 
 log = structlog.get_logger(__name__)
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 QUIET_PATHS = ("/healthz", "/readyz", "/metrics", "/static/")
 """What is asked for all the time and tells nothing."""
@@ -69,7 +72,12 @@ class RequestContext:
         tracing.annotate({"duquant.request_id": request_id})
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
-                await self.app(scope, receive, send_with_headers)
+                if _CONTROL.search(scope["path"]):
+                    # No path has one; routes would take a line end behind a name for a part of nothing.
+                    nothing = ProblemError("not-found", "There is nothing at a path with a control character in it.")
+                    await problem_response(Request(scope), nothing)(scope, receive, send_with_headers)
+                else:
+                    await self.app(scope, receive, send_with_headers)
             finally:
                 record.end()
 

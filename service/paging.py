@@ -36,14 +36,19 @@ def cut(rows: Sequence[RowT], limit: int) -> tuple[Sequence[RowT], str | None]:
 def write_cursor(created_at: int, row_id: str) -> str:
     """Return the cursor of the page after this row.
 
-    >>> read_cursor(write_cursor(5, "job_1"))
+    >>> read_cursor(write_cursor(5, "job_1"), "job_")
     (5, 'job_1')
     """
     return base64.urlsafe_b64encode(json.dumps([created_at, row_id]).encode()).decode().rstrip("=")
 
 
-def read_cursor(cursor: str | None) -> Place | None:
+def read_cursor(cursor: str | None, prefix: str | None) -> Place | None:
     """Take a cursor apart. It only moves within the caller's own rows, so it needs no signature.
+
+    Args:
+        cursor: What the caller sent; none is the first page.
+        prefix: What the ids of this list begin with: the cursor of another list would show an empty page. None for ids
+            that people choose, which have no underscore.
 
     Raises:
         ProblemError: it is none of ours.
@@ -55,8 +60,9 @@ def read_cursor(cursor: str | None) -> Place | None:
         is_good = type(created_at) is int and abs(created_at) < 2**62 and isinstance(row_id, str)
     except (binascii.Error, ValueError, TypeError, RecursionError):
         is_good = False
-    if not is_good or "\0" in row_id or not row_id.isascii():
-        detail = "cursor must be the next_cursor of the page before"
+    is_ours = is_good and ("_" not in row_id if prefix is None else row_id.startswith(prefix))
+    if not is_ours or "\0" in row_id or not row_id.isascii():
+        detail = "cursor must be the next_cursor of the page before, of this list"
         raise ProblemError(
             "validation-failed", detail, [FieldProblem(location="query", pointer="/cursor", detail=detail)]
         )

@@ -13,7 +13,7 @@ from infra.jobs import JobEvent
 from service.context import Context
 from service.errors import ProblemError
 from service.metrics import STREAMS
-from service.schemas.common import moment
+from service.schemas.common import moment, with_moments
 
 POLL_SECONDS = 0.5
 SLOWEST_POLL_SECONDS = 2.0
@@ -48,8 +48,9 @@ def encode(event: JobEvent) -> str:
     """Write a job event as a server-sent event."""
     at = moment(event.at).isoformat().replace("+00:00", "Z")
     data = {"id": event.id, "job_id": event.job_id, "at": at, "type": event.type, "actor": event.actor}
+    facts = with_moments(event.data)
     # JSON has no bare line ends, so one data line always suffices.
-    return f"id: {event.id}\nevent: {event.type}\ndata: {json.dumps({**data, 'data': event.data})}\n\n"
+    return f"id: {event.id}\nevent: {event.type}\ndata: {json.dumps({**data, 'data': facts})}\n\n"
 
 
 async def job_events(service: Context, job_id: str, after: int) -> AsyncIterator[str]:

@@ -16,6 +16,7 @@ from infra.fingerprints import fingerprint_of, gate_settings
 from infra.jobs import JobChanges, NewJob
 from infra.models import ModelRef
 from infra.paths import find_under
+from infra.schema import DEFAULT_QUEUE
 from infra.texts import file_identity, object_identity, require_hub_name, require_own_key
 from service.auth import Caller
 from service.context import Context
@@ -190,6 +191,8 @@ def changes_of(request: JobChange) -> JobChanges:
     if "deadline_at" in request.model_fields_set:
         _require_future(request.deadline_at)
         changes["deadline_at"] = milliseconds(request.deadline_at)
+    if "queue" in request.model_fields_set:
+        changes["queue"] = DEFAULT_QUEUE if request.queue is None else request.queue
     return changes
 
 

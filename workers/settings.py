@@ -1,11 +1,21 @@
 """Settings of the dispatcher and of the workers it starts."""
 
+import re
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
+from sqlalchemy import make_url
 
 from infra.settings import InfraSettings
+
+_PEER = re.compile(r' at "[^"]*"(?: \([^)]*\))?, port \d+')
+"""How PostgreSQL's library names the server that it cannot reach."""
+
+
+def _shown(database_url: str) -> str:
+    """Return a database's URL as errors of ours show it."""
+    return make_url(database_url).render_as_string(hide_password=True) if database_url else ""
 
 
 class WorkerSettings(InfraSettings):
@@ -35,7 +45,10 @@ class WorkerSettings(InfraSettings):
     """Converted and downloaded models; none means `models` in the home."""
 
     def told(self, text: str) -> str:
-        """Return a message for users, without the folders that it lies in here: they are nobody else's business."""
+        """Return a message for users, without where things lie here: folders and servers are nobody else's business."""
+        for server in (self.s3_endpoint and f"at {self.s3_endpoint}", _shown(self.database_url)):
+            text = text.replace(f" {server}", "") if server else text
+        text = _PEER.sub("", text)
         folders = {*self.model_roots, *self.text_roots, self.models, self.scratch, self.home}
         for folder in sorted({str(place) for each in folders for place in (each, each.resolve())}, key=len)[::-1]:
             text = text.replace(f"{folder.rstrip('/')}/", "")

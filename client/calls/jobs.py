@@ -47,7 +47,7 @@ def list_jobs(**filters: Any) -> Call[JobPage]:
 
 
 def change_job(job_id: str, *, version: int | None = None, **changes: Any) -> Call[Job]:
-    """Change a job's priority, run_at or deadline_at; null is what it is when nobody says it.
+    """Change a job's priority, run_at, queue or deadline_at; null is what it is when nobody says it.
 
     With `version`, as a job has it in `raw`, only if nobody has changed it since: another version is a 412.
     """

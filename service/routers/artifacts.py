@@ -1,5 +1,6 @@
 """/v1/artifacts and /v1/jobs/{id}/artifact: what jobs made, with download links."""
 
+import time
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Response
@@ -10,7 +11,7 @@ from service.artifact_views import artifact_summaries, artifact_summary, artifac
 from service.auth import ArtifactReader, ArtifactWriter
 from service.bodies import BODY_PROBLEMS, JSON_BODY
 from service.context import Service
-from service.errors import COMMON, responses
+from service.errors import COMMON, FieldProblem, ProblemError, responses
 from service.examples import ARTIFACT
 from service.filters import CreatedFrom, CreatedUntil, Name, require_text
 from service.openapi import shows, takes
@@ -40,6 +41,8 @@ ArtifactId = Annotated[
 ]
 TagName = Annotated[str, Path(pattern=TAG, description="A name of your own", examples=["prod"])]
 
+_NOW_SECONDS = 60
+"""A time that is past for no longer is taken for now: clocks differ, and requests take their time."""
 _ONE = (*COMMON, "artifact-not-found")
 
 
@@ -73,7 +76,7 @@ def list_artifacts(
         created_from=milliseconds(created_from),
         created_until=milliseconds(created_until),
     )
-    found = service.artifacts.page(caller.tenant_id, wanted, limit=limit + 1, before=read_cursor(cursor))
+    found = service.artifacts.page(caller.tenant_id, wanted, limit=limit + 1, before=read_cursor(cursor, "art_"))
     page, next_cursor = cut(found, limit)
     return ArtifactPage(items=artifact_summaries(service, page), next_cursor=next_cursor)
 
@@ -129,7 +132,11 @@ def compare_artifacts(
 def change_artifact(
     service: Service, caller: ArtifactWriter, artifact_id: ArtifactId, body: ArtifactChange
 ) -> ArtifactSummary:
-    """Say when an artifact may be deleted."""
+    """Say when an artifact may be deleted: now or later, or, with null, never."""
+    if body.expires_at is not None and body.expires_at.timestamp() < time.time() - _NOW_SECONDS:
+        # The collector would delete it at once, and whoever wants that has DELETE.
+        detail = "expires_at must not lie in the past"
+        raise ProblemError("validation-failed", detail, [FieldProblem(pointer="/expires_at", detail=detail)])
     artifact = service.artifacts.keep_until(
         artifact_id, milliseconds(body.expires_at), tenant_id=caller.tenant_id, actor=caller.actor
     )

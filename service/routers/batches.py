@@ -135,7 +135,7 @@ def _add(service: Context, caller: Caller, name: str, asked: dict[str, Any], pla
 )
 def list_batches(service: Service, caller: Reader, limit: Limit = 50, cursor: Cursor = None) -> BatchPage:
     """List this project's batches by pages, each with how far it is."""
-    found = service.batches.page(caller.tenant_id, limit=limit + 1, before=read_cursor(cursor))
+    found = service.batches.page(caller.tenant_id, limit=limit + 1, before=read_cursor(cursor, "batch_"))
     page, next_cursor = cut(found, limit)
     return BatchPage(items=batch_views(service, page), next_cursor=next_cursor)
 

@@ -123,7 +123,11 @@ def list_evaluations(
     require_text("model", model)
     artifact_id = None if artifact is None else service.artifacts.get(artifact, caller.tenant_id).id
     found = service.evaluations.page(
-        caller.tenant_id, artifact_id=artifact_id, model_name=model, limit=limit + 1, before=read_cursor(cursor)
+        caller.tenant_id,
+        artifact_id=artifact_id,
+        model_name=model,
+        limit=limit + 1,
+        before=read_cursor(cursor, "eval_"),
     )
     page, next_cursor = cut(found, limit)
     return EvaluationPage(items=[evaluation_view(each) for each in page], next_cursor=next_cursor)

@@ -1,8 +1,8 @@
 """/v1/jobs: submit, list, read, cancel, follow."""
 
 import re
-from collections.abc import AsyncIterator
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Annotated
 
@@ -36,6 +36,17 @@ router = APIRouter(prefix="/v1", tags=["jobs"], route_class=ApiRoute)
 JobId = Annotated[str, Path(max_length=64, examples=["job_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]
 
 _ONE_JOB = (*COMMON, "job-not-found")
+
+
+@contextmanager
+def _queue_of_the_body() -> Iterator[None]:
+    """Take a queue that is not there for what it is: a field with a wrong value."""
+    try:
+        yield
+    except QueueNotFound as error:
+        raise ProblemError(
+            "validation-failed", str(error), [FieldProblem(pointer="/queue", detail=str(error))]
+        ) from error
 
 
 @router.post(
@@ -77,7 +88,8 @@ def submit_job(service: Service, caller: Writer, body: JobRequest, once: Once) -
     """Queue a job that quantizes one model with one recipe.
 
     The same model and recipe again gives back the job that is active or finished, with `reused: true` and status 200,
-    unless `force` is set.
+    unless `force` is set. A job that still waits then serves both requests: it starts as early and as urgently as the
+    more impatient of them wants, and leaves a paused queue for the one of the new request, if that is not paused.
     """
 
     def prepare() -> tuple[NewJob, Identities | None]:
@@ -87,12 +99,8 @@ def submit_job(service: Service, caller: Writer, body: JobRequest, once: Once) -
 
     def make(prepared: tuple[NewJob, Identities | None]) -> Made:
         new, identities = prepared
-        try:
+        with _queue_of_the_body():
             job, created = service.jobs.enqueue(new, force=body.force, actor=caller.actor)
-        except QueueNotFound as error:
-            raise ProblemError(
-                "validation-failed", str(error), [FieldProblem(pointer="/queue", detail=str(error))]
-            ) from error
         evaluation = None
         if body.evaluate is not None and identities is not None:
             # In the queue that was asked for: that of a job which was there already may be gone.
@@ -119,7 +127,7 @@ def list_jobs(
     cursor: Cursor = None,
 ) -> JobPage:
     """List this project's jobs by pages. A page stays right when jobs are added meanwhile."""
-    jobs = service.search.page(caller.tenant_id, wanted, limit=limit + 1, before=read_cursor(cursor))
+    jobs = service.search.page(caller.tenant_id, wanted, limit=limit + 1, before=read_cursor(cursor, "job_"))
     page, next_cursor = cut(jobs, limit)
     return JobPage(items=[job_summary(job) for job in page], next_cursor=next_cursor)
 
@@ -192,7 +200,7 @@ def _read_job(service: Context, job_id: str, tenant_id: str) -> tuple[Job, str, 
 @router.patch(
     "/jobs/{job_id}",
     operation_id="changeJob",
-    summary="Change when a job runs",
+    summary="Change when and in which queue a job runs",
     response_model=JobDetail,
     dependencies=[JSON_BODY],
     responses={
@@ -202,7 +210,7 @@ def _read_job(service: Context, job_id: str, tenant_id: str) -> tuple[Job, str, 
     openapi_extra={"requestBody": {"content": {"application/json": {"examples": JOB_CHANGES}}}},
 )
 def change_job(service: Service, caller: Writer, job_id: JobId, body: JobChange, if_match: IfMatch = None) -> Response:
-    """Change a waiting job's priority or start, or any unfinished job's deadline.
+    """Change a waiting job's priority, start or queue, or any unfinished job's deadline.
 
     With `If-Match` only if the job is still as it was read; somebody else's change is then a 412 and not overwritten.
     """
@@ -213,7 +221,9 @@ def change_job(service: Service, caller: Writer, job_id: JobId, body: JobChange,
         version = service.jobs.get(job_id, caller.tenant_id).version
         if version not in expected:
             raise JobChanged(f"Job {job_id} has changed since it was read.")
-    service.jobs.change(job_id, changes_of(body), tenant_id=caller.tenant_id, actor=caller.actor, version=version)
+    changes = changes_of(body)
+    with _queue_of_the_body():
+        service.jobs.change(job_id, changes, tenant_id=caller.tenant_id, actor=caller.actor, version=version)
     _, shown, tag = _read_job(service, job_id, caller.tenant_id)
     return Response(shown, headers={"ETag": tag}, media_type="application/json")
 

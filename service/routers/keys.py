@@ -20,6 +20,8 @@ from service.paging import Cursor, Limit, cut, read_cursor, write_cursor
 from service.schemas.keys import KeyMade, KeyPage, KeyRequest, KeyRotation, KeyView, key_made, key_view
 from service.schemas.tenants import AuditPage, audit_view
 
+_ENTRY_CURSOR = "audit_"
+"""In the place of an id: entries of the audit log have numbers."""
 router = APIRouter(prefix="/v1", tags=["keys"], route_class=ApiRoute)
 
 KEY_REQUEST = {"name": "ci", "scopes": ["jobs:read", "jobs:write"], "expires_at": "2036-01-05T09:30:00Z"}
@@ -88,7 +90,7 @@ def create_key(service: Service, caller: KeyAdmin, body: KeyRequest, once: Once)
 )
 def list_keys(service: Service, caller: KeyAdmin, limit: Limit = 50, cursor: Cursor = None) -> KeyPage:
     """List this project's keys by pages, with expired and revoked ones, without their tokens."""
-    rows: Sequence[ApiKey] = service.keys.page(caller.tenant_id, limit=limit + 1, before=read_cursor(cursor))
+    rows: Sequence[ApiKey] = service.keys.page(caller.tenant_id, limit=limit + 1, before=read_cursor(cursor, "key_"))
     page, next_cursor = cut(rows, limit)
     return KeyPage(items=[key_view(key) for key in page], next_cursor=next_cursor)
 
@@ -163,11 +165,11 @@ def revoke_key(service: Service, caller: KeyAdmin, key_id: KeyId) -> KeyView:
     responses={200: shows({"items": [_ENTRY], "next_cursor": None}), **responses(*COMMON)},
 )
 def list_audit(service: Service, caller: KeyAdmin, limit: Limit = 50, cursor: Cursor = None) -> AuditPage:
-    """List who changed this project's keys, webhooks, artifacts, texts and limits. Jobs have events of their own.
+    """List who changed this project, its limits, keys, webhooks, artifacts and texts. Jobs have events of their own.
 
-    Whoever runs the server (`tenants:admin`) also sees who paused which queue.
+    Whoever runs the server (`tenants:admin`) also sees who made, bounded, paused, resumed and deleted which queue.
     """
-    before = read_cursor(cursor)
+    before = read_cursor(cursor, _ENTRY_CURSOR)
     rows = audit.entries(
         service.engine,
         tenant_id=caller.tenant_id,
@@ -176,5 +178,5 @@ def list_audit(service: Service, caller: KeyAdmin, limit: Limit = 50, cursor: Cu
         limit=limit + 1,
     )
     page: list[AuditEntry] = rows[:limit]
-    next_cursor = write_cursor(page[-1].id, "audit") if len(rows) > limit else None
+    next_cursor = write_cursor(page[-1].id, _ENTRY_CURSOR) if len(rows) > limit else None
     return AuditPage(items=[audit_view(entry) for entry in page], next_cursor=next_cursor)

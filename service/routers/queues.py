@@ -45,9 +45,18 @@ _QUEUE = {
     "max_running": None,
     "waiting": 3,
     "running": 1,
+    "busy": 2,
     "oldest_wait_seconds": 41.5,
 }
-_MADE = {**_QUEUE, "name": "express", "max_running": 4, "waiting": 0, "running": 0, "oldest_wait_seconds": None}
+_MADE = {
+    **_QUEUE,
+    "name": "express",
+    "max_running": 4,
+    "waiting": 0,
+    "running": 0,
+    "busy": 0,
+    "oldest_wait_seconds": None,
+}
 _WORKER = {
     "name": "node-1:4711",
     "started_at": "2026-01-05T08:00:00.000Z",
@@ -82,6 +91,7 @@ def _view(queue: Queue) -> QueueView:
         max_running=queue.max_running,
         waiting=queue.waiting,
         running=queue.running,
+        busy=queue.busy,
         oldest_wait_seconds=None if queue.oldest_wait_ms is None else max(queue.oldest_wait_ms, 0) / 1000,
     )
 

@@ -65,7 +65,7 @@ def create_tenant(service: Service, caller: TenantAdmin, body: TenantRequest, on
 )
 def list_tenants(service: Service, _caller: TenantAdmin, limit: Limit = 50, cursor: Cursor = None) -> TenantPage:
     """List all projects of this server by pages."""
-    page, next_cursor = cut(service.tenants.page(limit=limit + 1, before=read_cursor(cursor)), limit)
+    page, next_cursor = cut(service.tenants.page(limit=limit + 1, before=read_cursor(cursor, None)), limit)
     return TenantPage(items=[tenant_view(tenant) for tenant in page], next_cursor=next_cursor)
 
 

@@ -109,7 +109,7 @@ async def upload_text(
 )
 def list_texts(service: Service, caller: Reader, limit: Limit = 50, cursor: Cursor = None) -> TextPage:
     """List this project's texts by pages."""
-    rows = service.texts.page(caller.tenant_id, limit=limit + 1, before=read_cursor(cursor))
+    rows = service.texts.page(caller.tenant_id, limit=limit + 1, before=read_cursor(cursor, "text_"))
     page, next_cursor = cut(rows, limit)
     return TextPage(items=[text_view(text) for text in page], next_cursor=next_cursor)
 

@@ -88,7 +88,7 @@ def create_webhook(service: Service, caller: WebhookWriter, body: WebhookRequest
 )
 def list_webhooks(service: Service, caller: WebhookWriter, limit: Limit = 50, cursor: Cursor = None) -> WebhookPage:
     """List this project's webhooks by pages, without their secrets."""
-    rows = service.webhooks.page(caller.tenant_id, limit=limit + 1, before=read_cursor(cursor))
+    rows = service.webhooks.page(caller.tenant_id, limit=limit + 1, before=read_cursor(cursor, "wh_"))
     page, next_cursor = cut(rows, limit)
     return WebhookPage(items=[webhook_view(webhook) for webhook in page], next_cursor=next_cursor)
 
@@ -179,7 +179,7 @@ def list_deliveries(
     service: Service, caller: WebhookWriter, webhook_id: WebhookId, limit: Limit = 50, cursor: Cursor = None
 ) -> DeliveryPage:
     """List what was sent in the last 30 days, and what came of it."""
-    before = read_cursor(cursor)
+    before = read_cursor(cursor, "msg_")
     rows = service.webhooks.deliveries(webhook_id, caller.tenant_id, limit=limit + 1, before=before)
     page, next_cursor = cut(rows, limit)
     return DeliveryPage(items=[delivery_view(delivery) for delivery in page], next_cursor=next_cursor)

@@ -1,8 +1,9 @@
 """What several resources share: times, and the check that a database can keep a text."""
 
 import re
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Annotated, overload
+from typing import Annotated, Any, overload
 
 from pydantic import AfterValidator, AwareDatetime, BeforeValidator
 
@@ -55,6 +56,24 @@ def moment(at_ms: None) -> None: ...
 def moment(at_ms: int | None) -> datetime | None:
     """Turn the job store's milliseconds into a time."""
     return None if at_ms is None else datetime.fromtimestamp(at_ms / 1000, UTC)
+
+
+def with_moments(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return facts of an event or of the audit log with their times as the rest of the API writes them.
+
+    >>> with_moments({"changes": {"run_at": 1000, "priority": 5}, "expires_at": None})
+    {'changes': {'run_at': '1970-01-01T00:00:01.000Z', 'priority': 5}, 'expires_at': None}
+    """
+    return {name: _with_moments(name, value) for name, value in facts.items()}
+
+
+def _with_moments(name: str, value: Any) -> Any:
+    if name == "changes" and isinstance(value, Mapping):
+        return with_moments(value)
+    if name.endswith("_at") and type(value) is int:
+        # Zero stands for what was asked for as null: at once.
+        return moment(value).isoformat(timespec="milliseconds").replace("+00:00", "Z") if value else None
+    return value
 
 
 @overload

@@ -69,6 +69,8 @@ class JobChange(BaseModel):
     """When it may start; null is at once."""
     deadline_at: Moment | None = None
     """When it fails if it has not ended; null takes the deadline away."""
+    queue: QueueName | None = None
+    """The queue that it waits in from now on; null is `default`."""
 
 
 class Progress(BaseModel):

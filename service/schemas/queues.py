@@ -15,7 +15,7 @@ class QueueRequest(BaseModel):
 
 
 class QueueView(BaseModel):
-    """A queue, and this project's jobs in it."""
+    """A queue, this project's jobs in it, and how full it is."""
 
     name: str
     paused: bool
@@ -26,6 +26,8 @@ class QueueView(BaseModel):
     """This project's jobs whose turn may come any time."""
     running: int
     """This project's jobs that run."""
+    busy: int
+    """GPU slots that jobs of all projects take in it now: what max_running bounds."""
     oldest_wait_seconds: float | None
     """How long the first of them has waited."""
 

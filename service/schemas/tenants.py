@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from infra.audit import AuditEntry
 from infra.tenants import Tenant
-from service.schemas.common import check_text, moment
+from service.schemas.common import check_text, moment, with_moments
 
 _BIGGEST_COUNT = 2**31 - 1
 _BIGGEST = 2**53 - 1  # what every JSON parser reads exactly
@@ -79,7 +79,7 @@ class TenantPage(BaseModel):
 
 
 class AuditView(BaseModel):
-    """One change that somebody made to keys, queues, projects, webhooks or artifacts."""
+    """One change that somebody made to keys, queues, projects, webhooks, artifacts or texts."""
 
     id: int
     at: datetime
@@ -118,5 +118,5 @@ def audit_view(entry: AuditEntry) -> AuditView:
         actor=entry.actor,
         action=entry.action,
         target=entry.target,
-        data=entry.data,
+        data=with_moments(entry.data),
     )

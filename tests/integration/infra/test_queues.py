@@ -11,7 +11,7 @@ from sqlalchemy import Engine, select
 from infra import audit
 from infra.batches import BatchStore, NewItem
 from infra.database import make_engine, read, transaction
-from infra.errors import QueueChanged, QueueConflict, QueueNotFound, QuotaExceeded
+from infra.errors import JobConflict, QueueChanged, QueueConflict, QueueNotFound, QuotaExceeded
 from infra.jobs import JobState, JobStore
 from infra.queue_metrics import QueueMetrics
 from infra.queues import MAX_QUEUES, QueueStore
@@ -289,6 +289,123 @@ def test_a_bound_that_is_lowered_stops_nothing_and_starts_nothing_until_there_is
     store.complete(second, {})
     assert desk.claim().job.fingerprint == "c"
     queues.put("default", max_running=None, actor=ACTOR)
+
+
+@pytest.mark.parametrize("state", ["queued", "scheduled", "blocked"])
+def test_work_that_waits_in_a_paused_queue_moves_to_an_open_one_that_asks_for_it(
+    desk: Any, store: JobStore, queues: QueueStore, clock: Any, state: str
+) -> None:
+    queues.put("slow", max_running=None, actor=ACTOR)
+    first = desk.add("first")
+    when: dict[str, Any] = {
+        "queued": {},
+        "scheduled": {"run_at": clock.now + 5000},
+        "blocked": {"depends_on": [first.id]},
+    }[state]
+    job = desk.add("work", queue="slow", **when)
+    queues.pause("slow", actor=ACTOR)
+    joined, created = store.enqueue(desk.new_job("work", **when), actor="hasty")
+    assert (joined.id, created, joined.queue, joined.state) == (job.id, False, "default", state)
+    event = store.events(job.id)[-1]
+    assert (event.type, event.actor, event.data) == ("changed", "hasty", {"changes": {"queue": "default"}})
+    store.complete(desk.claim(), {})
+    clock.advance(10)
+    assert desk.claim().job.id == job.id
+    queues.delete("slow", actor=ACTOR)  # nothing is left in it
+
+
+@pytest.mark.parametrize("paused", [(), ("express",), ("default", "express")], ids=["none", "the other", "both"])
+def test_work_stays_where_it_waits_when_that_is_open_or_the_other_queue_is_paused_too(
+    desk: Any, store: JobStore, queues: QueueStore, paused: tuple[str, ...]
+) -> None:
+    queues.put("express", max_running=None, actor=ACTOR)
+    job = desk.add()
+    for name in paused:
+        queues.pause(name, actor=ACTOR)
+    assert store.enqueue(desk.new_job(queue="express"), actor="hasty") == (job, False)
+    assert desk.event_types(job) == ["enqueued"]
+
+
+def test_work_that_runs_stays_in_its_queue_and_takes_its_slot(desk: Any, store: JobStore, queues: QueueStore) -> None:
+    queues.put("slow", max_running=1, actor=ACTOR)
+    desk.add(queue="slow")
+    running = desk.claim().job
+    queues.pause("slow", actor=ACTOR)
+    assert store.enqueue(desk.new_job(), actor="hasty") == (running, False)
+    with pytest.raises(JobConflict, match="is running"):
+        store.change(running.id, {"queue": "default"}, tenant_id="default", actor="hasty")
+
+
+def test_a_waiting_job_is_put_into_another_queue(desk: Any, store: JobStore, queues: QueueStore) -> None:
+    queues.put("full", max_running=1, actor=ACTOR)
+    desk.add("first", queue="full")
+    job = desk.add("second", queue="full")
+    desk.claim()
+    assert store.claim("worker", lease_seconds=LEASE) is None
+    with pytest.raises(QueueNotFound):
+        store.change(job.id, {"queue": "nowhere"}, tenant_id="default", actor="alice")
+    assert store.get(job.id) == job
+    moved = store.change(job.id, {"queue": "default"}, tenant_id="default", actor="alice", version=job.version)
+    assert (moved.queue, moved.version, moved.run_at) == ("default", job.version + 1, job.run_at)
+    assert store.events(job.id)[-1].data == {"changes": {"queue": "default"}}
+    assert desk.claim().job.id == job.id
+
+
+@pytest.mark.parametrize("how", ["changed", "joined"])
+def test_a_job_does_not_move_into_a_queue_that_is_being_deleted(
+    desk: Any, engine: Engine, queues: QueueStore, how: str
+) -> None:
+    store = JobStore(engine)
+    queues.put("slow", max_running=None, actor=ACTOR)
+    queues.put("express", max_running=None, actor=ACTOR)
+    job, _ = store.enqueue(desk.new_job(queue="slow"), actor=ACTOR)
+    queues.pause("slow", actor=ACTOR)
+    work: Callable[[], object] = _submit(store, desk.new_job(queue="express"))
+    if how == "changed":
+        work = lambda: store.change(job.id, {"queue": "express"}, tenant_id=None, actor=ACTOR)  # noqa: E731
+    with ThreadPoolExecutor(1) as pool:
+        with transaction(engine):
+            queues.delete("express", actor=ACTOR)
+            moving = pool.submit(work)
+            assert waits(moving)
+        assert isinstance(finished(moving), QueueNotFound)
+    assert store.get(job.id).queue == "slow"
+    with ThreadPoolExecutor(1) as pool:
+        queues.put("express", max_running=None, actor=ACTOR)
+        with transaction(engine):
+            work()
+            deletion = pool.submit(queues.delete, "express", actor=ACTOR)
+            assert waits(deletion)
+        assert isinstance(finished(deletion), QueueConflict)
+    assert (store.get(job.id).queue, stranded(engine)) == ("express", [])
+
+
+def test_a_job_that_is_claimed_while_it_moves_is_claimed_once(desk: Any, engine: Engine, queues: QueueStore) -> None:
+    store = JobStore(engine)
+    queues.put("express", max_running=None, actor=ACTOR)
+    made = [store.enqueue(desk.new_job(str(n)), actor=ACTOR)[0] for n in range(20)]
+
+    def move(job: Any) -> bool:
+        try:
+            store.change(job.id, {"queue": "express"}, tenant_id=None, actor=ACTOR)
+        except JobConflict:
+            return False
+        return True
+
+    def claim(worker: int) -> list[tuple[str, str]]:
+        found = []
+        while (claimed := store.claim(f"worker {worker}", lease_seconds=LEASE)) is not None:
+            found.append((claimed.job.id, claimed.job.queue))
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        claims = [pool.submit(claim, n) for n in range(2)]
+        moves = [pool.submit(move, job) for job in made]
+        moved = {job.id for job, each in zip(made, moves, strict=True) if each.result(60)}
+        taken = [pair for each in claims for pair in each.result(60)]
+    taken += claim(9)
+    assert sorted(job_id for job_id, _ in taken) == sorted(job.id for job in made)
+    assert {job_id for job_id, queue in taken if queue == "express"} == moved
 
 
 def test_metrics_name_every_queue_also_the_empty_ones(desk: Any, engine: Engine, queues: QueueStore) -> None:

@@ -1,7 +1,7 @@
 """Artifacts and evaluations over HTTP."""
 
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
@@ -114,7 +114,18 @@ def test_an_artifact_is_kept_until_a_time(service: Any) -> None:
     until = "2036-01-05T09:30:00Z"
     assert service.http.patch(path, json={"expires_at": until}).json()["expires_at"].startswith("2036-01-05T09:30")
     assert service.http.patch(path, json={"expires_at": None}).json()["expires_at"] is None
-    for body in ({}, {"expires_at": 5}, {"expires_at": "2036-01-05"}, {"expires_at": until, "tags": []}):
+    now = datetime.now(UTC)
+    assert service.http.patch(path, json={"expires_at": (now - timedelta(seconds=10)).isoformat()}).status_code == 200
+    past = (now - timedelta(seconds=70)).isoformat()
+    noted = [entry["data"] for entry in get(service, "/v1/audit")["items"] if entry["action"] == "artifact.changed"]
+    assert noted[1:] == [{"expires_at": None}, {"expires_at": "2036-01-05T09:30:00.000Z"}]
+    for body in (
+        {},
+        {"expires_at": 5},
+        {"expires_at": past},
+        {"expires_at": "2036-01-05"},
+        {"expires_at": until, "tags": []},
+    ):
         assert problem(service.http.patch(path, json=body)) == (422, "validation-failed")
 
 

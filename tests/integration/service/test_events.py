@@ -33,6 +33,19 @@ def test_a_finished_jobs_stream_gives_all_events_and_ends(any_service: Any) -> N
     assert all(event.data["job_id"] == job.id for event in events[:-1])
 
 
+def test_times_in_events_are_written_like_all_others(any_service: Any) -> None:
+    job = any_service.submit()
+    path = f"/v1/jobs/{job['id']}"
+    any_service.http.patch(path, json={"run_at": "2090-01-01T00:00:00Z", "deadline_at": "2091-01-01T00:00:00Z"})
+    any_service.http.patch(path, json={"run_at": None, "deadline_at": None, "priority": 5})
+    any_service.http.post(f"{path}:cancel")
+    changes = [each.data["data"]["changes"] for each in read(any_service, job["id"]) if each.type == "changed"]
+    assert changes == [
+        {"run_at": "2090-01-01T00:00:00.000Z", "deadline_at": "2091-01-01T00:00:00.000Z"},
+        {"run_at": None, "deadline_at": None, "priority": 5},
+    ]
+
+
 def test_a_reader_that_comes_back_gets_only_what_it_missed(any_service: Any) -> None:
     job = any_service.finished_job(layers=1)
     everything = read(any_service, job.id)

@@ -6,6 +6,8 @@ import httpx
 import pytest
 from support.commands import data
 
+from infra.jobs import NewJob
+
 pytestmark = pytest.mark.integration
 
 MODEL = {"source": "demo", "name": "smollm2-135m"}
@@ -34,6 +36,7 @@ def test_a_queue_is_made_used_bounded_and_deleted(any_service: Any) -> None:
         "max_running": 1,
         "waiting": 0,
         "running": 0,
+        "busy": 0,
         "oldest_wait_seconds": None,
     }
     first = submit(service, queue="express").json()
@@ -153,6 +156,50 @@ def test_what_measures_a_job_that_was_there_waits_in_the_queue_that_was_asked_fo
     assert (answer.status_code, answer.json()["reused"]) == (201, 1)
     listed = service.http.get(f"/v1/jobs?batch={answer.json()['id']}&kind=evaluate").json()["items"]
     assert [each["queue"] for each in listed] == ["other"]
+
+
+def test_a_queue_says_how_full_it_is_with_the_jobs_of_all_projects(any_service: Any) -> None:
+    service = any_service
+    put(service, "express", {"max_running": 4})
+    service.http.post("/v1/tenants", json={"id": "other", "name": "Other"})
+    new = service.jobs.get(submit(service, queue="express").json()["id"])
+    for tenant, gpus in (("other", 2), ("default", 1)):
+        made = NewJob(tenant_id=tenant, kind="quantize", spec=new.spec, fingerprint="f", queue="express", gpus=gpus)
+        service.jobs.enqueue(made, force=True, actor="test")
+    for number in range(3):
+        service.jobs.claim(f"worker {number}", lease_seconds=60)
+    shown = service.http.get("/v1/queues/express").json()
+    assert (shown["waiting"], shown["running"], shown["busy"]) == (0, 2, 4)
+    by_name = {each["name"]: each for each in service.http.get("/v1/queues").json()["items"]}
+    assert (by_name["express"]["busy"], by_name["default"]["busy"]) == (4, 0)
+
+
+def test_work_that_waits_in_a_paused_queue_is_not_stuck_there(any_service: Any) -> None:
+    service = any_service
+    put(service, "slow", {})
+    first = submit(service, queue="slow").json()
+    service.http.post("/v1/queues/slow:pause")
+    again = submit(service)
+    assert (again.status_code, again.json()["reused"], again.json()["id"]) == (200, True, first["id"])
+    assert again.json()["queue"] == "default"
+    # And back by hand: whoever names a paused queue means it.
+    path = f"/v1/jobs/{first['id']}"
+    assert service.http.patch(path, json={"queue": "slow"}).json()["queue"] == "slow"
+    refused = service.http.patch(path, json={"queue": "nowhere"})
+    assert problem(refused) == (422, "validation-failed")
+    assert refused.json()["errors"][0]["pointer"] == "/queue"
+    assert service.jobs.claim("worker", lease_seconds=60) is None
+    assert service.http.patch(path, json={"queue": None}).json()["queue"] == "default"
+    assert service.jobs.claim("worker", lease_seconds=60).job.id == first["id"]
+    assert problem(service.http.patch(path, json={"queue": "slow"})) == (409, "job-conflict")
+
+
+def test_the_command_line_puts_a_job_into_another_queue(service: Any, cli: Any) -> None:
+    put(service, "slow", {})
+    job = submit(service).json()
+    assert data(cli("job", "change", job["id"], "--queue", "slow", "--json"))["queue"] == "slow"
+    status, _, err = cli("job", "change", job["id"], "--queue", "nowhere")
+    assert (status, "no queue nowhere" in err) == (2, True), err
 
 
 def test_the_command_line_makes_shows_changes_and_deletes_queues(service: Any, cli: Any) -> None:

@@ -7,6 +7,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from service.errors import RULES
+from service.filters import LABEL
+from service.paging import write_cursor
+from service.schemas.jobs import QUEUE_NAME
+
 pytestmark = pytest.mark.integration
 MODEL = {"source": "demo", "name": "smollm2-135m"}
 
@@ -183,6 +188,7 @@ def test_a_body_that_is_no_json_is_refused(service: Any, body: bytes) -> None:
 def test_a_body_of_another_type_is_refused(service: Any) -> None:
     answer = service.http.post("/v1/jobs", content=b"a=b", headers={"Content-Type": "text/plain"})
     assert (answer.status_code, answer.json()["type"]) == (415, "urn:duquant:problem:unsupported-media-type")
+    assert "application/json" in answer.json()["detail"]
 
 
 @pytest.mark.parametrize(
@@ -194,6 +200,14 @@ def test_a_body_of_another_type_is_refused(service: Any) -> None:
         ("DELETE", "/v1/jobs", 405, "method-not-allowed"),
         ("GET", "/v1/jobs/job_none", 404, "job-not-found"),
         ("GET", "/v1/jobs/%00", 404, "not-found"),
+        ("GET", "/v1/jobs%0a", 404, "not-found"),
+        ("GET", "/v1/jobs/job_none%0A", 404, "not-found"),
+        ("GET", "/healthz%0a", 404, "not-found"),
+        ("GET", "/static/app.css%0a", 404, "not-found"),
+        ("PUT", "/v1/queues/q%0a", 404, "not-found"),
+        ("DELETE", "/v1/queues/default%0a", 404, "not-found"),
+        ("POST", "/v1/queues/default:pause%0a", 404, "not-found"),
+        ("POST", "/v1/queues/def%7fault:pause", 404, "not-found"),
         ("GET", "/v1/jobs/" + "x" * 65, 422, "validation-failed"),
         ("GET", "/v1/batches/nope", 404, "batch-not-found"),
         ("GET", "/v1/texts/nope", 404, "text-unknown"),
@@ -215,6 +229,67 @@ def test_a_misspelt_filter_names_the_one_that_was_meant(service: Any) -> None:
     assert sate == "unknown parameter; did you mean state?"
     assert colour.startswith("unknown parameter; there are batch, created_from,")
     assert service.http.get("/v1/queues?x=1").json()["errors"][0]["detail"].endswith("there are none here")
+
+
+def test_a_parameter_that_comes_twice_is_refused_unless_it_is_a_list(service: Any) -> None:
+    answer = service.http.get("/v1/jobs?limit=1&limit=2&queue=a&queue=a&state=failed&state=queued")
+    assert (answer.status_code, answer.json()["type"]) == (422, "urn:duquant:problem:validation-failed")
+    assert [error["pointer"] for error in answer.json()["errors"]] == ["/limit", "/queue"]
+    lists = "state=failed&state=queued&label=a=1&label=b=2"
+    assert service.http.get(f"/v1/jobs?limit=1&{lists}").status_code == 200
+    assert service.http.post("/v1/texts?name=a&name=b", content=b"x").status_code == 422
+
+
+LISTS = {
+    "jobs": "job_1",
+    "batches": "batch_1",
+    "artifacts": "art_1",
+    "evaluations": "eval_1",
+    "texts": "text_1",
+    "keys": "key_1",
+    "webhooks": "wh_1",
+    "tenants": "zoo",
+    "audit": "audit_",
+}
+
+
+@pytest.mark.parametrize("name", sorted(LISTS))
+def test_only_the_cursors_of_a_list_lead_on_in_it(service: Any, name: str) -> None:
+    for other, row_id in LISTS.items():
+        answer = service.http.get(f"/v1/{name}?cursor={write_cursor(5, row_id)}")
+        assert answer.status_code == (200 if other == name else 422), other
+        if other != name:
+            assert answer.json()["errors"][0]["pointer"] == "/cursor"
+
+
+def test_names_that_break_a_rule_are_told_the_rule_in_words(service: Any) -> None:
+    assert {QUEUE_NAME, LABEL} < RULES.keys()
+    answer = refused(service, {"model": MODEL, "queue": "Not This", "labels": {"a b": "x"}})
+    queue, label = sorted(answer["errors"], key=lambda error: error["pointer"] != "/queue")
+    assert queue["detail"].startswith("must be 1 to 64 lower-case letters")
+    assert label["detail"].startswith("must be 1 to 63 letters")
+    given = service.http.get("/v1/jobs?label=nothing").json()["errors"][0]
+    assert given["detail"].startswith("must be NAME=VALUE")
+    named = service.http.put("/v1/queues/Express", json={}).json()["errors"][0]
+    assert named["detail"] == queue["detail"]
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/version", "/", "/login", "/static/app.css", "/openapi.json"])
+def test_probes_and_pages_take_head(service: Any, path: str) -> None:
+    got, headed = service.http.get(path), service.http.head(path)
+    assert (headed.status_code, headed.content) == (got.status_code, b"")
+    same = ("content-type", "content-length", "content-security-policy", "location")
+    assert [headed.headers.get(name) for name in same] == [got.headers.get(name) for name in same]
+
+
+def test_head_is_refused_where_an_answer_may_be_held_back(service: Any) -> None:
+    for path in ("/v1/jobs", "/live"):
+        answer = service.http.head(path)
+        assert answer.status_code == 405, path
+        assert "HEAD" not in answer.headers["Allow"]
+    assert service.http.delete("/healthz").headers["Allow"] == "GET, HEAD"
+    described = service.http.get("/openapi.json").json()["paths"]
+    assert not any("head" in methods for methods in described.values())
 
 
 def test_a_sane_request_id_comes_back_and_another_is_replaced(service: Any) -> None:

@@ -4,9 +4,9 @@ import schemathesis
 from schemathesis.core.failures import Failure
 from schemathesis.generation import GenerationMode
 
-DECIDED_LATER = {"/If-Match", "/since", "/deadline_at", "/expires_at", "/queue", ""}
-"""Fields whose rules a schema cannot say: an earlier answer's ETag, times in the future, one of two fields."""
-RULES_IN_WORDS = ("/recipe", "/calibration", "/evaluate", "/text", "/tasks", "/speed")
+DECIDED_LATER = {"/If-Match", "/cursor", "/since", "/deadline_at", "/expires_at", "/queue", ""}
+"""Fields whose rules a schema cannot say: an ETag or cursor of an earlier answer, times to come, one of two."""
+RULES_IN_WORDS = ("/recipe", "/calibration", "/evaluate", "/text", "/perplexity", "/tasks", "/speed")
 """Recipes, texts and plans, which check themselves: their rules stand in the descriptions of the fields."""
 
 

@@ -101,7 +101,7 @@ def test_a_forged_cursor_is_refused(service: Any, cursor: str) -> None:
     assert answer.json()["errors"][0] == {
         "location": "query",
         "pointer": "/cursor",
-        "detail": "cursor must be the next_cursor of the page before",
+        "detail": "cursor must be the next_cursor of the page before, of this list",
     }
 
 

@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -73,14 +73,18 @@ def ask(url: str, times: int) -> None:
         assert httpx.get(f"{url}/v1/models", headers=HEADERS).status_code == 200
 
 
+def fresh_children(family: psutil.Process, known: Sequence[psutil.Process]) -> list[psutil.Process]:
+    return [child for child in family.children() if child not in known]
+
+
 def test_they_serve_one_port_share_counters_come_back_and_stop_together(tmp_path: Path) -> None:
     with running(tmp_path) as (url, family):
         ask(url, 10)
         wait_until(lambda: counted(url) == 10)
         killed, kept = family.children()
         killed.kill()
-        wait_until(lambda: len(family.children()) == COUNT and killed not in family.children())
-        fresh = next(child for child in family.children() if child != kept)
+        wait_until(lambda: fresh_children(family, (killed, kept)))
+        (fresh,) = fresh_children(family, (killed, kept))
         ask(url, 10)
         # What the dead one counted is not lost, nor counted twice.
         wait_until(lambda: counted(url) == 20)

@@ -84,6 +84,8 @@ def _fact(name: str, value: object) -> object:
             return "none"
         case bool():
             return json.dumps(value)
+        case Mapping() if not value:
+            return "none"
         case Mapping():
             return ",".join(f"{inner}:{_fact(inner, each)}" for inner, each in value.items())
         case int() | str() if name.endswith("_at"):

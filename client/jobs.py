@@ -61,7 +61,8 @@ def _label(text: str) -> str:
 LabelOption = Annotated[
     list[str] | None, typer.Option("--label", metavar="NAME=VALUE", parser=_label, help="A label; repeat for more.")
 ]
-_NO_DEADLINE = "none"
+_NONE = "none"
+"""What takes a deadline or labels away."""
 _OPTIONS = {
     "queue": "--queue",
     "priority": "--priority",
@@ -74,7 +75,11 @@ _OPTIONS = {
 
 
 def _deadline_or_none(text: str) -> str:
-    return text if text == _NO_DEADLINE else read_time(text)
+    return text if text == _NONE else read_time(text)
+
+
+def _label_or_none(text: str) -> str:
+    return text if text == _NONE else _label(text)
 
 
 @app.command()
@@ -283,16 +288,30 @@ def change(
             metavar="TIME", parser=_deadline_or_none, help="When it fails if it has not ended; none takes it away."
         ),
     ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            parser=_label_or_none,
+            help="A label; repeat for more. They replace all that it has; none takes them away.",
+        ),
+    ] = None,
     version: Annotated[
         int | None,
         typer.Option(min=0, help="Only if the job still has this version, as `job get -o json` prints it."),
     ] = None,
 ) -> None:
-    """Change a waiting job's priority, start or queue, or the deadline of one that has not ended."""
-    given = {"priority": priority, "run_at": run_at, "queue": queue, "deadline_at": deadline}
-    changes = {name: None if value == _NO_DEADLINE else value for name, value in given.items() if value is not None}
+    """Change a waiting job's priority, start or queue, the deadline of one that has not ended, or any job's labels."""
+    given: dict[str, Any] = {"priority": priority, "run_at": run_at, "queue": queue}
+    changes = {name: value for name, value in given.items() if value is not None}
+    if deadline is not None:
+        changes["deadline_at"] = None if deadline == _NONE else deadline
+    if label:
+        if _NONE in label and len(label) > 1:
+            raise BadInputError("--label none takes all labels away; give it alone")
+        changes["labels"] = None if label == [_NONE] else _labels(label)
     if not changes:
-        raise BadInputError("nothing is to be changed; give --priority, --run-at, --queue or --deadline")
+        raise BadInputError("nothing is to be changed; give --priority, --run-at, --queue, --deadline or --label")
     report_job(session, session.client.change(job_id, version=version, **changes))
 
 

@@ -178,7 +178,9 @@ class Client:
             time.sleep(wire.RECONNECT_SECONDS)
 
     def change(self, job_id: str, *, version: int | None = None, **changes: Any) -> Job:
-        """Change a waiting job's priority or run_at, or an unfinished job's deadline_at; null takes one away.
+        """Change a waiting job's priority, run_at or queue, an unfinished one's deadline_at, or any job's labels.
+
+        Null takes one away. Labels replace all that the job has.
 
         Raises:
             ApiError: the service refuses; with status 412 since the job no longer has this `version`.

@@ -1,5 +1,7 @@
 """What people ask of a job that exists: cancel it, run it again, change when it runs."""
 
+from collections.abc import Collection
+
 from sqlalchemy import Connection, select
 from sqlalchemy.exc import IntegrityError
 
@@ -84,24 +86,34 @@ class JobRequests(JobRows):
     def change(
         self, job_id: str, changes: JobChanges, *, tenant_id: str | None, actor: str, version: int | None = None
     ) -> Job:
-        """Change when and in which queue a job runs. `version` makes sure that it is as the caller has seen it.
+        """Change when and in which queue a job runs, or its labels, which are replaced by those that are given.
+
+        `version` makes sure that it is as the caller has seen it. Labels are words to find a job by: it may have ended.
 
         Raises:
             JobNotFound: no such job, or it is another tenant's.
             JobChanged: it has another version by now.
-            JobConflict: it has ended; or it runs, and something else than its deadline was to be changed.
+            JobConflict: it has ended, and more than its labels was to be changed; or it runs, and more than these and
+                its deadline.
             QueueNotFound: the queue that it is to wait in is not there.
         """
         with write(self._engine) as connection:
             job = self._lock_job(connection, job_id, tenant_id)
             if version is not None and job.version != version:
                 raise JobChanged(f"{job.id} has version {job.version}, not {version}", job_id=job.id)
-            allowed = ACTIVE if changes.keys() <= {"deadline_at"} else WAITING
-            if job.state not in allowed:
+            if job.state not in _changeable_in(changes):
                 raise JobConflict(f"{job.id} is {job.state}; this cannot be changed any more", job_id=job.id)
             if "queue" in changes:
                 self._hold_queue(connection, changes["queue"])
             return self._change(connection, job, changes, actor) if changes else job
+
+
+def _changeable_in(changes: JobChanges) -> Collection[JobState]:
+    """Return the states of a job in which all of this may be changed."""
+    asked = changes.keys()
+    if asked and asked <= {"labels"}:
+        return tuple(JobState)
+    return ACTIVE if asked <= {"deadline_at", "labels"} else WAITING
 
 
 def queue_deleted(job: Job) -> QueueNotFound:

@@ -243,10 +243,13 @@ class JobRows:
     def _change(
         self, connection: Connection, job: Job, changes: JobChanges, actor: str, *, unblock: bool = False
     ) -> Job:
-        """Change when and in which queue a locked job runs; `unblock` lets it no longer wait for other jobs."""
+        """Change when and in which queue a locked job runs, or its labels; `unblock` has it wait for no other jobs."""
         now = connection.execute(select(self._now())).scalar_one()
         run_at = max(changes["run_at"], now) if "run_at" in changes else job.run_at
-        values = {**changes, "run_at": run_at, "turn_at": turn_at(run_at, changes.get("priority", job.priority))}
+        values: dict[str, Any] = {**changes, "run_at": run_at}
+        if changes.keys() & {"run_at", "priority"}:
+            # Else the place in the queue stays, which a job that waits for a retry has from before its first try.
+            values["turn_at"] = turn_at(run_at, changes.get("priority", job.priority))
         to = job.state
         if unblock or ("run_at" in changes and to is not JobState.BLOCKED):
             to = JobState.SCHEDULED if run_at > now else JobState.QUEUED

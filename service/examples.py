@@ -59,6 +59,7 @@ JOB_CHANGES: dict[str, Any] = {
     "sooner": {"summary": "Ahead of the others", "value": {"priority": 10}},
     "elsewhere": {"summary": "In another queue", "value": {"queue": "overnight"}},
     "tonight": {"summary": "Not before tonight", "value": {"run_at": "2026-01-05T22:00:00Z", "deadline_at": None}},
+    "labelled": {"summary": "With these labels and no others", "value": {"labels": {"team": "search"}}},
 }
 
 JOB: dict[str, Any] = {

@@ -193,6 +193,8 @@ def changes_of(request: JobChange) -> JobChanges:
         changes["deadline_at"] = milliseconds(request.deadline_at)
     if "queue" in request.model_fields_set:
         changes["queue"] = DEFAULT_QUEUE if request.queue is None else request.queue
+    if "labels" in request.model_fields_set:
+        changes["labels"] = request.labels or {}
     return changes
 
 

@@ -47,8 +47,9 @@ def list_jobs(**filters: Any) -> Call[JobPage]:
 
 
 def change_job(job_id: str, *, version: int | None = None, **changes: Any) -> Call[Job]:
-    """Change a job's priority, run_at, queue or deadline_at; null is what it is when nobody says it.
+    """Change a job's priority, run_at, queue, deadline_at or labels; null is what it is when nobody says it.
 
+    Labels replace all that the job has. They can be changed when it has ended, too.
     With `version`, as a job has it in `raw`, only if nobody has changed it since: another version is a 412.
     """
     headers = {} if version is None else {"If-Match": f'"{version}"'}

@@ -200,7 +200,7 @@ def _read_job(service: Context, job_id: str, tenant_id: str) -> tuple[Job, str, 
 @router.patch(
     "/jobs/{job_id}",
     operation_id="changeJob",
-    summary="Change when and in which queue a job runs",
+    summary="Change when and in which queue a job runs, or its labels",
     response_model=JobDetail,
     dependencies=[JSON_BODY],
     responses={
@@ -210,8 +210,9 @@ def _read_job(service: Context, job_id: str, tenant_id: str) -> tuple[Job, str, 
     openapi_extra={"requestBody": {"content": {"application/json": {"examples": JOB_CHANGES}}}},
 )
 def change_job(service: Service, caller: Writer, job_id: JobId, body: JobChange, if_match: IfMatch = None) -> Response:
-    """Change a waiting job's priority, start or queue, or any unfinished job's deadline.
+    """Change a waiting job's priority, start or queue, any unfinished job's deadline, or any job's labels.
 
+    `labels` are the whole set: what they leave out is gone.
     With `If-Match` only if the job is still as it was read; somebody else's change is then a 412 and not overwritten.
     """
     expected = conditions.versions(if_match)

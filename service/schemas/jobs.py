@@ -71,6 +71,14 @@ class JobChange(BaseModel):
     """When it fails if it has not ended; null takes the deadline away."""
     queue: QueueName | None = None
     """The queue that it waits in from now on; null is `default`."""
+    labels: Annotated[Labels, Field(max_length=MAX_LABELS)] | None = Field(default=None, examples=[{"team": "search"}])
+    """All of its labels from now on: those that are left out here are gone. Null is none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unstorable(cls, value: object) -> object:
+        check_text(value)
+        return value
 
 
 class Progress(BaseModel):

@@ -267,6 +267,42 @@ def test_only_the_deadline_of_a_running_job_can_be_changed(desk, store: JobStore
         store.change(taken.job.id, {"deadline_at": None}, tenant_id="default", actor="alice")
 
 
+@pytest.mark.parametrize("end", ["waiting", "running", "succeeded"])
+def test_labels_are_replaced_whatever_the_job_does(desk, store: JobStore, end: str) -> None:
+    job = desk.add(labels={"team": "search", "run": "1"})
+    if end != "waiting":
+        taken = desk.claim()
+    if end == "succeeded":
+        store.complete(taken, MADE)
+    before = store.get(job.id)
+    changed = store.change(job.id, {"labels": {"run": "2"}}, tenant_id="default", actor="alice", version=before.version)
+    assert (changed.labels, changed.state, changed.version) == ({"run": "2"}, before.state, before.version + 1)
+    event = store.events(job.id)[-1]
+    assert (event.type, event.actor, event.data) == ("changed", "alice", {"changes": {"labels": {"run": "2"}}})
+    assert store.change(job.id, {"labels": {}}, tenant_id="default", actor="alice").labels == {}
+    with pytest.raises(JobChanged):
+        store.change(job.id, {"labels": {}}, tenant_id="default", actor="bob", version=before.version)
+    if end == "succeeded":
+        with pytest.raises(JobConflict):
+            store.change(job.id, {"labels": {}, "deadline_at": None}, tenant_id="default", actor="alice")
+        with pytest.raises(JobConflict):
+            store.change(job.id, {}, tenant_id="default", actor="alice")
+
+
+@pytest.mark.parametrize("changes", [{"labels": {"a": "b"}}, {"deadline_at": None}], ids=["labels", "deadline"])
+def test_a_job_that_waits_for_another_try_keeps_its_place_when_it_is_changed(
+    desk, store: JobStore, clock, changes: dict
+) -> None:
+    desk.add("first", deadline_at=clock.now + 3_600_000)
+    store.fail(desk.claim(), "error", "outage", retry_in_seconds=30)
+    clock.advance(10)
+    desk.add("second")
+    first = store.list("default")[-1]
+    store.change(first.id, changes, tenant_id="default", actor="alice")
+    clock.advance(30)
+    assert desk.claim().job.id == first.id
+
+
 # What a job leaves behind
 
 

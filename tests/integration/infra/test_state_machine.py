@@ -233,11 +233,13 @@ class JobStoreMachine(RuleBasedStateMachine):
             model.deadline_at = new.deadline_at
         if model.state not in WAITING:
             return
+        is_more_urgent = new.priority < model.priority
         model.priority = min(model.priority, new.priority)
         is_earlier = (run_at := max(self.now, new.run_at or self.now)) < model.run_at
         if is_earlier:
             model.run_at = run_at
-        model.turn_at = turn_at(model.run_at, model.priority)
+        if is_earlier or is_more_urgent:
+            model.turn_at = turn_at(model.run_at, model.priority)
         if model.state is S.BLOCKED and not new.depends_on:
             model.depends_on = []
             model.go(self.waiting_state(model.run_at))

@@ -1,5 +1,6 @@
 """What holds for many calls: keys that make a POST safe to repeat, conditional requests, waiting, filters."""
 
+import json
 import shutil
 import threading
 import time
@@ -160,6 +161,7 @@ def test_a_job_can_be_put_off_and_called_back(any_service: Any) -> None:
         {"run_at": "0001-01-01T00:00:00+23:59"},
         {"priority": 1001},
         {"state": "succeeded"},
+        {"labels": {f"name-{number}": "x" for number in range(21)}},
     ],
 )
 def test_a_change_that_cannot_be_is_refused(service: Any, change: dict[str, Any]) -> None:
@@ -174,6 +176,35 @@ def test_a_job_that_runs_keeps_its_place(service: Any) -> None:
     path = f"/v1/jobs/{job['id']}"
     assert service.http.patch(path, json={"priority": 1}).json()["type"] == "urn:duquant:problem:job-conflict"
     assert service.http.patch(path, json={"deadline_at": "2090-01-01T00:00:00Z"}).status_code == 200
+
+
+def test_labels_are_replaced_also_when_the_job_has_ended(any_service: Any) -> None:
+    job = any_service.submit(labels={"team": "search", "run": "7"})
+    path = f"/v1/jobs/{job['id']}"
+    changed = any_service.http.patch(path, json={"labels": {"run": "8", "owner": "me"}})
+    assert (changed.status_code, changed.json()["labels"]) == (200, {"run": "8", "owner": "me"})
+    any_service.http.post(f"{path}:cancel")
+    assert any_service.http.patch(path, json={"labels": {"kept": "yes"}}).json()["labels"] == {"kept": "yes"}
+    found = any_service.http.get("/v1/jobs?label=kept=yes").json()["items"]
+    assert [each["id"] for each in found] == [job["id"]]
+    assert any_service.http.get("/v1/jobs?label=run=8").json()["items"] == []
+    refused = any_service.http.patch(path, json={"labels": {}, "priority": 5})
+    assert refused.json()["type"] == "urn:duquant:problem:job-conflict"
+    assert any_service.http.patch(path, json={"labels": None}).json()["labels"] == {}
+
+
+@pytest.mark.parametrize("labels", [{"a b": "x"}, {"a": ""}, {"a": "x" * 201}, {"a": 1}, {"a": "\0"}, {"a": "\ud800"}])
+def test_labels_of_a_change_follow_the_rules_of_a_submit(service: Any, labels: dict[str, Any]) -> None:
+    job = service.submit(labels={"team": "search"})
+    path = f"/v1/jobs/{job['id']}"
+    body = json.dumps({"labels": labels})
+    changed = service.http.patch(path, content=body, headers={"Content-Type": "application/json"})
+    submitted = service.http.post(
+        "/v1/jobs", content=json.dumps({**FORCED, "labels": labels}), headers={"Content-Type": "application/json"}
+    )
+    assert (changed.status_code, submitted.status_code) == (422, 422)
+    assert changed.json()["errors"] == submitted.json()["errors"]
+    assert service.http.get(path).json()["labels"] == {"team": "search"}
 
 
 def test_a_failed_job_is_run_again(any_service: Any) -> None:

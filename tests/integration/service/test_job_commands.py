@@ -106,6 +106,20 @@ def test_a_job_is_changed_and_not_over_somebody_elses_change(service: Any, cli: 
     assert caught.value.status == 412
 
 
+def test_labels_of_a_job_are_replaced(service: Any, cli: Any) -> None:
+    job = data(cli("job", "submit", MODEL, "--label", "team=a", "--label", "x=1", "--json"))
+    changed = data(cli("job", "change", job["id"], "--label", "team=b", "--label", "y=2", "--json"))
+    assert changed["labels"] == {"team": "b", "y": "2"}
+    service.jobs.fail(service.claim(), "bad_input", "on purpose")
+    assert data(cli("job", "change", job["id"], "--label", "none", "--json"))["labels"] == {}
+    events = cli("job", "events", job["id"])[1]
+    assert "changes=labels:team:b,y:2" in events
+    assert "changes=labels:none" in events
+    status, _, err = cli("job", "change", job["id"], "--label", "none", "--label", "a=1")
+    assert (status, "give it alone" in err) == (2, True)
+    assert cli("job", "change", job["id"], "--label", "a=1", "--label", "a=2")[0] == 2
+
+
 def test_jobs_are_found_by_all_that_the_api_finds_them_by(service: Any, cli: Any) -> None:
     one = data(cli("job", "submit", MODEL, "--recipe", "rtn", "--label", "team=a", "--label", "x=1", "--json"))
     two = data(cli("job", "submit", MODEL, "--recipe", "duquant", "--label", "team=a", "--json"))

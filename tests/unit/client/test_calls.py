@@ -44,7 +44,11 @@ EXAMPLES: list[tuple[Callable[..., Request], tuple[Any, ...], Mapping[str, Any]]
         dict.fromkeys(("state", "kind", "model", "recipe", "queue", "batch", "reason", "label"), "x") | PAGE | PERIOD,
     ),
     (calls.get_job, ("job_1",), {"hold_s": 5}),
-    (calls.change_job, ("job_1",), {"version": 3, "priority": 5, "run_at": None, "deadline_at": None, "queue": None}),
+    (
+        calls.change_job,
+        ("job_1",),
+        {"version": 3, "priority": 5, "labels": {"team": "ads"}} | dict.fromkeys(("run_at", "deadline_at", "queue")),
+    ),
     (calls.retry_job, ("job_1",), {}),
     (calls.cancel_job, ("job_1",), {}),
     (calls.list_layers, ("job_1",), {}),

@@ -10,7 +10,17 @@ from client import calls
 from client.connection import Session, on_service
 from client.errors import BadInputError, JobFailedError
 from client.jobs import PriorityOption, TimeoutOption, WaitFlag, recipe_value
-from client.lists import CursorOption, LimitOption, OfModel, OfRecipe, WithTag, tell_of_ignored, tell_of_more
+from client.lists import (
+    CreatedFrom,
+    CreatedUntil,
+    CursorOption,
+    LimitOption,
+    OfModel,
+    OfRecipe,
+    WithTag,
+    tell_of_ignored,
+    tell_of_more,
+)
 from client.models import Batch, parse_model
 from client.output import counted, duration, note, print_pairs, print_table, size
 from client.progress import Teller, teller
@@ -111,11 +121,25 @@ def _recipe(value: Any, folder: Path) -> Any:
 @on_service
 def list_batches(
     session: Session,
+    state: Annotated[
+        list[str] | None,
+        typer.Option(help="Only batches that are running, succeeded, partial, failed or cancelled; repeat for more."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Only batches with this name.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only batches with work on the model of this name.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Only batches with work with the recipe of this name; with --model, on that model."),
+    ] = None,
+    created_from: CreatedFrom = None,
+    created_until: CreatedUntil = None,
     limit: LimitOption = 50,
     cursor: CursorOption = None,
 ) -> None:
     """List batches, newest first."""
-    page = session.client.run(calls.list_batches(limit=limit, cursor=cursor))
+    filters = {"state": state or None, "name": name, "model": model, "recipe": recipe}
+    when = {"created_from": created_from, "created_until": created_until}
+    page = session.client.run(calls.list_batches(**filters, **when, limit=limit, cursor=cursor))
     rows = [
         (each.id, each.name, each.state, f"{each.jobs.ended}/{each.jobs.total}", each.jobs.failed, _made(each))
         for each in page.items

@@ -3,12 +3,14 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from sqlalchemy import Connection, func, or_, select
 
 from infra.job_model import HELD, WAITING, JobState
 from infra.schema import batch_items, jobs
 
+BatchState = Literal["running", "succeeded", "partial", "failed", "cancelled"]
 REFUSED = "refused"
 """The state of an item whose job was never made."""
 
@@ -42,7 +44,7 @@ class BatchProgress:
     evaluations: WorkCounts
 
     @property
-    def state(self) -> str:
+    def state(self) -> BatchState:
         """running, succeeded, partial (it has ended, and not all has succeeded), failed or cancelled."""
         kinds = (self.jobs, self.evaluations)
         if any(each.waiting or each.running for each in kinds):

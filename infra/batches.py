@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Engine, exists, func, insert, select, tuple_, update
 
 from infra.batch_progress import KNOWN, Tally, tallies
+from infra.batch_search import BatchFilter
 from infra.database import now_ms, read, take_turns, transaction, write
 from infra.errors import BatchNotFound, DependencyFailed, JobConflict, QuotaExceeded
 from infra.ids import new_id
@@ -138,11 +139,13 @@ class BatchStore:
             raise BatchNotFound(f"no batch {batch_id}", batch_id=batch_id)
         return Batch.from_row(row)
 
-    def page(self, tenant_id: str, *, limit: int, before: tuple[int, str] | None = None) -> Sequence[Batch]:
+    def page(
+        self, tenant_id: str, wanted: BatchFilter, *, limit: int, before: tuple[int, str] | None = None
+    ) -> Sequence[Batch]:
         """Return a tenant's batches, newest first; `before` is (created_at, id) of the last one on the page before."""
         query = (
             select(batches)
-            .where(batches.c.tenant_id == tenant_id)
+            .where(batches.c.tenant_id == tenant_id, *wanted.conditions())
             .order_by(batches.c.created_at.desc(), batches.c.id.desc())
             .limit(limit)
         )

@@ -5,6 +5,8 @@ from typing import Annotated
 from fastapi import Query
 from pydantic import StringConstraints
 
+from infra.batch_progress import BatchState
+from infra.batch_search import BatchFilter
 from infra.job_search import JobFilter
 from infra.jobs import JobKind, JobState
 from service.errors import FieldProblem, ProblemError
@@ -44,6 +46,29 @@ async def job_filter(
         batch_id=batch,
         reason=reason,
         labels=dict(each.split("=", 1) for each in label),
+        created_from=milliseconds(created_from),
+        created_until=milliseconds(created_until),
+    )
+
+
+async def batch_filter(
+    state: Annotated[list[BatchState], Query(max_length=5, description="Only batches in one of these states")] = [],  # noqa: B006  as above
+    name: Annotated[Name, Query(description="Only batches with this name")] = None,
+    model: Annotated[Name, Query(description="Only batches with work on the model of this name")] = None,
+    recipe: Annotated[
+        Name, Query(description="Only batches with work with the recipe of this name; with `model`, on that model")
+    ] = None,
+    created_from: CreatedFrom = None,
+    created_until: CreatedUntil = None,
+) -> BatchFilter:
+    """Read the filter of a list of batches."""
+    for each, value in {"name": name, "model": model, "recipe": recipe}.items():
+        require_text(each, value)
+    return BatchFilter(
+        states=state,
+        name=name,
+        model_name=model,
+        recipe_name=recipe,
         created_from=milliseconds(created_from),
         created_until=milliseconds(created_until),
     )

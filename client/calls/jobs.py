@@ -112,7 +112,7 @@ def get_batch(batch_id: str) -> Call[Batch]:
 
 
 def list_batches(**filters: Any) -> Call[Page[Batch]]:
-    """Read a page of batches."""
+    """Read a page of batches; filters as in the API: state, name, model, recipe, created_from, created_until."""
     return get("/v1/batches", Page.of(Batch.from_json), **filters)
 
 

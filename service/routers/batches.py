@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Request, Response
 
+from infra.batch_search import BatchFilter
 from infra.batches import Batch
 from infra.errors import QueueNotFound
 from service import idempotency
@@ -13,6 +14,7 @@ from service.batch_views import batch_table, batch_view, batch_views
 from service.bodies import BODY_PROBLEMS, JSON_BODY
 from service.context import Context, Service
 from service.errors import COMMON, FieldProblem, ProblemError, responses
+from service.filters import batch_filter
 from service.idempotency import Made, Once, OnceRequired
 from service.openapi import shows, takes
 from service.paging import Cursor, Limit, cut, read_cursor
@@ -133,9 +135,15 @@ def _add(service: Context, caller: Caller, name: str, asked: dict[str, Any], pla
     summary="List batches, newest first",
     responses={200: shows({"items": [BATCH], "next_cursor": None}), **responses(*COMMON)},
 )
-def list_batches(service: Service, caller: Reader, limit: Limit = 50, cursor: Cursor = None) -> BatchPage:
+def list_batches(
+    service: Service,
+    caller: Reader,
+    wanted: Annotated[BatchFilter, Depends(batch_filter)],
+    limit: Limit = 50,
+    cursor: Cursor = None,
+) -> BatchPage:
     """List this project's batches by pages, each with how far it is."""
-    found = service.batches.page(caller.tenant_id, limit=limit + 1, before=read_cursor(cursor, "batch_"))
+    found = service.batches.page(caller.tenant_id, wanted, limit=limit + 1, before=read_cursor(cursor, "batch_"))
     page, next_cursor = cut(found, limit)
     return BatchPage(items=batch_views(service, page), next_cursor=next_cursor)
 

@@ -1,23 +1,25 @@
 """Batches on each kind of database: what they count, cancel and try again."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import SecretStr
 from sqlalchemy import Engine, delete, event, insert, select, update
 
 from infra.batch_endings import note_finished_batches
-from infra.batch_progress import REFUSED, progress_of
-from infra.batches import BatchItem, BatchStore, NewItem
+from infra.batch_progress import REFUSED, BatchState, progress_of
+from infra.batch_search import BatchFilter
+from infra.batches import Batch, BatchItem, BatchStore, NewItem
 from infra.database import read, transaction, write
 from infra.errors import BatchNotFound, QuotaExceeded
 from infra.job_search import JobFilter, JobSearch
 from infra.jobs import Job, JobState, JobStore
-from infra.schema import jobs, tenants, webhook_deliveries
+from infra.schema import batch_items, jobs, tenants, webhook_deliveries
 from infra.webhooks.store import WebhookStore
 
 pytestmark = pytest.mark.integration
@@ -76,10 +78,10 @@ def test_a_forced_batch_reuses_nothing(desk, zoo):
 
 def test_batches_are_paged_and_other_tenants_see_none(zoo, desk):
     ids = [batch_of(zoo)[0] for _ in range(3)]
-    first = zoo.page("default", limit=2)
-    rest = zoo.page("default", limit=2, before=(first[-1].created_at, first[-1].id))
+    first = zoo.page("default", BatchFilter(), limit=2)
+    rest = zoo.page("default", BatchFilter(), limit=2, before=(first[-1].created_at, first[-1].id))
     assert [batch.id for batch in (*first, *rest)] == ids[::-1]
-    assert zoo.page("other", limit=2) == []
+    assert zoo.page("other", BatchFilter(), limit=2) == []
     for act in (
         lambda: zoo.get(ids[0], "other"),
         lambda: zoo.cancel(ids[0], tenant_id="other", actor=ACTOR),
@@ -87,6 +89,69 @@ def test_batches_are_paged_and_other_tenants_see_none(zoo, desk):
     ):
         with pytest.raises(BatchNotFound):
             act()
+
+
+def test_batches_are_found_by_the_state_that_they_are_shown_with(store, desk, zoo, engine):
+    made = [desk.add(name) for name in ("succeeded", "failed", "cancelled", "running")]
+    succeed(store, desk, made[0])
+    store.fail(desk.claim(), "bad_input", "on purpose")
+    store.cancel(made[2].id, tenant_id="default", actor=ACTOR)
+    desk.claim()
+    # With those that were refused, and whose job the collector has forgotten.
+    kinds = [(job.id, None) for job in made] + [(None, "no such model"), (None, None)]
+    expected = {}
+    for chosen in itertools.product([False, True], repeat=len(kinds)):
+        batch = zoo.add("default", "zoo", {})
+        rows = [
+            {
+                "batch_id": batch.id,
+                "idx": idx,
+                "job_id": job_id,
+                "detail": detail,
+                "model_name": "m",
+                "recipe_name": "r",
+            }
+            for idx, (job_id, detail) in enumerate(itertools.compress(kinds, chosen))
+        ]
+        with write(engine) as connection:
+            for row in rows:
+                connection.execute(insert(batch_items).values(row))
+        expected[batch.id] = progress_of(zoo.tallies([batch.id]).get(batch.id, {})).state
+    assert set(expected.values()) == set(get_args(BatchState))
+    for states in [(state,) for state in get_args(BatchState)] + [("failed", "partial")]:
+        found = zoo.page("default", BatchFilter(states=states), limit=100)
+        assert [batch.id for batch in found] == [each for each in reversed(expected) if expected[each] in states]
+
+
+def test_batches_are_found_by_name_work_and_time(desk, zoo, store):
+    def add(name: str, *work: tuple[str, str]) -> Batch:
+        batch = zoo.add("default", name, {})
+        items = [
+            NewItem(model_name=model, recipe_name=recipe, job=desk.new_job(model + recipe)) for model, recipe in work
+        ]
+        zoo.add_items(batch, items, actor=ACTOR)
+        return batch
+
+    first = add("nightly", ("a", "rtn"), ("b", "duquant"))
+    second = add("nightly", ("a", "duquant"))
+    third = add("zoo", ("c", "rtn"))
+
+    def found(**wanted: Any) -> list[str]:
+        return [each.id for each in zoo.page("default", BatchFilter(**wanted), limit=9)]
+
+    assert found(name="nightly") == [second.id, first.id]
+    assert found(name="night") == []
+    assert found(model_name="a") == [second.id, first.id]
+    assert found(model_name="a", recipe_name="duquant") == [second.id]  # of one piece of work
+    assert found(recipe_name="rtn") == [third.id, first.id]
+    assert found(recipe_name="rtn", name="nightly", states=["running"]) == [first.id]
+    assert found(created_from=third.created_at + 1) == []
+    assert found(created_until=first.created_at) == []
+    assert found(created_from=first.created_at, created_until=third.created_at + 1) == [third.id, second.id, first.id]
+    # A page goes on where the one before ended, in the narrowed list.
+    page = zoo.page("default", BatchFilter(recipe_name="rtn"), limit=1)
+    rest = zoo.page("default", BatchFilter(recipe_name="rtn"), limit=9, before=(page[0].created_at, page[0].id))
+    assert [each.id for each in (*page, *rest)] == [third.id, first.id]
 
 
 def test_cancelling_spares_what_was_there_and_what_has_ended(store, desk, zoo):
@@ -244,7 +309,7 @@ def test_a_batch_over_the_quota_leaves_nothing(store, desk, zoo, engine):
         connection.execute(update(tenants).values(max_queued=2))
     with pytest.raises(QuotaExceeded), transaction(engine):
         batch_of(zoo, item(desk, "a"), item(desk, "b"), item(desk, "c"))
-    assert zoo.page("default", limit=5) == []
+    assert zoo.page("default", BatchFilter(), limit=5) == []
     assert store.list("default") == []
 
 

@@ -99,6 +99,38 @@ def test_models_are_found_by_the_beginning_of_their_names_and_by_tags(service: A
         assert (answer.json()["errors"][0]["pointer"], answer.json()["detail"]) == ("/models/1", words)
 
 
+def test_the_list_is_narrowed_and_its_cursors_lead_on_in_what_is_left(any_service: Any) -> None:
+    service = any_service
+    bodies = ({"name": "a", "recipes": ["rtn"]}, {"name": "b"}, {"name": "a", "recipes": ["rtn", "duquant"]})
+    first, second, third = (batch_of(service, models=[DEMO], force=True, **body)["id"] for body in bodies)
+    service.http.post(f"/v1/batches/{first}:cancel")
+    expected = {
+        "state=cancelled": [first],
+        "state=running": [third, second],
+        "state=running&state=cancelled": [third, second, first],
+        "state=succeeded": [],
+        "name=a": [third, first],
+        "name=A": [],
+        "model=smollm2-135m&recipe=rtn": [third, first],
+        "model=other": [],
+        "created_from=2090-01-01T00:00:00Z": [],
+        "created_until=2090-01-01T00:00:00Z&name=b": [second],
+    }
+    found = {query: service.http.get(f"/v1/batches?{query}").json()["items"] for query in expected}
+    assert {query: [batch["id"] for batch in items] for query, items in found.items()} == expected
+    page = service.http.get("/v1/batches?name=a&limit=1").json()
+    assert [each["id"] for each in page["items"]] == [third]
+    last = service.http.get("/v1/batches", params={"name": "a", "limit": 1, "cursor": page["next_cursor"]}).json()
+    assert ([each["id"] for each in last["items"]], last["next_cursor"]) == ([first], None)
+
+
+@pytest.mark.parametrize("query", ["state=queued", "name=%00", "name=", "created_from=yesterday", "label=a=b"])
+def test_a_filter_that_there_is_not_is_refused(service: Any, query: str) -> None:
+    answer = service.http.get(f"/v1/batches?{query}")
+    assert problem(answer) == (422, "validation-failed")
+    assert answer.json()["errors"][0]["location"] == "query"
+
+
 def test_what_is_there_is_reused_and_force_makes_it_again(service: Any) -> None:
     job = service.submit(force=False)
     batch = batch_of(service, models=[DEMO], recipes=["duquant", "rtn"])

@@ -45,6 +45,10 @@ def test_a_batch_is_submitted_watched_retried_and_shown(service: Any, cli: Any, 
     batch = data(cli("batch", "submit", str(zoo), "--json"))
     assert (batch["name"], batch["jobs"]["total"]) == ("pair", 2)
     assert [each["id"] for each in data(cli("batch", "list", "--json"))["items"]] == [batch["id"]]
+    found = ("--state", "running", "--state", "failed", "--name", "pair", "--recipe", "rtn", "--created-from", "-1h")
+    assert [each["id"] for each in data(cli("batch", "list", *found, "--json"))["items"]] == [batch["id"]]
+    for other in (("--state", "succeeded"), ("--name", "other"), ("--model", "x"), ("--created-until", "-1h")):
+        assert data(cli("batch", "list", *other, "--json"))["items"] == []
     assert cli("batch", "wait", batch["id"], "--timeout", "0.2")[0] == 124
     work(service)
     service.jobs.fail(service.claim(), "worker_error", "the GPU fell off")

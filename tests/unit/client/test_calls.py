@@ -65,7 +65,7 @@ EXAMPLES: list[tuple[Callable[..., Request], tuple[Any, ...], Mapping[str, Any]]
             "force": True,
         },
     ),
-    (calls.list_batches, (), PAGE),
+    (calls.list_batches, (), dict.fromkeys(("state", "name", "model", "recipe"), "x") | PAGE | PERIOD),
     (
         calls.requantize,
         (),

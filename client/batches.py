@@ -234,7 +234,9 @@ def _may_succeed(row: Mapping[str, Any]) -> bool:
     """Tell whether trying a row again may help: what was refused has no job, and a bad input stays bad."""
     if row["state"] in ("failed", "cancelled"):
         return bool(row["reason"] != "bad_input")
-    return row["state"] != "refused" and row["evaluation_state"] in ("failed", "cancelled")
+    if row["state"] == "refused" or row["evaluation_state"] not in ("failed", "cancelled"):
+        return False
+    return row.get("evaluation_reason") != "bad_input"
 
 
 def _pieces(batch: Batch) -> str:
@@ -303,6 +305,11 @@ def _number(value: float | None, form: str) -> str | None:
 def _why(row: Mapping[str, Any]) -> str | None:
     if row["state"] in ("failed", "refused"):
         return ": ".join(part for part in (row["reason"], row["detail"]) if part)
+    # The row of an unquantized model is its evaluation, and work that was cancelled takes its evaluation along.
+    if row["state"] == "cancelled":
+        return None
     if row["evaluation_state"] == "failed":
-        return f"evaluation: {row['evaluation_detail']}"
-    return None
+        # An older service has no reason here.
+        parts = ("evaluation", row.get("evaluation_reason"), row["evaluation_detail"])
+        return ": ".join(part for part in parts if part)
+    return "evaluation: cancelled" if row["evaluation_state"] == "cancelled" else None

@@ -90,6 +90,8 @@ def _made_row(
         perplexity_ratio=perplexity / reference if perplexity and reference else None,
         tokens_per_second=metrics.get("tokens_per_second"),
         evaluation_state=None if test is None else test.state.value,
+        evaluation_job_id=None if test is None else test.id,
+        evaluation_reason=None if test is None else test.reason,
         evaluation_detail=None if test is None else test.detail,
     )
 
@@ -112,5 +114,7 @@ def _model_row(item: BatchItem, job: Job, measured: Evaluation | None) -> BatchR
         perplexity_ratio=None,
         tokens_per_second=metrics.get("tokens_per_second"),
         evaluation_state=job.state.value,
+        evaluation_job_id=job.id,
+        evaluation_reason=job.reason,
         evaluation_detail=job.detail,
     )

@@ -161,6 +161,8 @@ BATCH_TABLE: dict[str, Any] = {
             "perplexity_ratio": 1.21,
             "tokens_per_second": 793.0,
             "evaluation_state": "succeeded",
+            "evaluation_job_id": EVALUATION_JOB["id"],
+            "evaluation_reason": None,
             "evaluation_detail": None,
         }
     ]

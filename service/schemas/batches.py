@@ -190,7 +190,11 @@ class BatchRow(BaseModel):
     """Speed of the evaluation, where it ran."""
     evaluation_state: str | None
     """The state of the evaluation's job; null when there is none."""
+    evaluation_job_id: str | None
+    evaluation_reason: str | None
+    """Why the evaluation failed, as a word."""
     evaluation_detail: str | None
+    """Why the evaluation failed, in a sentence."""
 
 
 class BatchTable(BaseModel):

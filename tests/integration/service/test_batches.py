@@ -179,7 +179,10 @@ def test_the_table_holds_size_time_and_perplexity_beside_the_model(service: Any)
     assert (rtn["perplexity"], rtn["perplexity_ratio"], rtn["tokens_per_second"]) == (25.0, 1.25, 9.0)
     assert (rtn["seconds"], rtn["size_bytes"] > 3_000_000, rtn["artifact_id"][:4]) == (3.0, True, "art_")
     assert (duquant["state"], duquant["perplexity"], duquant["evaluation_state"]) == ("succeeded", None, "failed")
-    assert duquant["evaluation_detail"] == "the text is too short"
+    assert (duquant["evaluation_reason"], duquant["evaluation_detail"]) == ("bad_input", "the text is too short")
+    measuring = service.http.get(f"/v1/jobs/{duquant['evaluation_job_id']}").json()
+    assert (measuring["kind"], measuring["artifact_job_id"]) == ("evaluate", duquant["job_id"])
+    assert (rtn["evaluation_reason"], plain["evaluation_job_id"]) == (None, plain["job_id"])
     assert (plain["recipe_name"], plain["perplexity"], plain["size_bytes"]) == ("unquantized", 20.0, 5)
 
 

@@ -117,6 +117,29 @@ def test_jobs_and_evaluations_are_counted_apart_and_a_bad_input_is_not_tried_aga
     assert "batch retry" not in err
 
 
+def test_an_evaluation_that_did_not_succeed_says_why_in_the_table(service: Any, cli: Any, tmp_path: Path) -> None:
+    file = tmp_path / "zoo.yaml"
+    file.write_text("models: ['demo:smollm2-135m']\nrecipes: [rtn, duquant]\nevaluate: {}\n")
+    batch_id = cli("batch", "submit", str(file))[1].split()[1]
+    reasons = iter([("error", "the worker has no memory left"), ("bad_input", "the text is too short")])
+    for _ in range(4):
+        claim = service.claim()
+        if claim.job.kind == "evaluate":
+            service.jobs.fail(claim, *next(reasons))
+            continue
+        service.do_layers(claim, 1)
+        service.finish(claim)
+    status, out, err = cli("batch", "wait", batch_id)
+    assert "evaluation: error: the worker has no memory left" in out
+    assert "evaluation: bad_input: the text is too short" in out
+    assert (status, f"duquant batch retry {batch_id}" in err) == (1, True)
+    # One that is cancelled by itself.
+    assert cli("batch", "retry", batch_id)[0] == 0
+    rows = data(cli("batch", "table", batch_id, "--json"))["rows"]
+    assert cli("job", "cancel", rows[0]["evaluation_job_id"])[0] == 0
+    assert "evaluation: cancelled" in cli("batch", "table", batch_id)[1]
+
+
 def test_options_that_what_is_there_does_not_take_are_named(service: Any, cli: Any, tmp_path: Path) -> None:
     first = ("job", "submit", "demo:smollm2-135m", "--recipe", "rtn", "--label", "team=a", "--priority", "7")
     job = data(cli(*first, "--json"))

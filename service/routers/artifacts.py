@@ -34,7 +34,6 @@ ID_PATTERN = r"^(art|job)_[0-9a-z]{1,60}$"
 ArtifactId = Annotated[
     str,
     Path(
-        max_length=64,
         description="The id of the artifact, or of the job that made it",
         examples=["art_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"],
     ),

@@ -33,7 +33,7 @@ from service.zoo_examples import BATCH, BATCH_REQUESTS, BATCH_TABLE, REQUANTIZED
 
 router = APIRouter(prefix="/v1", tags=["batches"], route_class=ApiRoute)
 
-BatchId = Annotated[str, Path(max_length=64, examples=["batch_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]
+BatchId = Annotated[str, Path(examples=["batch_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]
 
 _ONE = (*COMMON, "batch-not-found")
 _SUBMIT = (

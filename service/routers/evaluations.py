@@ -31,7 +31,6 @@ router = APIRouter(prefix="/v1", tags=["evaluations"], route_class=ApiRoute)
 EvaluationId = Annotated[
     str,
     Path(
-        max_length=100,
         description="The id of the evaluation, or of the job that measured",
         examples=["eval_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"],
     ),

@@ -33,7 +33,7 @@ from service.views import job_detail, job_submitted, job_summary, layer_view
 
 router = APIRouter(prefix="/v1", tags=["jobs"], route_class=ApiRoute)
 
-JobId = Annotated[str, Path(max_length=64, examples=["job_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]
+JobId = Annotated[str, Path(examples=["job_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]
 
 _ONE_JOB = (*COMMON, "job-not-found")
 

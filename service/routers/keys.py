@@ -25,7 +25,7 @@ _ENTRY_CURSOR = "audit_"
 router = APIRouter(prefix="/v1", tags=["keys"], route_class=ApiRoute)
 
 KEY_REQUEST = {"name": "ci", "scopes": ["jobs:read", "jobs:write"], "expires_at": "2036-01-05T09:30:00Z"}
-KeyId = Annotated[str, Path(max_length=64, examples=["key_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]
+KeyId = Annotated[str, Path(examples=["key_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]
 
 _ONE = (*COMMON, "key-not-found")
 

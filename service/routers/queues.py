@@ -27,7 +27,7 @@ from service.schemas.queues import (
 
 router = APIRouter(prefix="/v1", tags=["queues"], route_class=ApiRoute)
 
-QueuePath = Annotated[str, Path(max_length=64, examples=["default"])]
+QueuePath = Annotated[str, Path(examples=["default"])]
 NewQueuePath = Annotated[str, Path(pattern=QUEUE_NAME, examples=["express"])]
 OnlyNew = Annotated[
     str | None,

@@ -19,7 +19,7 @@ from service.schemas.tenants import TenantChange, TenantPage, TenantRequest, Ten
 
 router = APIRouter(prefix="/v1", tags=["tenants"], route_class=ApiRoute)
 
-TenantId = Annotated[str, Path(max_length=64, examples=["zoo"])]
+TenantId = Annotated[str, Path(examples=["zoo"])]
 
 _ONE = (*COMMON, "tenant-not-found")
 _TENANT = {

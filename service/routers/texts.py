@@ -17,7 +17,7 @@ from service.uploads import received_text
 
 router = APIRouter(prefix="/v1", tags=["texts"], route_class=ApiRoute)
 
-TextId = Annotated[str, Path(max_length=64, examples=["text_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]
+TextId = Annotated[str, Path(examples=["text_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]
 
 _ONE = (*COMMON, "text-unknown")
 _SUFFIXES = {"text/plain": ".txt", "application/x-ndjson": ".jsonl", "application/jsonl": ".jsonl"}

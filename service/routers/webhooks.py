@@ -28,8 +28,8 @@ from service.schemas.webhooks import (
 
 router = APIRouter(prefix="/v1", tags=["webhooks"], route_class=ApiRoute)
 
-WebhookId = Annotated[str, Path(max_length=64, examples=["wh_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]
-DeliveryId = Annotated[str, Path(max_length=64, examples=["msg_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]
+WebhookId = Annotated[str, Path(examples=["wh_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]
+DeliveryId = Annotated[str, Path(examples=["msg_0199a1b2c3d47e5f8a9b0c1d2e3f4a5b"])]
 
 _ONE = (*COMMON, "webhook-not-found")
 _WEBHOOK = {

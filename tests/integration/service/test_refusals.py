@@ -208,7 +208,21 @@ def test_a_body_of_another_type_is_refused(service: Any) -> None:
         ("DELETE", "/v1/queues/default%0a", 404, "not-found"),
         ("POST", "/v1/queues/default:pause%0a", 404, "not-found"),
         ("POST", "/v1/queues/def%7fault:pause", 404, "not-found"),
-        ("GET", "/v1/jobs/" + "x" * 65, 422, "validation-failed"),
+        ("GET", "/v1/jobs/" + "x" * 65, 404, "job-not-found"),
+        ("POST", "/v1/jobs/" + "x" * 65 + ":cancel", 404, "job-not-found"),
+        ("GET", "/v1/batches/" + "x" * 65, 404, "batch-not-found"),
+        ("GET", "/v1/artifacts/" + "x" * 65, 404, "artifact-not-found"),
+        ("GET", "/v1/artifacts/art_" + "1" * 65, 404, "artifact-not-found"),
+        ("GET", "/v1/evaluations/" + "x" * 65, 404, "evaluation-not-found"),
+        ("GET", "/v1/texts/" + "x" * 65, 404, "text-unknown"),
+        ("GET", "/v1/keys/" + "x" * 65, 404, "key-not-found"),
+        ("GET", "/v1/webhooks/" + "x" * 65, 404, "webhook-not-found"),
+        ("GET", "/v1/webhooks/" + "x" * 65 + "/deliveries", 404, "webhook-not-found"),
+        ("GET", "/v1/tenants/" + "x" * 65, 404, "tenant-not-found"),
+        ("GET", "/v1/queues/" + "x" * 65, 404, "queue-not-found"),
+        ("POST", "/v1/queues/" + "x" * 65 + ":pause", 404, "queue-not-found"),
+        ("DELETE", "/v1/queues/" + "x" * 65, 404, "queue-not-found"),
+        ("GET", "/v1/jobs/" + "x" * 20_000, 404, "job-not-found"),
         ("GET", "/v1/batches/nope", 404, "batch-not-found"),
         ("GET", "/v1/texts/nope", 404, "text-unknown"),
         ("GET", "/v1/artifacts/NOPE-1", 404, "artifact-not-found"),
@@ -221,6 +235,15 @@ def test_every_refusal_is_a_problem(service: Any, method: str, path: str, status
     answer = service.http.request(method, path)
     assert (answer.status_code, answer.headers["Content-Type"]) == (status, "application/problem+json")
     assert answer.json()["type"] == f"urn:duquant:problem:{name}"
+
+
+def test_an_id_of_any_length_is_one_that_there_is_not(any_service: Any) -> None:
+    for length in (65, 3000, 30_000):
+        for action in ("cancel", "retry"):
+            path = f"/v1/jobs/{'x' * length}:{action}"
+            answer = any_service.http.post(path, headers={"Idempotency-Key": "one"})
+            assert (answer.status_code, answer.json()["type"]) == (404, "urn:duquant:problem:job-not-found")
+        assert any_service.http.patch(f"/v1/jobs/{'x' * length}", json={"priority": 1}).status_code == 404
 
 
 def test_a_misspelt_filter_names_the_one_that_was_meant(service: Any) -> None:

@@ -379,7 +379,8 @@ class JobStoreMachine(RuleBasedStateMachine):
         return self.take()
 
     def take(self) -> Claim:
-        self.promote()
+        if self.anybody_may_start():
+            self.promote()
         expected = None if self.queue_paused else self.next_job()
         taken = self.store.claim("worker", lease_seconds=LEASE)
         if taken is None:
@@ -399,12 +400,21 @@ class JobStoreMachine(RuleBasedStateMachine):
         self.live[job_id] = taken
         return taken
 
+    def anybody_may_start(self) -> bool:
+        """Whether a claim looks at jobs at all; what is due while nobody may is queued by the next sweep."""
+        return not self.queue_paused and any(
+            not tenant.paused and (tenant.max_running is None or tenant.max_running > self.held_by(name))
+            for name, tenant in self.tenants.items()
+        )
+
+    def held_by(self, tenant: str) -> int:
+        return sum(model.gpus for model in self.jobs.values() if model.tenant == tenant and model.state in HELD)
+
     def next_job(self) -> tuple[float, str] | None:
         latest = max(tenant.vstart for tenant in self.tenants.values())
         heads = []
         for name, tenant in self.tenants.items():
-            held = sum(model.gpus for model in self.jobs.values() if model.tenant == name and model.state in HELD)
-            room = 1000 if tenant.max_running is None else tenant.max_running - held
+            room = 1000 if tenant.max_running is None else tenant.max_running - self.held_by(name)
             ready = [
                 (model.turn_at, job_id)
                 for job_id, model in self.jobs.items()

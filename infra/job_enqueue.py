@@ -11,6 +11,7 @@ from infra import tracing
 from infra.database import insert_new, write
 from infra.errors import DependencyFailed, DependencyNotFound, JobConflict, QueueNotFound
 from infra.ids import new_id
+from infra.job_claims import held_gpus
 from infra.job_model import ACTIVE, MAX_LABELS, TERMINAL, WAITING, EventType, Job, JobState, NewJob, turn_at
 from infra.job_quotas import require_room
 from infra.job_rows import JobChanges, JobRows, state_is
@@ -60,7 +61,7 @@ class JobEnqueue(JobRows):
 
         One that has not ended serves both from then on: it starts as early, and as urgently, as the more impatient of
         the two wants, fails at the later deadline, and waits for other jobs only if both do. It stays in its queue,
-        unless it waits in one that is paused and the new request names one that is not.
+        unless that is paused and the one of the new request is not, or that is full and the other has no bound.
 
         Returns:
             The job, and whether it is new. With `force` it always is.
@@ -132,18 +133,30 @@ class JobEnqueue(JobRows):
         now = connection.execute(select(self._now())).scalar_one()
         if (run_at := max(now, new.run_at or now)) < job.run_at:
             changes["run_at"] = run_at
-        if new.queue != job.queue and self._is_only_there_paused(connection, job.queue, new.queue):
+        unblock = job.state is JobState.BLOCKED and not new.depends_on
+        is_due = (unblock or job.state is not JobState.BLOCKED) and changes.get("run_at", job.run_at) <= now
+        if new.queue != job.queue and self._is_better_off(connection, job, new.queue, is_due=is_due):
             # As with a new job: the queue stays until the job is in.
             self._hold_queue(connection, new.queue)
             changes["queue"] = new.queue
-        unblock = job.state is JobState.BLOCKED and not new.depends_on
         if unblock:
             connection.execute(delete(job_deps).where(job_deps.c.job_id == job.id))
         return self._change(connection, job, changes, actor, unblock=unblock) if changes or unblock else job
 
-    def _is_only_there_paused(self, connection: Connection, there: str, elsewhere: str) -> bool:
-        query = select(queues.c.name).where(queues.c.name.in_([there, elsewhere]), queues.c.paused != 0)
-        return set(connection.execute(query).scalars()) == {there}
+    def _is_better_off(self, connection: Connection, job: Job, queue: str, *, is_due: bool) -> bool:
+        """Whether a job starts in another queue, and never later than where it waits.
+
+        So out of a paused queue into an open one; and, when it waits for nothing but its turn, out of one without room
+        for it into one without a bound. Room in a bounded one proves nothing: those ahead of the job may fill it.
+        """
+        held = held_gpus(jobs.c.queue == queues.c.name).label("held")
+        query = select(queues.c.name, queues.c.paused, queues.c.max_running, held)
+        rows = {row.name: row for row in connection.execute(query.where(queues.c.name.in_([job.queue, queue])))}
+        there, elsewhere = rows.get(job.queue), rows.get(queue)
+        if there is None or elsewhere is None or elsewhere.paused:
+            return False
+        is_full = there.max_running is not None and there.max_running - there.held < job.gpus
+        return bool(there.paused or (is_due and is_full and elsewhere.max_running is None))
 
     def _insert(self, connection: Connection, new: NewJob, *, force: bool, actor: str) -> Job | None:
         """Add the job; none where an active one with its fingerprint is there, unless it is forced."""

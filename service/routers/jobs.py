@@ -89,7 +89,8 @@ def submit_job(service: Service, caller: Writer, body: JobRequest, once: Once) -
 
     The same model and recipe again gives back the job that is active or finished, with `reused: true` and status 200,
     unless `force` is set. A job that still waits then serves both requests: it starts as early and as urgently as the
-    more impatient of them wants, and leaves a paused queue for the one of the new request, if that is not paused.
+    more impatient of them wants, and leaves a paused queue for the one of the new request, if that is not paused, and a
+    full one for one without a bound.
     """
 
     def prepare() -> tuple[NewJob, Identities | None]:

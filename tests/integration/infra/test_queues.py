@@ -326,6 +326,61 @@ def test_work_stays_where_it_waits_when_that_is_open_or_the_other_queue_is_pause
     assert desk.event_types(job) == ["enqueued"]
 
 
+@pytest.fixture
+def full(desk: Any, queues: QueueStore) -> str:
+    """A queue whose one slot is taken, beside the default queue, which has no bound."""
+    queues.put("full", max_running=1, actor=ACTOR)
+    desk.add("running", queue="full")
+    desk.claim()
+    return "full"
+
+
+@pytest.mark.parametrize("becomes", ["due", "unblocked"])
+def test_work_that_waits_in_a_full_queue_moves_to_one_without_a_bound_that_asks_for_it(
+    desk: Any, store: JobStore, clock: Any, full: str, becomes: str
+) -> None:
+    for number in range(3):
+        desk.add(f"ahead {number}", queue=full)
+    if becomes == "unblocked":
+        job = desk.add("work", queue=full, depends_on=[store.list("default")[0].id])
+    else:
+        job = desk.add("work", queue=full, run_at=clock.now + 5000)
+    joined, created = store.enqueue(desk.new_job("work"), actor="hasty")
+    assert (joined.id, created, joined.queue, joined.state) == (job.id, False, "default", "queued")
+    event = store.events(job.id)[-1]
+    assert (event.type, event.actor, event.data["changes"]["queue"]) == ("changed", "hasty", "default")
+    assert desk.claim().job.id == job.id
+    assert store.claim("worker", lease_seconds=LEASE) is None
+
+
+def test_work_for_which_a_queue_has_too_few_slots_left_counts_as_in_a_full_one(
+    desk: Any, store: JobStore, queues: QueueStore, full: str
+) -> None:
+    queues.put(full, max_running=2, actor=ACTOR)
+    wide = desk.add("wide", queue=full, gpus=2)
+    narrow = desk.add("narrow", queue=full)
+    assert store.enqueue(desk.new_job("wide", gpus=2), actor="hasty")[0].queue == "default"
+    assert store.enqueue(desk.new_job("narrow"), actor="hasty")[0].queue == full
+    assert {desk.claim().job.id, desk.claim().job.id} == {wide.id, narrow.id}
+
+
+@pytest.mark.parametrize("why", ["is bounded", "is paused", "later", "blocked", "not full"])
+def test_work_stays_in_a_full_queue_where_it_would_not_surely_start_sooner_elsewhere(
+    desk: Any, store: JobStore, queues: QueueStore, clock: Any, full: str, why: str
+) -> None:
+    queues.put("express", max_running=3 if why == "is bounded" else None, actor=ACTOR)
+    if why == "is paused":
+        queues.pause("express", actor=ACTOR)
+    if why == "not full":
+        queues.put(full, max_running=2, actor=ACTOR)
+    when: dict[str, Any] = {
+        "later": {"run_at": clock.now + 5000},
+        "blocked": {"depends_on": [store.list("default")[0].id]},
+    }.get(why, {})
+    job = desk.add("work", queue=full, **when)
+    assert store.enqueue(desk.new_job("work", queue="express", **when), actor="hasty") == (job, False)
+
+
 def test_work_that_runs_stays_in_its_queue_and_takes_its_slot(desk: Any, store: JobStore, queues: QueueStore) -> None:
     queues.put("slow", max_running=1, actor=ACTOR)
     desk.add(queue="slow")

@@ -194,6 +194,18 @@ def test_work_that_waits_in_a_paused_queue_is_not_stuck_there(any_service: Any) 
     assert problem(service.http.patch(path, json={"queue": "slow"})) == (409, "job-conflict")
 
 
+def test_work_that_waits_in_a_full_queue_starts_in_the_one_that_is_named_now(any_service: Any) -> None:
+    service = any_service
+    put(service, "slow", {"max_running": 1})
+    submit(service, queue="slow", recipe="duquant")
+    assert service.jobs.claim("worker", lease_seconds=60) is not None
+    job = submit(service, queue="slow").json()
+    assert service.jobs.claim("worker", lease_seconds=60) is None
+    again = submit(service).json()
+    assert (again["reused"], again["id"], again["queue"]) == (True, job["id"], "default")
+    assert service.jobs.claim("worker", lease_seconds=60).job.id == job["id"]
+
+
 def test_the_command_line_puts_a_job_into_another_queue(service: Any, cli: Any) -> None:
     put(service, "slow", {})
     job = submit(service).json()

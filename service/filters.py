@@ -14,6 +14,7 @@ from service.schemas.common import Moment, milliseconds
 
 LABEL = r"^[A-Za-z0-9_.-]{1,63}=[^\x00]{1,200}$"
 Name = Annotated[str | None, Query(min_length=1, max_length=400)]
+BatchStates = Annotated[list[BatchState], Query(max_length=5, description="Only batches in one of these states")]
 CreatedFrom = Annotated[Moment | None, Query(description="Only what was made at this time or later")]
 CreatedUntil = Annotated[Moment | None, Query(description="Only what was made before this time")]
 
@@ -52,7 +53,7 @@ async def job_filter(
 
 
 async def batch_filter(
-    state: Annotated[list[BatchState], Query(max_length=5, description="Only batches in one of these states")] = [],  # noqa: B006  as above
+    state: BatchStates = [],  # noqa: B006  as above
     name: Annotated[Name, Query(description="Only batches with this name")] = None,
     model: Annotated[Name, Query(description="Only batches with work on the model of this name")] = None,
     recipe: Annotated[

@@ -52,6 +52,7 @@ _RECIPE = (
     ("KVCacheConfig", "kv_cache."),
     ("CalibrationConfig", "calibration."),
     ("LearningConfig", "learning."),
+    ("DistillationConfig", "distillation."),
     ("TextSource", "calibration.source."),
 )
 _PLAN = (
@@ -66,7 +67,7 @@ _SETTINGS = (
     ("`python -m workers`", "workers/settings.py", ("WorkerSettings",)),
     ("`python -m infra.gc`", "infra/gc.py", ("GcSettings",)),
 )
-_OTHER_SECTIONS = {"transform", "learning", "weight", "activation", "kv_cache", "calibration", "source"}
+_OTHER_SECTIONS = {"transform", "learning", "distillation", "weight", "activation", "kv_cache", "calibration", "source"}
 
 
 def config_source(class_name: str) -> Path:

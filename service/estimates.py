@@ -39,6 +39,10 @@ def _time(past: Sequence[PastJob], basis: str, factors: Sequence[float] | None =
     )
 
 
+_RUNS_OF_A_STEP = 5
+"""A step of distillation runs a token forwards unquantized, forwards, forwards again, and twice as long backwards."""
+
+
 def relative_work(job: PastJob, recipe: Recipe) -> float:
     """Return the work of a recipe over that of a past job: chains and further passes run the layers more often.
 
@@ -70,6 +74,10 @@ def layer_runs(recipe: Recipe, layers: int) -> tuple[int, int]:
             # quantized for the inputs of the next.
             forwards += stages[-1].start + 1 + 2 * (made - len(stages))
             quantized += made
+    if recipe.distills:
+        learned_on = recipe.distillation.steps * recipe.distillation.batch * recipe.distillation.seq_len
+        text = recipe.calibration.samples * recipe.calibration.seq_len
+        forwards += round(layers * _RUNS_OF_A_STEP * learned_on / text)
     return forwards, quantized
 
 

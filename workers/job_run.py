@@ -84,8 +84,8 @@ class JobRun(ClaimedRun):
         """Return a layer's row, reopened when its object is not what was committed or cannot go with the others."""
         if row.state != "done":
             return row
-        if run.has_lost_rotations:
-            return self._store.reopen_layer(self._claim, row.layer, "the rotations that it was folded with are gone")
+        if (lost := run.lost) is not None:
+            return self._store.reopen_layer(self._claim, row.layer, lost)
         assert row.key is not None
         try:
             info = self._storage.head(row.key)

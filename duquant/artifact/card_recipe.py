@@ -33,6 +33,10 @@ def recipe_rows(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "left in 16 bits", ", ".join(f"`{name}`" for name in recipe.skip_linears)
     yield "calibration text", _calibration_text(recipe)
     yield "calibrated on", _inputs(recipe)
+    if recipe.distills:
+        config = recipe.distillation
+        sizes = f"{config.steps:,} steps of {config.batch} sequences of {config.seq_len:,} tokens"
+        yield "distilled", f"scales and gains, {sizes}"
     yield "seed", str(recipe.seed)
 
 

@@ -60,6 +60,11 @@ class WorkDir:
         """The rotations of the residual stream, for recipes that have them."""
         return self.root / "rotations.safetensors"
 
+    @property
+    def distilled(self) -> Path:
+        """The folder of the layers that learned together, and of a report; it appears whole."""
+        return self.root / "distilled"
+
     def boundary(self, layer: int, shard: int) -> Path:
         """Inputs of `layer` in the unquantized model for one shard."""
         return self.folder / f"boundary-{layer:04d}-{shard:04d}.bin"

@@ -4,7 +4,7 @@ The same classes are the REST schema, the manifest entry and the command line's 
 every unknown field is an error, and equal recipes have equal digests on every machine.
 """
 
-from duquant.config.calibration import CalibrationConfig, LearningConfig, TextSource, even_ranges
+from duquant.config.calibration import CalibrationConfig, DistillationConfig, LearningConfig, TextSource, even_ranges
 from duquant.config.checks import LATER, STRICT_FIELDS, check_choice, check_range
 from duquant.config.gate import QualityGate
 from duquant.config.plain import from_plain
@@ -21,6 +21,7 @@ __all__ = [
     "STRICT_FIELDS",
     "ActivationConfig",
     "CalibrationConfig",
+    "DistillationConfig",
     "KVCacheConfig",
     "LearningConfig",
     "QualityGate",

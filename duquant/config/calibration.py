@@ -143,3 +143,33 @@ class LearningConfig:
         check_range("learning", "clip_rate", self.clip_rate, 1e-6, 1.0)
         check_range("learning", "smooth_rate", self.smooth_rate, 1e-6, 1.0)
         check_range("learning", "rotation_rate", self.rotation_rate, 1e-6, 1000.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillationConfig:
+    """Learning on the whole network, after all layers are quantized: the weights' scales and the norms' gains, by Adam.
+
+    The loss is the Kullback-Leibler divergence of the quantized network's next-token distribution from the unquantized
+    one's, with activations, keys and values rounded as they are at run time. It learns on the calibration's windows.
+    Codes stay, so the quantized network has to be in memory, packed, and nothing of its size beside it.
+
+    Reference: distillation for quantization is LLM-QAT's, arXiv 2305.17888v1, section 2.2; learning the step sizes of
+    the whole network alone is EfficientQAT's E2E-QP, arXiv 2407.11062v3, section 3.3.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_FIELDS
+
+    steps: int = 0
+    """Gradient steps; 0 learns nothing."""
+    batch: int = 8
+    """Sequences in a step."""
+    seq_len: int = 256
+    """Tokens of a sequence: calibration windows are cut into such pieces."""
+    rate: float = 0.003
+    """Learning rate of the logarithms of scales and gains; it rises over the first steps, then falls as a cosine."""
+
+    def __post_init__(self) -> None:
+        check_range("distillation", "steps", self.steps, 0, 100000)
+        check_range("distillation", "batch", self.batch, 1, 4096)
+        check_range("distillation", "seq_len", self.seq_len, 8, 131072)
+        check_range("distillation", "rate", self.rate, 1e-6, 1.0)

@@ -6,7 +6,7 @@ import re
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
-from duquant.config.calibration import CalibrationConfig, LearningConfig, even_ranges
+from duquant.config.calibration import CalibrationConfig, DistillationConfig, LearningConfig, even_ranges
 from duquant.config.checks import LATER, STRICT_FIELDS, check_range
 from duquant.config.gate import QualityGate
 from duquant.config.plain import counted, from_plain
@@ -38,6 +38,8 @@ class Recipe:
     """Calibration data."""
     learning: LearningConfig = field(default_factory=LearningConfig, metadata=LATER)
     """What may be spent on learning; not used by recipes that learn nothing."""
+    distillation: DistillationConfig = field(default_factory=DistillationConfig, metadata=LATER)
+    """Learning on the whole network when its layers are quantized; off with 0 steps."""
     outlier_channels: int = field(default=0, metadata=LATER)
     """So many input channels of each site, those of largest mean square, keep 8 bits in weights and activations, on
     symmetric grids of their own (Atom). The site's channels are ordered by mean square."""
@@ -95,6 +97,23 @@ class Recipe:
                 field="transform.alignment",
             )
         self._check_outliers()
+        self._check_distillation()
+
+    def _check_distillation(self) -> None:
+        if not self.distills:
+            return
+        if self.distillation.seq_len > self.calibration.seq_len:
+            raise ConfigError(
+                f"distillation.seq_len is {self.distillation.seq_len}; windows of calibration.seq_len "
+                f"{self.calibration.seq_len} have no pieces of that length",
+                field="distillation.seq_len",
+            )
+        if self.transform.rotates_residual or self.outlier_channels:
+            what = "outlier_channels" if self.outlier_channels else "transform.residual_rotation"
+            raise ConfigError(
+                f"distillation.steps is {self.distillation.steps}; distillation is not for recipes with {what}",
+                field="distillation.steps",
+            )
 
     def _check_outliers(self) -> None:
         check_range("recipe", "outlier_channels", self.outlier_channels, 0, 32768)
@@ -149,6 +168,11 @@ class Recipe:
         Rotations of the residual stream are learned before, on the network's loss, and need no such inputs.
         """
         return self.weight.clip == "learned"
+
+    @property
+    def distills(self) -> bool:
+        """Whether the whole network is learned on when its layers are quantized."""
+        return self.distillation.steps > 0
 
     @property
     def first_smoothed_key(self) -> int:

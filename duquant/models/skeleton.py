@@ -171,6 +171,31 @@ class Skeleton:
         return mask
 
 
+class NetworkEnds:
+    """What is outside the layers of a model, ready to run.
+
+    Raises:
+        SourceError: its tensors are unusable.
+    """
+
+    def __init__(self, source: SourceCheckpoint, skeleton: Skeleton) -> None:
+        architecture = source.architecture
+        stored = skeleton.load_extra(source)
+        self._skeleton = skeleton
+        # On the CPU: a step reads few of its rows.
+        self._table = stored[architecture.embeddings].to(COMPUTE_DTYPE)
+        self._norm = stored[architecture.final_norm].to(skeleton.device)
+        self._head = stored.get(architecture.head, self._table).to(skeleton.device, COMPUTE_DTYPE)
+
+    def embed(self, tokens: Int64[Tensor, "batch seq"]) -> Float[Tensor, "batch seq hidden"]:
+        """Return the inputs of the first layer, on the device."""
+        return self._skeleton.embed(tokens, self._table).to(self._skeleton.device)
+
+    def logits(self, X: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq vocab"]:
+        """Return what final norm and head make of the last layer's outputs."""
+        return self._skeleton.logits(X, self._norm, self._head)
+
+
 def _check_shapes(where: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
     for name, tensor in tensors.items():
         if tensor.shape != shapes[name]:

@@ -5,13 +5,16 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from duquant.errors import ScratchError
 
 _OS_ERROR = re.compile(r"os error (\d+)")
 
@@ -35,6 +38,37 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: dict[st
         raise OSError(code, os.strerror(code), str(path)) from err
     finally:
         staged.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a scratch file, on the CPU, and its metadata; `what` it is goes into messages.
+
+    Raises:
+        ScratchError: the file is missing or broken; a broken one is deleted, so that the next try makes it anew.
+    """
+    try:
+        with safe_open(path, framework="pt") as reader:
+            return {name: reader.get_tensor(name) for name in list(reader.keys())}, reader.metadata() or {}
+    except (OSError, SafetensorError) as err:
+        if isinstance(err, SafetensorError):
+            path.unlink(missing_ok=True)
+        raise ScratchError(f"cannot read {what} {path}: {err}") from err
+
+
+@contextmanager
+def staged_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder to fill, which is renamed to `path` afterwards: it appears whole or not at all.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        staged.mkdir(parents=True)
+        yield staged
+        staged.rename(path)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def copy_file(source: Path, target: Path) -> None:

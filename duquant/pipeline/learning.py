@@ -8,7 +8,7 @@ Reference: OmniQuant, arXiv 2308.13137v3, section 3; DuQuant, arXiv 2406.01721v3
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -23,8 +23,8 @@ from duquant.pipeline.epochs import LearningReport, keep_best
 from duquant.pipeline.folds import Folds, LayerShape
 from duquant.pipeline.patching import patched, plain_linear
 from duquant.pipeline.prepare import PreparedSite
+from duquant.pipeline.rounded import rounded_rows
 from duquant.pipeline.site import site_seed
-from duquant.quantizers.activation import round_activations
 from duquant.quantizers.straight_through import round_between
 from duquant.quantizers.weight import ClipRatios, full_range, resolve_group_size
 
@@ -87,8 +87,7 @@ class _LearnedSite:
             rows = X.reshape(-1, X.shape[-1]).float()
             scale = self.smooth()
             rows = self._prepared.transform.apply(rows if scale is None else rows / scale)
-            error = round_activations(rows.detach(), self._config, self._prepared.clip_ratio) - rows.detach()
-            self._seen = X, (rows + error).bfloat16()
+            self._seen = X, rounded_rows(rows, self._config, self._prepared.clip_ratio).bfloat16()
         return self._seen[1]
 
     def forget(self) -> None:
@@ -166,7 +165,7 @@ class _Learner:
     @contextmanager
     def patched(self, layer: nn.Module) -> Iterator[None]:
         """Let the layer's quantized linears run as learned ones."""
-        forwards = {}
+        forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
         for name, learned in self.linears.items():
             module = plain_linear(layer, name)
             learned.bias = None if module.bias is None else module.bias.detach()

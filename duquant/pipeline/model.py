@@ -105,7 +105,8 @@ def _run_steps(run: ModelRun, out: Path, report: Callable[[Progress], None]) -> 
     done = 0
     for step in run.steps():
         kind, layer = step.id.kind, step.id.layer
-        report(Progress("prepare" if layer < 0 else "layers", done, total, f"{kind} layer {layer}"))
+        phase = "prepare" if layer < 0 else "layers"
+        report(Progress("distill" if kind == "distill" else phase, done, total, f"{kind} layer {layer}"))
         outcome = run.do(step.id, out)
         if outcome is not None:
             outcomes.append(outcome)

@@ -1,4 +1,4 @@
-"""Letting a layer's linears run as something else for a while."""
+"""Letting a layer's modules run as something else for a while."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,12 +21,12 @@ def plain_linear(layer: nn.Module, name: str) -> nn.Linear:
 
 
 @contextmanager
-def patched(forwards: Mapping[nn.Linear, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Let linears run these functions inside the `with` block."""
+def patched(forwards: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Let modules run these functions inside the `with` block."""
     try:
-        for linear, forward in forwards.items():
-            linear.forward = forward  # type: ignore[method-assign, assignment]  # undone below
+        for module, forward in forwards.items():
+            module.forward = forward  # undone below
         yield
     finally:
-        for linear in forwards:
-            linear.__dict__.pop("forward", None)
+        for module in forwards:
+            module.__dict__.pop("forward", None)

@@ -3,14 +3,13 @@
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from duquant.calibration.boundaries import BoundaryWriter, read_micro_batches
 from duquant.config import Recipe
-from duquant.errors import ScratchError
 from duquant.inference.hf import new_cache
 from duquant.inference.layers import packed_layer
 from duquant.models.skeleton import Skeleton
+from duquant.models.tensor_files import read_tensors
 
 
 @torch.no_grad()
@@ -33,13 +32,9 @@ def propagate_layer(skeleton: Skeleton, recipe: Recipe, layer: int, *, packed: P
     if target.exists():
         return
     prefix = f"{skeleton.architecture.layers_prefix}.{layer}."
-    try:
-        with safe_open(packed, framework="pt", device=str(skeleton.device)) as reader:
-            tensors = {name.removeprefix(prefix): reader.get_tensor(name) for name in list(reader.keys())}
-    except (OSError, SafetensorError) as err:
-        if isinstance(err, SafetensorError):
-            packed.unlink(missing_ok=True)
-        raise ScratchError(f"cannot read the quantized layer {packed}: {err}") from err
+    read, _ = read_tensors(packed, "the quantized layer")
+    tensors = {name.removeprefix(prefix): tensor.to(skeleton.device) for name, tensor in read.items()}
+    del read
     sites = skeleton.architecture.kept_sites(recipe.skip_linears, layer)
     module = packed_layer(skeleton.empty_layer(layer), sites, recipe, tensors)
     del tensors

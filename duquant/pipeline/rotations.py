@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -27,13 +26,13 @@ from duquant.config import ActivationConfig, Recipe
 from duquant.errors import CalibrationError
 from duquant.models.architecture import Site
 from duquant.models.rotated import ResidualRotations, rotate_layer
-from duquant.models.skeleton import COMPUTE_DTYPE, Skeleton
+from duquant.models.skeleton import COMPUTE_DTYPE, NetworkEnds, Skeleton
 from duquant.models.source import SourceCheckpoint
 from duquant.pipeline.epochs import LearningReport, keep_best
 from duquant.pipeline.patching import patched, plain_linear
+from duquant.pipeline.rounded import RoundedStates, rounded_rows
 from duquant.pipeline.site import site_seed
 from duquant.pipeline.steps import Step, StepId
-from duquant.quantizers.activation import round_activations
 from duquant.quantizers.kv import KVQuantizer
 from duquant.transforms.cayley import cayley_step
 from duquant.transforms.rotation import apply_rotation, hadamard_rotation, kronecker_sides
@@ -124,27 +123,6 @@ def learn_rotations(
     return learner.rotations, report
 
 
-class _RoundedStates:
-    """Stands where a KV cache would: attention sees keys and values as a packed cache gives them back."""
-
-    def __init__(self, quantizer: KVQuantizer | None, R2: Float[Tensor, "head_dim head_dim"]) -> None:
-        self._quantizer = quantizer
-        self._R2 = R2
-
-    def update(self, keys: Tensor, values: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Return keys and values, (batch, heads, tokens, head_dim), rounded; values in the basis that R2 gives them."""
-        if self._quantizer is None:
-            return keys, values
-        return self._rounded(keys), self._rounded(values @ self._R2) @ self._R2.T
-
-    def _rounded(self, X: Tensor) -> Tensor:
-        assert self._quantizer is not None
-        kept = X.detach()
-        error = self._quantizer.dequantize(self._quantizer.quantize(kept), X.dtype) - kept
-        error[:, :, : self._quantizer.config.sink_tokens] = 0.0
-        return X + error
-
-
 class _RoundedSite:
     """Rounds what enters the linears of one site, in one forward pass of its layer."""
 
@@ -164,9 +142,8 @@ class _RoundedSite:
         rows = self._transform.apply(X.reshape(-1, X.shape[-1]))
         if self._R is not None:
             rows = apply_rotation(rows, self._R)
-        exact = rows.detach().float()
         clip_ratio = torch.full((2,), self._config.clip_ratio, device=X.device, dtype=torch.float32)
-        rows = rows + (round_activations(exact, self._config, clip_ratio) - exact).to(rows.dtype)
+        rows = rounded_rows(rows, self._config, clip_ratio)
         if self._R is not None:
             rows = apply_rotation(rows, self._R.T)
         return rows.view(X.shape)
@@ -183,10 +160,7 @@ class _Learner:
         self._quantizer = KVQuantizer(recipe.kv_cache, skeleton.head_dim) if is_rounded else None
         self._online: dict[int, SiteTransform] = {}
         self._tensors = [self._layer_tensors(source, layer) for layer in range(source.layers)]
-        ends = skeleton.load_extra(source)
-        self._table = ends[self._architecture.embeddings].to(COMPUTE_DTYPE)
-        self._norm = ends[self._architecture.final_norm].to(self._device)
-        self._head = ends.get(self._architecture.head, self._table).to(self._device, COMPUTE_DTYPE)
+        self._ends = NetworkEnds(source, skeleton)
         self.rotations = start
         self._take(start)
 
@@ -254,24 +228,24 @@ class _Learner:
 
     def _forward(self, tokens: Tensor) -> list[Tensor]:
         """Return the inputs of every layer, and the last one's outputs."""
-        states = [self._skeleton.embed(tokens[None], self._table).to(self._device)]
+        states = [self._ends.embed(tokens[None])]
         for layer in range(len(self._tensors)):
             with self._layer(layer) as run:
                 states.append(run(states[-1]))
         return states
 
     def _cross_entropy(self, X: Tensor, tokens: Tensor) -> Tensor:
-        logits = self._skeleton.logits(X, self._norm, self._head)[0, :-1]
+        logits = self._ends.logits(X)[0, :-1]
         return nn.functional.cross_entropy(logits.float(), tokens[1:].to(self._device))
 
     @contextmanager
     def _layer(self, layer: int) -> Iterator[Callable[[Tensor], Tensor]]:
         """Lend a layer its tensors, its quantized linears patched; yield what runs it."""
         R1, R2 = self._R1.to(COMPUTE_DTYPE), self._R2[layer].to(COMPUTE_DTYPE)
-        cache = _RoundedStates(self._quantizer, R2)
+        cache = RoundedStates(self._quantizer, R2=R2)
         with self._skeleton.layer(layer, self._tensors[layer]) as module:
             module.requires_grad_(False)
-            forwards = {}
+            forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
             for site in self._architecture.kept_sites(self._recipe.skip_linears, layer):
                 rounded = self._site(site, layer, R1, R2)
                 for name in site.linears:

@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,18 +24,20 @@ from duquant.calibration.sweep import (
     embed_shard,
     load_inputs,
     observe_layer,
+    read_tokens,
     shard_windows,
     sweep_layer,
     write_tokens,
 )
 from duquant.calibration.text import calibration_windows
 from duquant.config import Recipe
-from duquant.errors import ConfigError
+from duquant.errors import ConfigError, ScratchError
 from duquant.models.architecture import Site
 from duquant.models.rotated import ResidualRotations, RotatedCheckpoint, require_rotatable
 from duquant.models.skeleton import Skeleton
 from duquant.models.source import SourceCheckpoint
-from duquant.models.tensor_files import copy_file, hash_tensors, save_tensors
+from duquant.models.tensor_files import copy_file, hash_tensors, read_tensors, save_tensors, staged_folder
+from duquant.pipeline.distillation import distill
 from duquant.pipeline.folds import LayerShape
 from duquant.pipeline.layer import QuantizedLayer, quantize_layer
 from duquant.pipeline.learning import LayerSamples
@@ -42,6 +47,10 @@ from duquant.pipeline.propagate import propagate_layer
 from duquant.pipeline.rotations import rotate_first, write_rotations
 from duquant.pipeline.steps import Found, Step, StepId
 from duquant.quantizers.weight import resolve_group_size
+
+_OUTCOME = "outcome"
+"""The entry of a draft's metadata that has what its shard's outcome will tell."""
+_REPORT = "report.json"
 
 
 class ModelRun:
@@ -73,9 +82,10 @@ class ModelRun:
 
     @property
     def quantizations(self) -> int:
-        """How often a layer is quantized in the whole run, all passes together."""
+        """How often a layer is quantized or packed in the whole run, all passes together."""
         layers, passes = self.source.layers, range(self.recipe.refine_passes + 1)
-        return sum(len(stage) for index in passes for stage in self.recipe.stages(layers, index))
+        drafts = sum(len(stage) for index in passes for stage in self.recipe.stages(layers, index))
+        return drafts + layers if self.recipe.distills else drafts
 
     @cached_property
     def _skeleton(self) -> Skeleton:
@@ -119,6 +129,8 @@ class ModelRun:
             passes=[self.recipe.stages(self.source.layers, index) for index in indices],
             finished_layers=finished_layers,
             found=[self.found(index) for index in indices],
+            distills=self.recipe.distills,
+            is_distilled=self.work.distilled.exists(),
         )
         return rotate_first(steps) if self.recipe.transform.rotates_residual else steps
 
@@ -149,6 +161,8 @@ class ModelRun:
                 self.propagate(step.layer, step.shard, step.pass_index)
             case "draft":
                 self.draft(step.layer, step.pass_index)
+            case "distill":
+                self.distill()
             case "quantize":
                 return self.quantize(step.layer, out)
             case "extra":
@@ -207,12 +221,16 @@ class ModelRun:
         return self.work.of_pass(max(pass_index - 1, 0)).packed(layer)
 
     @property
-    def has_lost_rotations(self) -> bool:
-        """Whether layers that are finished cannot go with those to come: others would be folded with other rotations.
+    def lost(self) -> str | None:
+        """What finished layers have in common with those to come and is gone, in words: they are to be done again.
 
         Learning again gives the same bytes only on the same kind of device with as many threads.
         """
-        return self.recipe.transform.rotates_residual and not self.work.rotations.exists()
+        if self.recipe.transform.rotates_residual and not self.work.rotations.exists():
+            return "the rotations that it was folded with are gone"
+        if self.recipe.distills and not self.work.distilled.exists():
+            return "the other layers that it learned with are gone"
+        return None
 
     def runs_shard(self, step: StepId) -> bool:
         """Tell whether a step runs a layer of the artifact, whose shard may be fetched from where it is kept."""
@@ -222,27 +240,58 @@ class ModelRun:
         """Quantize one layer for the next pass to run, unless it is there."""
         work = self._work(pass_index)
         if not work.packed(layer).exists():
-            stored = self._skeleton.load(self.source, layer)
-            save_tensors(work.packed(layer), self._named(layer, self._quantized(layer, stored, work)))
+            quantized = self._quantized(layer, self._skeleton.load(self.source, layer), work)
+            told = {"quantized_weights": quantized.quantized_weights, "metrics": quantized.metrics}
+            metadata = {_OUTCOME: json.dumps(told)}
+            save_tensors(work.packed(layer), self._named(layer, quantized.tensors), metadata=metadata)
         self._forget_statistics(layer, work)
+
+    def distill(self) -> None:
+        """Let the drafts of the last pass learn together, unless they have; then delete them.
+
+        Raises:
+            ScratchError: a draft is missing or broken; a broken one is deleted.
+        """
+        work = self.work.of_pass(self.recipe.refine_passes)
+        if not self.work.distilled.exists():
+            drafts = [work.packed(layer) for layer in range(self.source.layers)]
+            read = [read_tensors(draft, "the quantized layer") for draft in drafts]
+            prefixes = [self._prefix(layer) for layer in range(self.source.layers)]
+            by_layer = [
+                {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+                for prefix, (tensors, _) in zip(prefixes, read, strict=True)
+            ]
+            windows = read_tokens(self.work, range(self.recipe.calibration.samples), self.recipe.calibration.seq_len)
+            learned, report = distill(self.source, self._skeleton, self.recipe, by_layer, windows)
+            with staged_folder(self.work.distilled) as folder:
+                for layer, (tensors, (_, metadata)) in enumerate(zip(learned, read, strict=True)):
+                    save_tensors(folder / layer_shard(layer), self._named(layer, tensors), metadata=metadata)
+                (folder / _REPORT).write_text(json.dumps(asdict(report)), encoding="utf-8")
+        for layer in range(self.source.layers):
+            work.packed(layer).unlink(missing_ok=True)
 
     def quantize(self, layer: int, out: Path) -> ShardOutcome:
         """Quantize one layer into its shard in directory `out`."""
         started = time.perf_counter()
         last = self.recipe.refine_passes
         stored = self._skeleton.load(self.source, layer)
-        quantized = self._quantized(layer, stored, self._work(last))
-        shard = write_shard(out / layer_shard(layer), self._named(layer, quantized))
-        if not last and self._is_propagated(layer, last):
+        told: dict[str, Any]
+        if self.recipe.distills:
+            tensors, told = self._distilled(layer)
+        else:
+            quantized = self._quantized(layer, stored, self._work(last))
+            tensors = self._named(layer, quantized.tensors)
+            told = {"quantized_weights": quantized.quantized_weights, "metrics": quantized.metrics}
+        shard = write_shard(out / layer_shard(layer), tensors)
+        if not self.recipe.distills and not last and self._is_propagated(layer, last):
             copy_file(out / shard.name, self.packed(layer))
         return ShardOutcome(
             layer=layer,
             shard=shard,
             source_sha256=hash_tensors(stored),
             source_bytes=sum(tensor.numel() * 2 for tensor in stored.values()),
-            quantized_weights=quantized.quantized_weights,
-            metrics=quantized.metrics,
             seconds=time.perf_counter() - started,
+            **told,
         )
 
     def _work(self, pass_index: int) -> WorkDir:
@@ -276,10 +325,22 @@ class ModelRun:
             tensors, statistics, self.source.architecture, shape, self.recipe, layer=layer, samples=samples, keys=keys
         )
 
-    def _named(self, layer: int, quantized: QuantizedLayer) -> dict[str, Tensor]:
+    def _distilled(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return a layer's tensors as learned, by their names in the model, and what its outcome tells."""
+        try:
+            tensors, metadata = read_tensors(self.work.distilled / layer_shard(layer), "the distilled layer")
+        except ScratchError:
+            # One layer alone cannot be learned again.
+            shutil.rmtree(self.work.distilled, ignore_errors=True)
+            raise
+        return tensors, json.loads(metadata[_OUTCOME])
+
+    def _prefix(self, layer: int) -> str:
+        return f"{self.source.architecture.layers_prefix}.{layer}."
+
+    def _named(self, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return a layer's tensors by their names in the model."""
-        prefix = f"{self.source.architecture.layers_prefix}.{layer}."
-        return {prefix + name: tensor for name, tensor in quantized.tensors.items()}
+        return {self._prefix(layer) + name: tensor for name, tensor in tensors.items()}
 
     def forget(self, layer: int) -> None:
         """Delete what a layer was quantized from, when its shard is safe."""
@@ -307,6 +368,8 @@ class ModelRun:
         if isinstance(self._model, RotatedCheckpoint):
             tensors = self._model.rotate_ends(stored)
             metrics = {name: json.loads(value) for name, value in self._rotations[1].items()}
+        if self.recipe.distills:
+            metrics = {"distillation": json.loads((self.work.distilled / _REPORT).read_text(encoding="utf-8"))}
         shard = write_shard(out / EXTRA_SHARD, {name: t.to(torch.bfloat16) for name, t in tensors.items()})
         return ShardOutcome(
             layer=-1,

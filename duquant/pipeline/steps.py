@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-StepKind = Literal["tokenize", "rotate", "embed", "sweep", "observe", "propagate", "draft", "quantize", "extra"]
+StepKind = Literal[
+    "tokenize", "rotate", "embed", "sweep", "observe", "propagate", "draft", "distill", "quantize", "extra"
+]
 """tokenize: cut the text into windows. rotate: make the rotations of the residual stream. embed: make the inputs of
 layer 0. sweep: run an unquantized layer over unquantized inputs; records statistics where a chain starts. observe:
 run an unquantized layer over what quantized ones gave, for its statistics. propagate: run a quantized layer, for the
-inputs of the next. draft: quantize a layer for the next pass. quantize: make a layer's shard. extra: make the shard
-of embeddings, final norm and head."""
+inputs of the next. draft: quantize a layer for the next pass, or to be learned on. distill: let all drafts learn
+together. quantize: make a layer's shard. extra: make the shard of embeddings, final norm and head."""
 
 
 class StepId(NamedTuple):

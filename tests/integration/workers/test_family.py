@@ -1,12 +1,13 @@
 """Recipes with a step or with tensors of their own, as jobs: the bytes that the library makes in one process."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.dying import DyingWorker, die, made_here, shards_of
 
-from duquant.config import LearningConfig, Recipe, preset
+from duquant.config import DistillationConfig, LearningConfig, Recipe, preset
 from duquant.pipeline import StepId
 from infra.jobs import JobState
 from workers.executors.local import LocalExecutor
@@ -29,6 +30,9 @@ def recipes(side) -> dict[str, Recipe]:
             weight=replace(atom.weight, group_size=16),
             activation=replace(atom.activation, group_size=16),
             outlier_channels=16,
+        ),
+        "distilled": replace(
+            side.recipe, name="distilled", distillation=DistillationConfig(steps=2, batch=2, seq_len=16)
         ),
     }
 
@@ -65,4 +69,31 @@ def test_layers_of_lost_rotations_are_quantized_again(side, pull, recipes, model
     assert job.state is JobState.SUCCEEDED, job.detail
     assert {StepId("rotate"), StepId("quantize", 0), StepId("extra")} <= set(again.did)
     expected = made_here(recipes["spinquant"], model_root, tmp_path / "here")
+    assert shards_of(pull(job, tmp_path / "job")) == expected
+
+
+def test_a_killed_job_does_not_distill_again(
+    side, pull, recipes, model_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = made_here(recipes["distilled"], model_root, tmp_path / "here")
+    side.submit(recipes["distilled"])
+    first = die(side, StepId("quantize", 1))
+    assert StepId("distill") in first.did
+    monkeypatch.setattr("duquant.pipeline.run.distill", lambda *_: pytest.fail("the network learned again"))
+    job = side.run_one()
+    assert job.state is JobState.SUCCEEDED, job.detail
+    assert shards_of(pull(job, tmp_path / "job")) == expected
+
+
+def test_layers_of_a_lost_distillation_are_made_again(side, pull, recipes, model_root: Path, tmp_path: Path) -> None:
+    side.submit(recipes["distilled"])
+    first = die(side, StepId("quantize", 1))
+    assert StepId("quantize", 0) in first.did
+    (distilled,) = (tmp_path / "work").glob("**/distilled")
+    shutil.rmtree(distilled)
+    again = DyingWorker(side.storage)
+    job = side.run_one(LocalExecutor(again))
+    assert job.state is JobState.SUCCEEDED, job.detail
+    assert {StepId("distill"), StepId("quantize", 0), StepId("extra")} <= set(again.did)
+    expected = made_here(recipes["distilled"], model_root, tmp_path / "here")
     assert shards_of(pull(job, tmp_path / "job")) == expected

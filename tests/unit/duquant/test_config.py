@@ -163,6 +163,22 @@ def test_unknown_field_is_named(values: dict[str, Any], field: str) -> None:
         ({"transform": {"residual_rotation": "greedy"}}, "transform.residual_rotation"),
         ({"learning": {"rotation_rate": 0.0}}, "learning.rotation_rate"),
         ({"learning": {"epochs": 0}}, "learning.epochs"),
+        ({"distillation": {"steps": -1}}, "distillation.steps"),
+        ({"distillation": {"rate": 0.0}}, "distillation.rate"),
+        ({"distillation": {"steps": 1, "seq_len": 4096}}, "distillation.seq_len"),
+        ({"distillation": {"steps": 1}, "outlier_channels": 8}, "distillation.steps"),
+        (
+            {
+                "distillation": {"steps": 1},
+                "transform": {
+                    "rotation": "hadamard",
+                    "permutation": "transpose",
+                    "fold_gains": True,
+                    "residual_rotation": "hadamard",
+                },
+            },
+            "distillation.steps",
+        ),
         ({"learning": {"clip_rate": 2.0}}, "learning.clip_rate"),
         ({"transform": {"rotation": "balanced"}}, "transform.shared_rotation"),
         ({"transform": {"balance_alpha": 1.5}}, "transform.balance_alpha"),

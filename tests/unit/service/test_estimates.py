@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from duquant.config import Recipe
+from duquant.config import DistillationConfig, Recipe
 from duquant.pipeline import plan
 from infra.history import PastJob
 from service.estimates import layer_runs, relative_work
@@ -52,6 +52,8 @@ def past_job(recipe: Recipe) -> PastJob:
         (Recipe(input_mode="quantized"), 20 + 19.0),
         # A first pass over 9 layers, and the whole chain again.
         (Recipe(refine_passes=1), 38 + 9 + 19.0),
+        # As many tokens as the text has, five times.
+        (Recipe(distillation=DistillationConfig(steps=32, batch=8, seq_len=256)), 20 + 10 + 50.0),
     ],
 )
 def test_work_grows_with_how_often_layers_run_and_are_quantized(recipe: Recipe, gpu_seconds: float) -> None:

@@ -76,3 +76,30 @@ def test_nothing_is_swept_when_all_statistics_are_there():
     found = Found(statistics=frozenset({(0, 0), (1, 0)}))
     kinds = [step.id.kind for step in plan(layers=2, shards=1, found=[found])]
     assert kinds == ["extra", "quantize", "quantize"]
+
+
+@pytest.mark.parametrize(("layers", "shards"), SHAPES)
+def test_distillation_waits_for_all_drafts_and_every_shard_for_it(layers: int, shards: int) -> None:
+    ids = [step.id for step in plan(layers=layers, shards=shards, distills=True)]
+    assert len(set(ids)) == len(ids)
+    assert {step.layer for step in ids if step.kind == "draft"} == set(range(layers))
+    needs = {step.id: step.needs for step in plan(layers=layers, shards=shards, distills=True)}
+    drafts = tuple(StepId("draft", layer) for layer in range(layers))
+    assert needs[StepId("distill")] == (StepId("tokenize"), *drafts)
+    for step in (StepId("extra"), *(StepId("quantize", layer) for layer in range(layers))):
+        assert needs[step] == (StepId("distill"),)
+    seen: set[StepId] = set()
+    for step in ids:
+        assert set(needs[step]) <= seen
+        seen.add(step)
+
+
+def test_what_is_there_of_a_distillation_is_not_done_again() -> None:
+    drafted = [Found(packed=frozenset({0, 2}))]
+    ids = [step.id for step in plan(layers=3, shards=1, distills=True, found=drafted)]
+    assert [step.layer for step in ids if step.kind == "draft"] == [1]
+    finished = frozenset({-1, 1})
+    ids = [step.id for step in plan(layers=3, shards=1, distills=True, is_distilled=True, finished_layers=finished)]
+    assert ids == [StepId("quantize", 0), StepId("quantize", 2)]
+    everything = frozenset({-1, 0, 1, 2})
+    assert plan(layers=3, shards=1, distills=True, finished_layers=everything) == []

@@ -55,6 +55,12 @@ def test_a_rotation_of_all_channels_has_no_blocks() -> None:
     assert "all channels of inputs of mlp_out" in spinquant["rotation"]
 
 
+def test_distillation_is_told() -> None:
+    words = words_of(preset("duquant-distilled"))
+    assert words["distilled"] == "scales and gains, 40 steps of 8 sequences of 256 tokens"
+    assert "distilled" not in words_of(preset("duquant-best"))
+
+
 def test_a_searched_smoothing_strength_is_not_called_none() -> None:
     assert words_of(preset("awq"))["smoothing"] == "strength searched by site, mean magnitudes of the inputs"
     assert words_of(preset("omniquant"))["smoothing"] == "alpha 0.5, largest magnitudes, then learned"

@@ -234,7 +234,7 @@ class ModelRun:
 
     def runs_shard(self, step: StepId) -> bool:
         """Tell whether a step runs a layer of the artifact, whose shard may be fetched from where it is kept."""
-        return step.kind == "propagate" and not self.recipe.refine_passes
+        return step.kind == "propagate" and not self.recipe.refine_passes and not self.recipe.distills
 
     def draft(self, layer: int, pass_index: int) -> None:
         """Quantize one layer for the next pass to run, unless it is there."""

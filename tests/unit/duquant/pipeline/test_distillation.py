@@ -304,6 +304,14 @@ def test_a_broken_result_is_deleted_whole(tiny_model: Callable[..., Path], disti
     assert StepId("distill") in [step.id for step in run.steps()]
 
 
+def test_a_chain_runs_drafts_and_no_shards(tiny_model: Callable[..., Path], distilled: Recipe, tmp_path: Path) -> None:
+    run = ModelRun(tiny_model(), replace(distilled, input_mode="quantized"), tmp_path / "work", device=CPU)
+    step = next(each.id for each in run.steps() if each.id.kind == "propagate")
+    assert not run.runs_shard(step)
+    with pytest.raises(ScratchError, match="cannot read the quantized layer"):
+        run.do(step, tmp_path)
+
+
 def test_weights_alone_in_groups_are_learned_too(make_case: Callable[..., Case], distilled: Recipe) -> None:
     weights = replace(
         distilled,

@@ -327,13 +327,33 @@ class ModelRun:
 
     def _distilled(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return a layer's tensors as learned, by their names in the model, and what its outcome tells."""
+        path = self.work.distilled / layer_shard(layer)
         try:
-            tensors, metadata = read_tensors(self.work.distilled / layer_shard(layer), "the distilled layer")
+            tensors, metadata = read_tensors(path, "the distilled layer")
         except ScratchError:
-            # One layer alone cannot be learned again.
-            shutil.rmtree(self.work.distilled, ignore_errors=True)
+            if not path.exists():
+                self._forget_distillation()
             raise
         return tensors, json.loads(metadata[_OUTCOME])
+
+    def _distillation_report(self) -> dict[str, Any]:
+        """Return how distillation went.
+
+        Raises:
+            ScratchError: the file is missing or broken; all that was learned is then deleted.
+        """
+        path = self.work.distilled / _REPORT
+        try:
+            report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as err:
+            if isinstance(err, FileNotFoundError | ValueError):
+                self._forget_distillation()
+            raise ScratchError(f"cannot read the report of distillation {path}: {err}") from err
+        return report
+
+    def _forget_distillation(self) -> None:
+        """Delete all that was learned when part of it is gone: one layer alone cannot be learned again."""
+        shutil.rmtree(self.work.distilled, ignore_errors=True)
 
     def _prefix(self, layer: int) -> str:
         return f"{self.source.architecture.layers_prefix}.{layer}."
@@ -361,6 +381,7 @@ class ModelRun:
 
         Raises:
             SourceError: one of them is missing, has the wrong shape or is not finite.
+            ScratchError: the report of distillation is missing or broken.
         """
         started = time.perf_counter()
         stored = self._skeleton.load_extra(self.source)
@@ -369,7 +390,7 @@ class ModelRun:
             tensors = self._model.rotate_ends(stored)
             metrics = {name: json.loads(value) for name, value in self._rotations[1].items()}
         if self.recipe.distills:
-            metrics = {"distillation": json.loads((self.work.distilled / _REPORT).read_text(encoding="utf-8"))}
+            metrics = {"distillation": self._distillation_report()}
         shard = write_shard(out / EXTRA_SHARD, {name: t.to(torch.bfloat16) for name, t in tensors.items()})
         return ShardOutcome(
             layer=-1,

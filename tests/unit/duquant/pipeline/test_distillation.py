@@ -1,5 +1,6 @@
 """Distillation: layers that learned together give more of the unquantized network's distribution, and run as told."""
 
+import errno
 import json
 import math
 from collections.abc import Callable
@@ -302,6 +303,51 @@ def test_a_broken_result_is_deleted_whole(tiny_model: Callable[..., Path], disti
     assert not run.work.distilled.exists()
     assert run.lost == "the other layers that it learned with are gone"
     assert StepId("distill") in [step.id for step in run.steps()]
+
+
+def distilled_run(model: Path, recipe: Recipe, folder: Path) -> ModelRun:
+    """Do all steps of a run up to the first shard."""
+    run = ModelRun(model, recipe, folder / "work", device=CPU)
+    for step in run.steps():
+        if step.id.kind in ("extra", "quantize"):
+            break
+        run.do(step.id, folder)
+    return run
+
+
+@pytest.mark.parametrize("content", [None, "", "{"])
+def test_a_result_without_its_report_is_deleted_whole(
+    tiny_model: Callable[..., Path], distilled: Recipe, tmp_path: Path, content: str | None
+) -> None:
+    run = distilled_run(tiny_model(), distilled, tmp_path)
+    report = run.work.distilled / "report.json"
+    report.unlink()
+    if content is not None:
+        report.write_text(content, encoding="utf-8")
+    with pytest.raises(ScratchError, match="cannot read the report of distillation"):
+        run.embeddings(tmp_path)
+    assert run.lost is not None
+    assert StepId("distill") in [step.id for step in run.steps()]
+
+
+def test_a_disk_that_does_not_answer_costs_no_result(
+    tiny_model: Callable[..., Path], distilled: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = distilled_run(tiny_model(), distilled, tmp_path)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("duquant.models.tensor_files.safe_open", fail)
+        patch.setattr(Path, "read_text", fail)
+        with pytest.raises(ScratchError, match="Input/output error"):
+            run._distilled(0)
+        with pytest.raises(ScratchError, match="Input/output error"):
+            run._distillation_report()
+    assert run.lost is None
+    run.quantize(0, tmp_path)
+    run.embeddings(tmp_path)
 
 
 def test_a_chain_runs_drafts_and_no_shards(tiny_model: Callable[..., Path], distilled: Recipe, tmp_path: Path) -> None:

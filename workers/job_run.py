@@ -50,7 +50,8 @@ class JobRun(ClaimedRun):
         layers = run.source.layers
         self._store.progress(self._claim, phase="plan", done=0, total=run.quantizations)
         rows = self._store.plan(self._claim, [-1, *range(layers)])
-        self._rows = {row.layer: self._checked(row, run) for row in rows}
+        self._rows = {row.layer: self._checked(row) for row in rows}
+        self._reopen_lost(run)
         finished = frozenset(layer for layer, row in self._rows.items() if row.state == "done")
         total = run.quantizations
         self._drive(spec, run, Schedule(run.steps(finished)), total)
@@ -80,12 +81,10 @@ class JobRun(ClaimedRun):
         # For looking and for the small files: the dispatcher's machine need not have the workers' device.
         return ModelRun(path, recipe, spec.work_dir, device=torch.device("cpu"))
 
-    def _checked(self, row: LayerRow, run: ModelRun) -> LayerRow:
-        """Return a layer's row, reopened when its object is not what was committed or cannot go with the others."""
+    def _checked(self, row: LayerRow) -> LayerRow:
+        """Return a layer's row, reopened when its object is not what was committed."""
         if row.state != "done":
             return row
-        if (lost := run.lost) is not None:
-            return self._store.reopen_layer(self._claim, row.layer, lost)
         assert row.key is not None
         try:
             info = self._storage.head(row.key)
@@ -94,6 +93,15 @@ class JobRun(ClaimedRun):
         if (info.sha256, info.size_bytes) != (row.sha256, row.size_bytes):
             return self._store.reopen_layer(self._claim, row.layer, "its object has other bytes")
         return row
+
+    def _reopen_lost(self, run: ModelRun) -> None:
+        """Reopen the finished layers when those that are left cannot be made to go with them."""
+        lost = run.lost
+        if lost is None or all(row.state == "done" for row in self._rows.values()):
+            return
+        for row in self._rows.values():
+            if row.state == "done":
+                self._rows[row.layer] = self._store.reopen_layer(self._claim, row.layer, lost)
 
     def _drive(self, spec: RunSpec, run: ModelRun, schedule: Schedule, total: int) -> None:
         """Keep the executor busy until every step is done."""

@@ -11,6 +11,7 @@ from duquant.config import DistillationConfig, LearningConfig, Recipe, preset
 from duquant.pipeline import StepId
 from infra.jobs import JobState
 from workers.executors.local import LocalExecutor
+from workers.job_run import JobRun
 
 pytestmark = pytest.mark.integration
 
@@ -97,3 +98,24 @@ def test_layers_of_a_lost_distillation_are_made_again(side, pull, recipes, model
     assert {StepId("distill"), StepId("quantize", 0), StepId("extra")} <= set(again.did)
     expected = made_here(recipes["distilled"], model_root, tmp_path / "here")
     assert shards_of(pull(job, tmp_path / "job")) == expected
+
+
+@pytest.mark.parametrize("name", ["distilled", "spinquant"])
+def test_a_job_whose_layers_are_all_finished_is_published_without_its_work_directory(
+    side, pull, recipes, model_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    side.submit(recipes[name])
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JobRun, "_publish", end)
+        die(side, StepId("quantize", 99))
+    (scratch,) = (tmp_path / "work").glob("job_*")
+    shutil.rmtree(scratch)
+    again = DyingWorker(side.storage)
+    job = side.run_one(LocalExecutor(again))
+    assert job.state is JobState.SUCCEEDED, job.detail
+    assert again.did == []
+    assert shards_of(pull(job, tmp_path / "job")) == made_here(recipes[name], model_root, tmp_path / "here")

@@ -108,6 +108,14 @@ class Recipe:
                 f"{self.calibration.seq_len} have no pieces of that length",
                 field="distillation.seq_len",
             )
+        if self.calibration.samples * (self.calibration.seq_len // self.distillation.seq_len) < 2:
+            # Now, and not when all layers are quantized.
+            raise ConfigError(
+                f"distillation needs two pieces of distillation.seq_len {self.distillation.seq_len} tokens at least, "
+                f"and calibration.samples {self.calibration.samples} of calibration.seq_len {self.calibration.seq_len} "
+                "give one",
+                field="distillation.seq_len",
+            )
         if self.transform.rotates_residual or self.outlier_channels:
             what = "outlier_channels" if self.outlier_channels else "transform.residual_rotation"
             raise ConfigError(

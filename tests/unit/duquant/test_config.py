@@ -166,6 +166,10 @@ def test_unknown_field_is_named(values: dict[str, Any], field: str) -> None:
         ({"distillation": {"steps": -1}}, "distillation.steps"),
         ({"distillation": {"rate": 0.0}}, "distillation.rate"),
         ({"distillation": {"steps": 1, "seq_len": 4096}}, "distillation.seq_len"),
+        (
+            {"distillation": {"steps": 1}, "calibration": {"samples": 1, "shards": 1, "seq_len": 256}},
+            "distillation.seq_len",
+        ),
         ({"distillation": {"steps": 1}, "outlier_channels": 8}, "distillation.steps"),
         (
             {

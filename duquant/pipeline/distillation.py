@@ -57,8 +57,8 @@ class Sequences:
     hidden: Float[Tensor, "sequences seq hidden"]
     """The last hidden states of the unquantized network, before the final norm."""
 
-    def some(self, indices: Sequence[int]) -> "Sequences":
-        """Return those."""
+    def some(self, indices: Sequence[int] | slice) -> "Sequences":
+        """Return those: a slice is not copied."""
         return Sequences(self.tokens[indices], self.hidden[indices])
 
 
@@ -93,12 +93,17 @@ def last_hidden_states(
     source: SourceCheckpoint, skeleton: Skeleton, ends: NetworkEnds, tokens: Int64[Tensor, "n seq"], batch: int
 ) -> Float[Tensor, "n seq hidden"]:
     """Return what the unquantized layers make of token sequences, `batch` at a time, on the CPU."""
-    states = [ends.embed(part).cpu() for part in torch.split(tokens, batch)]
+    parts = torch.split(tokens, batch)
+    first = ends.embed(parts[0])
+    # Written in place: all of the text's states are there once.
+    states = torch.empty(*tokens.shape, first.shape[-1], dtype=first.dtype)
+    for part, state in zip(parts, torch.split(states, batch), strict=True):
+        state.copy_(ends.embed(part))
     for layer in range(source.layers):
         with skeleton.layer(layer, skeleton.load(source, layer)) as module:
-            for index, X in enumerate(states):
-                states[index] = skeleton.forward(module, X.to(skeleton.device)).cpu()
-    return torch.cat(states)
+            for state in torch.split(states, batch):
+                state.copy_(skeleton.forward(module, state.to(skeleton.device)))
+    return states
 
 
 class Distiller:
@@ -243,6 +248,6 @@ def distill(
     ]
     first_held = len(learned)
     report = Distiller(layers, ends, config).learn(
-        sequences.some(list(range(first_held))), sequences.some(list(range(first_held, len(chosen)))), generator
+        sequences.some(slice(first_held)), sequences.some(slice(first_held, None)), generator
     )
     return [dict(draft) for draft in drafts] if report.is_restored else [layer.tensors() for layer in layers], report

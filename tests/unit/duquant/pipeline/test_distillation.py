@@ -350,6 +350,19 @@ def test_a_disk_that_does_not_answer_costs_no_result(
     run.embeddings(tmp_path)
 
 
+def test_hidden_states_are_there_once(make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    places = []
+    plain = Distiller.learn
+
+    def learn(self: Distiller, learned: Sequences, held_out: Sequences, generator: torch.Generator) -> Any:
+        places.extend(part.hidden.untyped_storage().data_ptr() for part in (learned, held_out))
+        return plain(self, learned, held_out, generator)
+
+    monkeypatch.setattr(Distiller, "learn", learn)
+    make_case().distill()
+    assert places[0] == places[1]
+
+
 def test_a_chain_runs_drafts_and_no_shards(tiny_model: Callable[..., Path], distilled: Recipe, tmp_path: Path) -> None:
     run = ModelRun(tiny_model(), replace(distilled, input_mode="quantized"), tmp_path / "work", device=CPU)
     step = next(each.id for each in run.steps() if each.id.kind == "propagate")

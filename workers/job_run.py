@@ -110,6 +110,9 @@ class JobRun(ClaimedRun):
                 raise JobStopped
             while self._executor.has_room() and (step := schedule.next_ready()) is not None:
                 self._executor.submit(self._task(spec, run, step))
+                if step.kind == "distill":
+                    left = schedule.count_left("draft", "quantize")
+                    self._store.progress(self._claim, phase="distill", done=total - left, total=total)
             # What went well is committed first: a failure beside it may end the job.
             for completion in sorted(self._executor.collect(COLLECT_S), key=lambda ended: ended.kind != "ok"):
                 step = completion.task.step

@@ -77,7 +77,9 @@ def test_a_killed_job_does_not_distill_again(
     side, pull, recipes, model_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = made_here(recipes["distilled"], model_root, tmp_path / "here")
-    side.submit(recipes["distilled"])
+    job = side.submit(recipes["distilled"])
+    die(side, StepId("distill"))
+    assert side.store.get(job.id).phase == "distill"
     first = die(side, StepId("quantize", 1))
     assert StepId("distill") in first.did
     monkeypatch.setattr("duquant.pipeline.run.distill", lambda *_: pytest.fail("the network learned again"))

@@ -40,15 +40,21 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: dict[st
         staged.unlink(missing_ok=True)
 
 
-def read_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a scratch file, on the CPU, and its metadata; `what` it is goes into messages.
+def read_tensors(path: Path, what: str, *, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a scratch file, on the CPU, and its metadata.
+
+    Args:
+        path: the file.
+        what: it is, for messages.
+        prefix: of the tensors' names; they are returned by what follows it.
 
     Raises:
         ScratchError: the file is missing or broken; a broken one is deleted, so that the next try makes it anew.
     """
     try:
         with safe_open(path, framework="pt") as reader:
-            return {name: reader.get_tensor(name) for name in list(reader.keys())}, reader.metadata() or {}
+            tensors = {name.removeprefix(prefix): reader.get_tensor(name) for name in list(reader.keys())}
+            return tensors, reader.metadata() or {}
     except (OSError, SafetensorError) as err:
         if isinstance(err, SafetensorError):
             path.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from duquant.config import DistillationConfig, Recipe
 from duquant.errors import CalibrationError
-from duquant.models.skeleton import NetworkEnds, Skeleton
+from duquant.models.skeleton import COMPUTE_DTYPE, NetworkEnds, Skeleton
 from duquant.models.source import SourceCheckpoint
 from duquant.pipeline.site import site_seed
 from duquant.pipeline.student import StudentLayer
@@ -93,11 +93,9 @@ def last_hidden_states(
     source: SourceCheckpoint, skeleton: Skeleton, ends: NetworkEnds, tokens: Int64[Tensor, "n seq"], batch: int
 ) -> Float[Tensor, "n seq hidden"]:
     """Return what the unquantized layers make of token sequences, `batch` at a time, on the CPU."""
-    parts = torch.split(tokens, batch)
-    first = ends.embed(parts[0])
     # Written in place: all of the text's states are there once.
-    states = torch.empty(*tokens.shape, first.shape[-1], dtype=first.dtype)
-    for part, state in zip(parts, torch.split(states, batch), strict=True):
+    states = torch.empty(*tokens.shape, int(source.config["hidden_size"]), dtype=COMPUTE_DTYPE)
+    for part, state in zip(torch.split(tokens, batch), torch.split(states, batch), strict=True):
         state.copy_(ends.embed(part))
     for layer in range(source.layers):
         with skeleton.layer(layer, skeleton.load(source, layer)) as module:

@@ -32,8 +32,8 @@ def propagate_layer(skeleton: Skeleton, recipe: Recipe, layer: int, *, packed: P
     if target.exists():
         return
     prefix = f"{skeleton.architecture.layers_prefix}.{layer}."
-    read, _ = read_tensors(packed, "the quantized layer")
-    tensors = {name.removeprefix(prefix): tensor.to(skeleton.device) for name, tensor in read.items()}
+    read, _ = read_tensors(packed, "the quantized layer", prefix=prefix)
+    tensors = {name: tensor.to(skeleton.device) for name, tensor in read.items()}
     del read
     sites = skeleton.architecture.kept_sites(recipe.skip_linears, layer)
     module = packed_layer(skeleton.empty_layer(layer), sites, recipe, tensors)

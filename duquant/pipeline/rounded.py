@@ -44,18 +44,18 @@ class RoundedStates:
         """Return keys and values, (batch, heads, tokens, head_dim), rounded."""
         if self._quantizer is None:
             return keys, values
-        if self._R2 is not None:
-            return self._rounded(keys), self._rounded(values @ self._R2) @ self._R2.T
-        return self._rounded(keys, self._smoothing), self._rounded(values)
+        keys = keys + _error(keys, self._quantizer, self._smoothing)
+        if self._R2 is None:
+            return keys, values + _error(values, self._quantizer)
+        rotated = values @ self._R2
+        return keys, (rotated + _error(rotated, self._quantizer)) @ self._R2.T
 
-    @torch.no_grad()
-    def _error(self, X: Tensor, smoothing: KeySmoothing | None) -> Tensor:
-        assert self._quantizer is not None
-        kept = X if smoothing is None else smoothing.smooth(X)
-        found = self._quantizer.dequantize(self._quantizer.quantize(kept), X.dtype)
-        error = (found if smoothing is None else smoothing.restore(found)) - X
-        error[:, :, : self._quantizer.config.sink_tokens] = 0.0
-        return error
 
-    def _rounded(self, X: Tensor, smoothing: KeySmoothing | None = None) -> Tensor:
-        return X if self._quantizer is None else X + self._error(X, smoothing)
+@torch.no_grad()
+def _error(X: Tensor, quantizer: KVQuantizer, smoothing: KeySmoothing | None = None) -> Tensor:
+    """Return what a packed cache adds to keys or values; nothing for the first tokens, which it does not pack."""
+    kept = X if smoothing is None else smoothing.smooth(X)
+    found = quantizer.dequantize(quantizer.quantize(kept), X.dtype)
+    error = (found if smoothing is None else smoothing.restore(found)) - X
+    error[:, :, : quantizer.config.sink_tokens] = 0.0
+    return error

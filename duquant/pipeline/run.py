@@ -241,8 +241,7 @@ class ModelRun:
         work = self._work(pass_index)
         if not work.packed(layer).exists():
             quantized = self._quantized(layer, self._skeleton.load(self.source, layer), work)
-            told = {"quantized_weights": quantized.quantized_weights, "metrics": quantized.metrics}
-            metadata = {_OUTCOME: json.dumps(told)}
+            metadata = {_OUTCOME: json.dumps(_told(quantized))}
             save_tensors(work.packed(layer), self._named(layer, quantized.tensors), metadata=metadata)
         self._forget_statistics(layer, work)
 
@@ -254,15 +253,13 @@ class ModelRun:
         """
         work = self.work.of_pass(self.recipe.refine_passes)
         if not self.work.distilled.exists():
-            drafts = [work.packed(layer) for layer in range(self.source.layers)]
-            read = [read_tensors(draft, "the quantized layer") for draft in drafts]
-            prefixes = [self._prefix(layer) for layer in range(self.source.layers)]
-            by_layer = [
-                {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-                for prefix, (tensors, _) in zip(prefixes, read, strict=True)
+            read = [
+                read_tensors(work.packed(layer), "the quantized layer", prefix=self._prefix(layer))
+                for layer in range(self.source.layers)
             ]
+            drafts = [tensors for tensors, _ in read]
             windows = read_tokens(self.work, range(self.recipe.calibration.samples), self.recipe.calibration.seq_len)
-            learned, report = distill(self.source, self._skeleton, self.recipe, by_layer, windows)
+            learned, report = distill(self.source, self._skeleton, self.recipe, drafts, windows)
             with staged_folder(self.work.distilled) as folder:
                 for layer, (tensors, (_, metadata)) in enumerate(zip(learned, read, strict=True)):
                     save_tensors(folder / layer_shard(layer), self._named(layer, tensors), metadata=metadata)
@@ -281,7 +278,7 @@ class ModelRun:
         else:
             quantized = self._quantized(layer, stored, self._work(last))
             tensors = self._named(layer, quantized.tensors)
-            told = {"quantized_weights": quantized.quantized_weights, "metrics": quantized.metrics}
+            told = _told(quantized)
         shard = write_shard(out / layer_shard(layer), tensors)
         if not self.recipe.distills and not last and self._is_propagated(layer, last):
             copy_file(out / shard.name, self.packed(layer))
@@ -417,3 +414,8 @@ class ModelRun:
             report=report_of(ordered),
             is_rotated=self.recipe.transform.rotates_residual,
         )
+
+
+def _told(quantized: QuantizedLayer) -> dict[str, Any]:
+    """Return what the outcome of a layer's shard tells of how it was quantized, as plain JSON types."""
+    return {"quantized_weights": quantized.quantized_weights, "metrics": quantized.metrics}

@@ -16,8 +16,21 @@ def rounded_rows(
     X: Float[Tensor, "tokens channels"], config: ActivationConfig, clip_ratio: Float[Tensor, "2"]
 ) -> Float[Tensor, "tokens channels"]:
     """Return transformed rows as they enter the linears, in the dtype of `X`; rounding passes gradients as they are."""
-    exact = X.detach().float()
-    return X + (round_activations(exact, config, clip_ratio) - exact).to(X.dtype)
+    rounded: Tensor = _Straight.apply(X, config, clip_ratio)  # type: ignore[no-untyped-call]  # torch's
+    return rounded
+
+
+class _Straight(torch.autograd.Function):
+    """Rounding, whose gradient is that of the identity."""
+
+    @staticmethod
+    def forward(_ctx: Any, X: Tensor, config: ActivationConfig, clip_ratio: Tensor) -> Tensor:
+        rounded = round_activations(X.float(), config, clip_ratio).to(X.dtype)
+        return X.clone() if rounded is X else rounded
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient, None, None
 
 
 class RoundedStates:

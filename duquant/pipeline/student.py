@@ -37,8 +37,9 @@ class _StudentSite:
     def rounded(self, X: Float[Tensor, "*batch channels"]) -> Float[Tensor, "tokens channels"]:
         """Return transformed and rounded rows."""
         if self._seen is None or self._seen[0] is not X:
-            rows = self._transform.apply(X.reshape(-1, X.shape[-1]).float())
-            self._seen = X, rounded_rows(rows, self._config, self._clip_ratio).to(COMPUTE_DTYPE)
+            # In the dtype of `X`: a step of the grid is twenty times what bfloat16 loses, and this is half the time.
+            rows = self._transform.apply(X.reshape(-1, X.shape[-1]))
+            self._seen = X, rounded_rows(rows, self._config, self._clip_ratio)
         return self._seen[1]
 
     def forget(self) -> None:

@@ -63,6 +63,8 @@ def _rotation(config: TransformConfig) -> str:
 
 def _weights(config: WeightConfig) -> str:
     solver = "GPTQ" if config.solver == "gptq" else "to nearest"
+    if config.descent_passes:
+        solver += f" and {config.descent_passes} passes of coordinate descent"
     clip = {
         "none": "no clip",
         "fixed": f"range times {config.clip_ratio:g}",

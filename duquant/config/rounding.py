@@ -31,6 +31,9 @@ class WeightConfig:
     damp: float = 0.01
     """Share of the second moment's mean diagonal that gptq adds to it: more fits the calibration text less closely, and
     other text better."""
+    descent_passes: int = field(default=0, metadata=LATER)
+    """How often gptq then takes each column again, to the code of least output error with all the others as they are.
+    It ends early where nothing changes."""
 
     def __post_init__(self) -> None:
         check_choice("weight", "bits", self.bits, (4, 8))
@@ -38,10 +41,13 @@ class WeightConfig:
         check_choice("weight", "solver", self.solver, ("rtn", "gptq"))
         check_range("weight", "clip_ratio", self.clip_ratio, 0.1, 1.0)
         check_range("weight", "damp", self.damp, 1e-6, 1.0)
+        check_range("weight", "descent_passes", self.descent_passes, 0, 100)
         if self.group_size is not None:
             check_range("weight", "group_size", self.group_size, 8, 32768)
         if self.clip != "fixed" and self.clip_ratio != 1.0:
             raise ConfigError("weight.clip_ratio is only used with weight.clip='fixed'", field="weight.clip_ratio")
+        if self.descent_passes and self.solver != "gptq":
+            raise ConfigError("weight.descent_passes takes solver='gptq'", field="weight.descent_passes")
         if self.clip == "output" and (self.solver != "rtn" or self.group_size is not None):
             # gptq makes up for errors after the clip is chosen, and the errors of a row's groups are not independent.
             raise ConfigError("weight.clip='output' takes solver='rtn' and no group_size", field="weight.clip")

@@ -55,7 +55,7 @@ class GPTQRounder:
 
     def __init__(self, second_moment: Tensor, config: WeightConfig, *, outliers: int = 0) -> None:
         self._outliers = outliers
-        self._solver = GPTQSolver.from_second_moment(second_moment, config.damp)
+        self._solver = GPTQSolver.from_second_moment(second_moment, config.damp, descends=config.descent_passes > 0)
         self._config = config
         self.damp = self._solver.damp
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from duquant.config import WeightConfig
 from duquant.errors import CalibrationError
 from duquant.quantizers.affine import Grid, dequantize, quantize
+from duquant.quantizers.descent import descend
 from duquant.quantizers.outliers import OUTLIER_WEIGHTS
 from duquant.quantizers.weight import QuantizedWeight, weight_grid
 
@@ -36,14 +37,19 @@ class GPTQSolver:
     """Diagonal of the second moment, which weighs the clip search."""
     damp: float
     """What was added to the diagonal, over its mean; above the recipe's when that did not make it positive definite."""
+    moment: Float[Tensor, "channels channels"] | None = None
+    """The damped second moment itself, in `order`, for coordinate descent."""
 
     @classmethod
-    def from_second_moment(cls, H: Float[Tensor, "channels channels"], damp: float) -> "GPTQSolver":
+    def from_second_moment(
+        cls, H: Float[Tensor, "channels channels"], damp: float, *, descends: bool = False
+    ) -> "GPTQSolver":
         """Factorize a second moment.
 
         Args:
             H: X^T X of the transformed inputs up to a factor; symmetric up to rounding. Dead channels may be zero.
             damp: added to the diagonal, as a share of its mean; raised tenfold until the sum is positive definite.
+            descends: whether there will be coordinate descent, for which the moment itself is kept.
 
         Raises:
             CalibrationError: H is not finite, or no damping helps.
@@ -60,7 +66,9 @@ class GPTQSolver:
         while damp <= _MAX_DAMP:
             factor = _inverse_factor(H, damp)
             if factor is not None:
-                return cls(order=order, factor=factor, importance=importance, damp=damp)
+                H.diagonal().add_(damp)
+                moment = H if descends else None
+                return cls(order=order, factor=factor, importance=importance, damp=damp, moment=moment)
             damp *= _DAMP_FACTOR
         raise CalibrationError("the second moment of the activations is not positive definite, however it is damped")
 
@@ -68,6 +76,8 @@ class GPTQSolver:
         self, W: Float[Tensor, "out_features channels"], config: WeightConfig, *, outliers: int = 0
     ) -> QuantizedWeight:
         """Round `W` to the grids that `quantize_weight` would take, each column in view of the errors before it.
+
+        With config.descent_passes columns are then taken again, in view of all errors.
 
         The last `outliers` channels take the grids of OUTLIER_WEIGHTS.
 
@@ -81,7 +91,8 @@ class GPTQSolver:
         columns = _column_grids(grid, most) + ([] if behind is None else _column_grids(behind, outliers))
         column_grids = [columns[channel] for channel in self.order.tolist()]
         # Transposed, a column is one piece of memory: up to twice as fast.
-        W = W.float().T[self.order]  # a copy: it changes below
+        exact = W.float().T[self.order]
+        W = exact.clone() if config.descent_passes else exact  # it changes below
         codes = torch.empty(W.shape, dtype=torch.int8, device=W.device)
         for first in range(0, channels, _COLUMNS):
             last = min(first + _COLUMNS, channels)
@@ -93,6 +104,9 @@ class GPTQSolver:
                 # Only this block at once; what lies behind it is moved once a block, by one matrix product.
                 W[column + 1 : last].addr_(self.factor[column, column + 1 : last], error, alpha=-1)
             W[last:].addmm_(self.factor[first:last, last:].T, errors, alpha=-1)
+        if config.descent_passes:
+            assert self.moment is not None
+            descend(codes, exact, column_grids, self.moment, config.descent_passes)
         restored = torch.empty_like(codes)
         restored[self.order] = codes
         restored = restored.T.contiguous()

@@ -119,6 +119,8 @@ def test_unknown_field_is_named(values: dict[str, Any], field: str) -> None:
         ({"transform": {"block_size": 1}}, "transform.block_size"),
         ({"transform": {"greedy_steps": 0}}, "transform.greedy_steps"),
         ({"weight": {"clip": "output", "solver": "gptq"}}, "weight.clip"),
+        ({"weight": {"descent_passes": 2}}, "weight.descent_passes"),
+        ({"weight": {"solver": "gptq", "descent_passes": -1}}, "weight.descent_passes"),
         ({"weight": {"clip": "output", "group_size": 64}}, "weight.clip"),
         ({"transform": {"smooth_statistic": "p99"}}, "transform.smooth_statistic"),
         ({"transform": {"smooth_strength": "best"}}, "transform.smooth_strength"),

@@ -1,5 +1,7 @@
 """The recipe's part of a model card."""
 
+from dataclasses import replace
+
 import pytest
 
 from duquant.artifact.card_recipe import recipe_rows
@@ -42,6 +44,12 @@ def test_the_default_is_told_in_full() -> None:
         "calibrated on": "the unquantized model's activations (`fp`)",
         "seed": "0",
     }
+
+
+def test_passes_of_coordinate_descent_are_counted() -> None:
+    recipe = preset("quarot")
+    again = replace(recipe, weight=replace(recipe.weight, descent_passes=3))
+    assert "GPTQ and 3 passes of coordinate descent" in words_of(again)["weights"]
 
 
 def test_a_rotation_of_all_channels_has_no_blocks() -> None:

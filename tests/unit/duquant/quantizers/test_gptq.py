@@ -1,5 +1,7 @@
 """GPTQ: the same as the algorithm written down plainly, never worse than nearest under its objective, and robust."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ CONFIGS = {
     "groups": WeightConfig(solver="gptq", group_size=16),
     "eight": WeightConfig(solver="gptq", bits=8),
 }
+DESCENT = {name: replace(config, descent_passes=30) for name, config in CONFIGS.items()}
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -75,16 +78,66 @@ def test_output_error_is_far_below_nearest(config: WeightConfig) -> None:
     assert output_error(W, found, H) < 0.7 * output_error(W, nearest, H)
 
 
+def solve(W: Tensor, H: Tensor, config: WeightConfig) -> QuantizedWeight:
+    """Round with as many passes as the config has."""
+    solver = GPTQSolver.from_second_moment(H, config.damp, descends=config.descent_passes > 0)
+    return solver.quantize(W, config)
+
+
+def damped(H: Tensor, config: WeightConfig) -> Tensor:
+    """The moment that the solver sees, in float64."""
+    return H.double() + config.damp * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("config", DESCENT.values(), ids=list(DESCENT))
+def test_descent_lowers_the_error_pass_by_pass(config: WeightConfig) -> None:
+    W, H = normal(32, 160), second_moment(160)
+    errors = [
+        output_error(W, solve(W, H, replace(config, descent_passes=passes)), damped(H, config)) for passes in range(4)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[1] < 0.998 * errors[0]
+
+
+@pytest.mark.parametrize("config", DESCENT.values(), ids=list(DESCENT))
+def test_descent_ends_where_no_code_alone_is_better(config: WeightConfig) -> None:
+    W, H = normal(5, 48), second_moment(48)
+    found = solve(W, H, config)
+    error = output_error(W, found, damped(H, config))
+    low, high = -(2 ** (config.bits - 1)), 2 ** (config.bits - 1) - 1
+    for row in range(len(W)):
+        for channel in range(W.shape[1]):
+            for step in (-1, 1):
+                codes = found.codes.clone()
+                codes[row, channel] = min(max(int(codes[row, channel]) + step, low), high)
+                other = output_error(W, replace(found, codes=codes), damped(H, config))
+                assert other >= error * (1 - 1e-5), (row, channel, step)
+
+
+def test_descent_leaves_grids_and_outliers_where_they_are() -> None:
+    W, H, config = normal(12, 80), second_moment(80), CONFIGS["symmetric"]
+    solver = GPTQSolver.from_second_moment(H, 0.01, descends=True)
+    before = solver.quantize(W, config, outliers=16)
+    after = solver.quantize(W, replace(config, descent_passes=3), outliers=16)
+    assert torch.equal(after.scale, before.scale)
+    assert before.outliers is not None
+    assert after.outliers is not None
+    assert torch.equal(after.outliers.scale, before.outliers.scale)
+    assert output_error(W, after, H) < output_error(W, before, H)
+
+
 def test_uncorrelated_channels_round_to_nearest() -> None:
     W, config = normal(9, 40), CONFIGS["row"]
     found = GPTQSolver.from_second_moment(torch.diag(torch.arange(1.0, 41.0)), config.damp).quantize(W, config)
     assert torch.equal(found.codes, quantize_weight(W, config).codes)
 
 
-def test_rows_do_not_depend_on_each_other() -> None:
-    W, solver = normal(12, 48), GPTQSolver.from_second_moment(second_moment(48), 0.01)
-    together = solver.quantize(W, CONFIGS["clipped"])
-    parts = [solver.quantize(rows, CONFIGS["clipped"]) for rows in W.split(4)]
+@pytest.mark.parametrize("passes", [0, 2])
+def test_rows_do_not_depend_on_each_other(passes: int) -> None:
+    config = replace(CONFIGS["clipped"], descent_passes=passes)
+    W, solver = normal(12, 48), GPTQSolver.from_second_moment(second_moment(48), 0.01, descends=passes > 0)
+    together = solver.quantize(W, config)
+    parts = [solver.quantize(rows, config) for rows in W.split(4)]
     assert torch.equal(together.codes, torch.cat([part.codes for part in parts]))
 
 
@@ -95,30 +148,32 @@ def test_weight_is_left_alone() -> None:
     assert torch.equal(W, before)
 
 
+@pytest.mark.parametrize("configs", [CONFIGS, DESCENT])
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_fewer_tokens_than_channels(tokens: int) -> None:
+def test_fewer_tokens_than_channels(tokens: int, configs: dict[str, WeightConfig]) -> None:
     """One token gives a second moment of rank one: damping makes up for the rest."""
     W, X = normal(6, 48), normal(tokens, 48, seed=3)
     H = X.T @ X
-    solver = GPTQSolver.from_second_moment(H, 0.01)
-    found = solver.quantize(W, CONFIGS["row"])
+    found = solve(W, H, configs["row"])
     assert output_error(W, found, H) < output_error(W, quantize_weight(W, CONFIGS["row"]), H)
 
 
-def test_dead_channels_and_constant_rows() -> None:
+@pytest.mark.parametrize("configs", [CONFIGS, DESCENT])
+def test_dead_channels_and_constant_rows(configs: dict[str, WeightConfig]) -> None:
     W, H = normal(6, 48), second_moment(48)
     H[5] = H[:, 5] = 0.0
     W[2], W[3] = 0.25, 0.0
-    found = GPTQSolver.from_second_moment(H, 0.01).quantize(W, CONFIGS["row"])
+    found = solve(W, H, configs["row"])
     assert torch.equal(found.dequantize()[3], W[3])
     assert bool(((found.dequantize()[2] - 0.25).abs() <= found.scale[2]).all())
     step = found.scale[:, 0] / 2 * (1 + 1e-5)
     assert bool(((found.dequantize()[:, 5] - W[:, 5]).abs() <= step)[:2].all()), "nothing moves a dead channel"
 
 
-def test_no_input_at_all_rounds_to_nearest() -> None:
+@pytest.mark.parametrize("configs", [CONFIGS, DESCENT])
+def test_no_input_at_all_rounds_to_nearest(configs: dict[str, WeightConfig]) -> None:
     W = normal(4, 16)
-    found = GPTQSolver.from_second_moment(torch.zeros(16, 16), 0.01).quantize(W, CONFIGS["row"])
+    found = solve(W, torch.zeros(16, 16), configs["row"])
     assert torch.equal(found.codes, quantize_weight(W, CONFIGS["row"]).codes)
 
 

@@ -182,13 +182,14 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
         _BEST,
     ),
     "duquant-distilled": (
-        "duquant-best, whose scales and gains then learn the unquantized network's distribution; half of the text "
-        "it is calibrated on is Python's help. A quarter of an hour.",
+        "duquant-best with coordinate descent, whose scales and gains then learn the unquantized network's "
+        "distribution; half of the text it is calibrated on is Python's help. Twenty minutes.",
         replace(
             _BEST,
             name="duquant-distilled",
+            weight=replace(_BEST.weight, descent_passes=4),
             calibration=CalibrationConfig(builtin_share=0.5),
-            distillation=DistillationConfig(steps=40),
+            distillation=DistillationConfig(steps=60),
         ),
     ),
 }

@@ -65,7 +65,7 @@ def test_a_rotation_of_all_channels_has_no_blocks() -> None:
 
 def test_distillation_is_told() -> None:
     words = words_of(preset("duquant-distilled"))
-    assert words["distilled"] == "scales and gains, 40 steps of 8 sequences of 256 tokens"
+    assert words["distilled"] == "scales and gains, 60 steps of 8 sequences of 256 tokens"
     assert "distilled" not in words_of(preset("duquant-best"))
 
 

@@ -13,6 +13,7 @@ from infra.database import now_ms, read, take_turns, write
 from infra.errors import ArtifactConflict, ArtifactNotFound
 from infra.job_model import ACTIVE, Job, Record
 from infra.job_rows import state_is
+from infra.listing import between
 from infra.schema import artifact_tags, artifacts, evaluations, jobs
 
 
@@ -78,10 +79,7 @@ class ArtifactFilter:
             found.append(artifacts.c.recipe_name == self.recipe_name)
         if self.tag is not None:
             found.append(exists().where(artifact_tags.c.artifact_id == artifacts.c.id, _tag_is(self.tag)))
-        if self.created_from is not None:
-            found.append(artifacts.c.created_at >= self.created_from)
-        if self.created_until is not None:
-            found.append(artifacts.c.created_at < self.created_until)
+        found += between(artifacts.c.created_at, self.created_from, self.created_until)
         return found
 
 

@@ -8,6 +8,7 @@ from sqlalchemy import ColumnElement, and_, case, exists, literal_column, or_
 from infra.batch_progress import BatchState
 from infra.job_model import JobState
 from infra.job_rows import state_is
+from infra.listing import between
 from infra.schema import batch_items, batches, jobs
 
 
@@ -30,10 +31,7 @@ class BatchFilter:
         found: list[ColumnElement[bool]] = []
         if self.name is not None:
             found.append(batches.c.name == self.name)
-        if self.created_from is not None:
-            found.append(batches.c.created_at >= self.created_from)
-        if self.created_until is not None:
-            found.append(batches.c.created_at < self.created_until)
+        found += between(batches.c.created_at, self.created_from, self.created_until)
         work = [
             batch_items.c[name] == value
             for name in ("model_name", "recipe_name")

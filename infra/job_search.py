@@ -8,6 +8,7 @@ from sqlalchemy import ColumnElement, Engine, bindparam, case, exists, func, sel
 from infra.database import read
 from infra.job_model import ACTIVE, Job, JobState
 from infra.job_rows import state_is
+from infra.listing import between
 from infra.prepared import Prepared
 from infra.schema import artifacts, batch_items, job_deps, jobs
 
@@ -53,10 +54,7 @@ class JobFilter:
             found.append(jobs.c.id.in_(of_batch))
         if self.states:
             found.append(state_is(*self.states))
-        if self.created_from is not None:
-            found.append(jobs.c.created_at >= self.created_from)
-        if self.created_until is not None:
-            found.append(jobs.c.created_at < self.created_until)
+        found += between(jobs.c.created_at, self.created_from, self.created_until)
         return found
 
 

@@ -28,7 +28,16 @@ from duquant.config import ALGORITHM_VERSION, PRESETS, Recipe, TextSource, prese
 
 OUT = RESULTS / "other-texts.json"
 MODEL = "demo:smollm2-135m"
-RECIPES = ("rtn", "quarot", "duquant", "duquant-lwc", "duquant-fast", "duquant-gptq", "duquant-best")
+RECIPES = (
+    "rtn",
+    "quarot",
+    "duquant",
+    "duquant-lwc",
+    "duquant-fast",
+    "duquant-gptq",
+    "duquant-best",
+    "duquant-distilled",
+)
 DAMPED = ("duquant-gptq", "duquant-best")
 DAMPS = (0.01, 0.1, 0.3, 1.0)
 MIXED = "duquant-best"

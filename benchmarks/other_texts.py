@@ -122,12 +122,14 @@ def _planned(arguments: argparse.Namespace, valid: str) -> Iterator[Row]:
             variants += [(None, mix) for mix in MIXES]
         variants += [(damp, None) for damp in arguments.damp or (DAMPS if name in DAMPED else (None,))]
         for damp, mix in variants:
+            recipe = variant(name, damp, mix)
+            shares = [recipe.calibration.builtin_share, recipe.calibration.self_share]
             yield {
                 "model": arguments.model,
                 "recipe": name,
                 "damp": damp,
-                "mix": mix and list(mix),
-                "recipe_digest": variant(name, damp, mix).digest(),
+                "mix": shares if any(shares) else None,
+                "recipe_digest": recipe.digest(),
                 "algorithm_version": ALGORITHM_VERSION,
                 "calibration": {"text": valid, "seq_len": arguments.seq_len, "samples": arguments.samples},
                 "evaluation": evaluated,

@@ -64,7 +64,8 @@ def _rotation(config: TransformConfig) -> str:
 def _weights(config: WeightConfig) -> str:
     solver = "GPTQ" if config.solver == "gptq" else "to nearest"
     if config.descent_passes:
-        solver += f" and {config.descent_passes} passes of coordinate descent"
+        passes = "a pass" if config.descent_passes == 1 else f"{config.descent_passes} passes"
+        solver += f" and {passes} of coordinate descent"
     clip = {
         "none": "no clip",
         "fixed": f"range times {config.clip_ratio:g}",

@@ -220,6 +220,8 @@ class Recipe:
         if self.transform.residual_rotation == "learned":
             # Its default was another once: where it is used it counts always, or an artifact of then would be found.
             plain.setdefault("learning", {})["rotation_rate"] = self.learning.rotation_rate
+            # Since then they see rounded inputs that are rounded to bfloat16 once, not twice.
+            plain["learning"]["rounds_once"] = True
         return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from duquant.config import ActivationConfig
 from duquant.quantizers.activation import round_activations
@@ -15,7 +16,10 @@ from duquant.quantizers.kv import KVQuantizer
 def rounded_rows(
     X: Float[Tensor, "tokens channels"], config: ActivationConfig, clip_ratio: Float[Tensor, "2"]
 ) -> Float[Tensor, "tokens channels"]:
-    """Return transformed rows as they enter the linears, in the dtype of `X`; rounding passes gradients as they are."""
+    """Return transformed rows as they enter the linears, in the dtype of `X`.
+
+    Rounding passes the gradient of `X` as it is; the clip ratio has none.
+    """
     rounded: Tensor = _Straight.apply(X, config, clip_ratio)  # type: ignore[no-untyped-call]  # torch's
     return rounded
 
@@ -29,6 +33,7 @@ class _Straight(torch.autograd.Function):
         return X.clone() if rounded is X else rounded
 
     @staticmethod
+    @once_differentiable
     def backward(_ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return gradient, None, None
 

@@ -106,6 +106,7 @@ class GPTQSolver:
             W[last:].addmm_(self.factor[first:last, last:].T, errors, alpha=-1)
         if config.descent_passes:
             assert self.moment is not None
+            del W
             descend(codes, exact, column_grids, self.moment, config.descent_passes)
         restored = torch.empty_like(codes)
         restored[self.order] = codes

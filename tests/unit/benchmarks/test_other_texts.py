@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +35,15 @@ def test_only_the_windows_differ(other_texts: ModuleType) -> None:
     found, recipe = other_texts.variant("duquant-best", mix=(0.5, 0.25)), preset("duquant-best")
     assert (found.calibration.builtin_share, found.calibration.self_share) == (0.5, 0.25)
     assert replace(found, calibration=recipe.calibration) == recipe
+
+
+def test_rows_name_the_shares_of_other_texts(other_texts: ModuleType) -> None:
+    names = ["duquant-fast", "duquant-distilled", "duquant-best"]
+    arguments = Namespace(model="m", recipe=names, damp=None, samples=2, seq_len=16, windows=1)
+    mixes = {(row["recipe"], row["damp"]): row.get("mix") for row in other_texts._planned(arguments, "valid")}
+    assert mixes["duquant-fast", None] is None
+    assert mixes["duquant-distilled", None] == [0.5, 0.0]
+    assert mixes["duquant-best", 0.3] is None
 
 
 def test_questions_have_their_right_answers(other_texts: ModuleType) -> None:

@@ -48,8 +48,9 @@ def test_the_default_is_told_in_full() -> None:
 
 def test_passes_of_coordinate_descent_are_counted() -> None:
     recipe = preset("quarot")
-    again = replace(recipe, weight=replace(recipe.weight, descent_passes=3))
-    assert "GPTQ and 3 passes of coordinate descent" in words_of(again)["weights"]
+    for passes, words in ((1, "GPTQ and a pass of"), (3, "GPTQ and 3 passes of")):
+        again = replace(recipe, weight=replace(recipe.weight, descent_passes=passes))
+        assert f"{words} coordinate descent" in words_of(again)["weights"]
 
 
 def test_a_rotation_of_all_channels_has_no_blocks() -> None:

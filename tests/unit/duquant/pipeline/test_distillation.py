@@ -103,7 +103,7 @@ def assert_runs_as_its_shard(case: Case) -> None:
         expected = case.skeleton.forward(module, X, cache=cache)
         for name, (given, output) in seen.items():
             found = student._linears[name].forward(given)
-            # Rotations in bfloat16 move a few codes by a step.
+            # In bfloat16 the rotations of 4-bit rows move a few codes by a step.
             assert float((found - output).norm() / output.norm()) < (0.05 if case.recipe.activation.bits == 4 else 0.01)
         with student.running() as run:
             found = run(X)
@@ -113,12 +113,14 @@ def assert_runs_as_its_shard(case: Case) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma3_text", "phi3", "mixtral"])
-@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("bits", [4, 8, 16])
 def test_a_student_runs_as_its_shard(
     make_case: Callable[..., Case], distilled: Recipe, model_type: str, bits: int
 ) -> None:
     kv_cache = distilled.kv_cache if bits == 4 else replace(distilled.kv_cache, bits=8)
-    chosen = replace(distilled, activation=ActivationConfig(bits=bits), kv_cache=kv_cache)
+    clip_ratio = 1.0 if bits == 16 else 0.8
+    activation = ActivationConfig(bits=bits, clip_ratio=clip_ratio)
+    chosen = replace(distilled, activation=activation, kv_cache=kv_cache)
     assert_runs_as_its_shard(make_case(model_type, chosen))
 
 

@@ -89,43 +89,6 @@ def damped(H: Tensor, config: WeightConfig) -> Tensor:
     return H.double() + config.damp * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("config", DESCENT.values(), ids=list(DESCENT))
-def test_descent_lowers_the_error_pass_by_pass(config: WeightConfig) -> None:
-    W, H = normal(32, 160), second_moment(160)
-    errors = [
-        output_error(W, solve(W, H, replace(config, descent_passes=passes)), damped(H, config)) for passes in range(4)
-    ]
-    assert errors == sorted(errors, reverse=True)
-    assert errors[1] < 0.998 * errors[0]
-
-
-@pytest.mark.parametrize("config", DESCENT.values(), ids=list(DESCENT))
-def test_descent_ends_where_no_code_alone_is_better(config: WeightConfig) -> None:
-    W, H = normal(5, 48), second_moment(48)
-    found = solve(W, H, config)
-    error = output_error(W, found, damped(H, config))
-    low, high = -(2 ** (config.bits - 1)), 2 ** (config.bits - 1) - 1
-    for row in range(len(W)):
-        for channel in range(W.shape[1]):
-            for step in (-1, 1):
-                codes = found.codes.clone()
-                codes[row, channel] = min(max(int(codes[row, channel]) + step, low), high)
-                other = output_error(W, replace(found, codes=codes), damped(H, config))
-                assert other >= error * (1 - 1e-5), (row, channel, step)
-
-
-def test_descent_leaves_grids_and_outliers_where_they_are() -> None:
-    W, H, config = normal(12, 80), second_moment(80), CONFIGS["symmetric"]
-    solver = GPTQSolver.from_second_moment(H, 0.01, descends=True)
-    before = solver.quantize(W, config, outliers=16)
-    after = solver.quantize(W, replace(config, descent_passes=3), outliers=16)
-    assert torch.equal(after.scale, before.scale)
-    assert before.outliers is not None
-    assert after.outliers is not None
-    assert torch.equal(after.outliers.scale, before.outliers.scale)
-    assert output_error(W, after, H) < output_error(W, before, H)
-
-
 def test_uncorrelated_channels_round_to_nearest() -> None:
     W, config = normal(9, 40), CONFIGS["row"]
     found = GPTQSolver.from_second_moment(torch.diag(torch.arange(1.0, 41.0)), config.damp).quantize(W, config)

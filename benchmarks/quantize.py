@@ -155,9 +155,10 @@ def _plain_forward(calibration: str, samples: int, seq_len: int) -> None:
 
     path = resolve_model(MODEL)
     source = parse_text(calibration, default_part="calibration")
-    windows = calibration_windows(path, source, samples=samples, seq_len=seq_len, seed=0)
+    config = CalibrationConfig(source=source, samples=samples, seq_len=seq_len)
+    windows = calibration_windows(path, config, seed=0)
     model = AutoModel.from_pretrained(path, dtype=torch.bfloat16, local_files_only=True).eval()
-    batch = CalibrationConfig().micro_batch
+    batch = config.micro_batch
     with torch.no_grad():
         model(input_ids=windows[:1, :16])
         started = time.perf_counter()

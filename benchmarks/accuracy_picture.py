@@ -17,7 +17,8 @@ _TODAY, _EARLIER, _LINE, _TEXT = "#2f6690", "#b5c9d8", "#d9dee3", "#1f2933"
 
 def picture(sections: Sequence[Section]) -> str:
     """Return an SVG: below each model a bar for each of its recipes, the best first; whiskers are the seeds' ends."""
-    parts, top = [], 4.0
+    parts: list[str] = []
+    top = 4.0
     for section in sections:
         bars = [entry for entry in section.entries if entry.losses]
         if bars:

@@ -157,6 +157,7 @@ class Layer:
         if isinstance(self.keys, PackedKV):
             assert isinstance(self.values, PackedKV)
             return BACKEND.int4_kv_attention(Q, self.keys, self.values, self.quantizer, scaling=scaling, mask=None)
+        assert not isinstance(self.values, PackedKV)
         return scaled_dot_product_attention(
             Q, self.keys, self.values, scale=scaling, enable_gqa=self.model.heads != self.model.kv_heads
         )

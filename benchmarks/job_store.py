@@ -206,8 +206,8 @@ def _postgresql() -> Iterator[str]:
 def _server(engine: Engine) -> dict[str, Any]:
     with read(engine) as connection:
         if engine.dialect.name == "sqlite":
-            names = ("journal_mode", "synchronous")
-            pragmas = {name: connection.execute(text(f"PRAGMA {name}")).scalar_one() for name in names}
+            settings = ("journal_mode", "synchronous")
+            pragmas = {name: connection.execute(text(f"PRAGMA {name}")).scalar_one() for name in settings}
             return {"version": connection.execute(text("SELECT sqlite_version()")).scalar_one(), **pragmas}
         names = ("fsync", "synchronous_commit", "shared_buffers")
         shown = {name: connection.execute(text(f"SHOW {name}")).scalar_one() for name in names}

@@ -11,7 +11,7 @@ then writes docs/results/kv-cache.md.
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from itertools import cycle, product
 from pathlib import Path
@@ -62,7 +62,7 @@ def main() -> None:
         if keys is not None and keys.smooth_keys and not smoothing:
             source = TextSource(kind="file", name=str(text), part="evaluation")  # the second half
             smoothing.extend(smoothing_of(loaded, source, **sizes))
-        rounding = nullcontext()
+        rounding: AbstractContextManager[None] = nullcontext()
         if keys is not None:
             used = smoothing if keys.smooth_keys else None
             rounding = rounded_cache(loaded.model, keys, place=str(place), smoothing=used)

@@ -1,9 +1,10 @@
 """The GPU part of docs/results/kernels.md, from benchmarks/results/gpu.json."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from measured_rows import figures_table
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -23,11 +24,6 @@ def section(report: Report | None) -> str:
     parts = [_head(report), _goals(report["goals"]), _ceilings(report), _layers(report), _linears(report)]
     parts += [_transforms(report), _attention(report)]
     return "\n".join(part for part in parts if part)
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) + ("---:",) * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def _us(times: dict[str, dict[str, float]], name: str) -> str:
@@ -63,7 +59,7 @@ def _goals(rows: list[dict[str, Any]]) -> str:
         )
         for row in rows
     ]
-    return "### GPU goals\n\n" + _table(("", "must", "aim", "measured"), cells)
+    return "### GPU goals\n\n" + figures_table(("", "must", "aim", "measured"), cells)
 
 
 def _ceilings(report: Report) -> str:
@@ -76,7 +72,7 @@ def _ceilings(report: Report) -> str:
         for name, value in sorted(row.items())
         if name.endswith("_ops_per_s")
     ]
-    return "### GPU ceilings of the same run\n\n" + _table(("", "measured"), cells)
+    return "### GPU ceilings of the same run\n\n" + figures_table(("", "measured"), cells)
 
 
 def _layers(report: Report) -> str:
@@ -89,7 +85,7 @@ def _layers(report: Report) -> str:
         kinds = (_us(times, kind) for kind in ("bf16", "rtn", "hadamard", "duquant", "duquant-blocks"))
         cells.append((row["model"], work, *kinds, _ratio(times, "bf16", "duquant")))
     head = ("model", "", "bf16", "RTN INT4", "one Hadamard", "DuQuant", "DuQuant, an R each block", "speedup")
-    return "### A decoder layer on the GPU\n\n" + _table(head, cells) if cells else ""
+    return "### A decoder layer on the GPU\n\n" + figures_table(head, cells) if cells else ""
 
 
 def _linears(report: Report) -> str:
@@ -99,7 +95,7 @@ def _linears(report: Report) -> str:
         each = (_us(times, name) for name in ("bf16", "fp8", "int8", "int4"))
         cells.append((row["model"], row["linear"], shape, str(row["M"]), *each, _ratio(times, "bf16", "int4")))
     head = ("model", "linear", "K x N", "M", "bf16", "fp8", "int8", "`int4_linear`", "speedup")
-    return "### Products on the GPU\n\n" + _table(head, cells) if cells else ""
+    return "### Products on the GPU\n\n" + figures_table(head, cells) if cells else ""
 
 
 def _transforms(report: Report) -> str:
@@ -108,7 +104,7 @@ def _transforms(report: Report) -> str:
         kinds = ("rtn", "hadamard", "duquant", "duquant-blocks", "duquant in plain torch")
         cells.append((row["model"], str(row["H"]), str(row["M"]), *(_us(row["graph"], kind) for kind in kinds)))
     head = ("model", "width", "M", "none", "one Hadamard", "R1 P R2", "R1 P R2, an R each block", "plain torch")
-    return "### Transform, rounding and packing on the GPU\n\n" + _table(head, cells) if cells else ""
+    return "### Transform, rounding and packing on the GPU\n\n" + figures_table(head, cells) if cells else ""
 
 
 def _attention(report: Report) -> str:
@@ -121,4 +117,4 @@ def _attention(report: Report) -> str:
              _ratio(times, "bf16", "int4"), size)
         )  # fmt: skip
     head = ("model", "batch", "context", "bf16", "INT4 cache", "speedup", "smaller")
-    return "### Attention of one token on the GPU\n\n" + _table(head, cells) if cells else ""
+    return "### Attention of one token on the GPU\n\n" + figures_table(head, cells) if cells else ""

@@ -1,11 +1,11 @@
 """docs/results/kernels.md from the kernel benchmarks' JSON files."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gpu_results import section as gpu_section
+from measured_rows import figures_table
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 PAGE = Path(__file__).parent / "results" / "kernels.md"
@@ -38,11 +38,6 @@ def _missing(target: str) -> str:
     return f"Not measured yet: `make bench-{target}` writes the figures.\n"
 
 
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) + ("---:",) * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
 def _ms(times: dict[str, dict[str, float]], name: str) -> str:
     value = times[name]
     return f"{value['median_ms']:.3g} ({value['p20_ms']:.3g} to {value['p80_ms']:.3g})"
@@ -65,7 +60,7 @@ def _cpu(result: dict[str, Any]) -> str:
 
 def _linears(rows: list[dict[str, Any]], rates: dict[str, float]) -> str:
     size = rows[0]["size"]
-    table = _table(
+    table = figures_table(
         (
             "tokens",
             "bfloat16, ms",
@@ -100,7 +95,7 @@ def _linears(rows: list[dict[str, Any]], rates: dict[str, float]) -> str:
 
 
 def _transforms(rows: list[dict[str, Any]]) -> str:
-    table = _table(
+    table = figures_table(
         ("tokens", "quantize and pack, ms", "with R1, P, R2, ms", "ratio"),
         [
             (
@@ -117,7 +112,7 @@ def _transforms(rows: list[dict[str, Any]]) -> str:
 
 def _model(model: dict[str, Any]) -> str:
     rates, held = model["decode_tokens_per_second"], model["linear_bytes"]
-    table = _table(
+    table = figures_table(
         ("", "bfloat16", "INT4", "ratio", "goal (must / aim)"),
         [
             (

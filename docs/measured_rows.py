@@ -1,4 +1,4 @@
-"""What the pages of measured rows share: reading them, a section for each model, the commits they were measured on."""
+"""What the pages of measurements share: reading rows, a section for each model, tables, measured commits."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -28,3 +28,9 @@ def page_by_model(head: str, rows: Sequence[Row], table: Callable[[Sequence[Row]
 def commits_of(rows: Iterable[Row]) -> str:
     """Return the commits, a star at those with changes that were not committed."""
     return ", ".join(sorted({f"{row['commit'][:7]}{'*' if row['has_uncommitted_changes'] else ''}" for row in rows}))
+
+
+def figures_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table whose first column has words and whose others have figures."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

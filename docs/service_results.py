@@ -1,9 +1,10 @@
 """docs/results/service.md from the JSON files of the queue's and the API's benchmarks."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from measured_rows import figures_table
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 PAGE = Path(__file__).parent / "results" / "service.md"
@@ -31,11 +32,6 @@ def page() -> str:
         parts.append(f"## {title}\n")
         parts.append(part(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else "Not measured yet.\n")
     return "\n".join(parts).rstrip() + "\n"
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) + ("---:",) * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def _where(result: dict[str, Any]) -> str:
@@ -76,12 +72,12 @@ def _queue(result: dict[str, Any]) -> str:
             "each of a job's two commits, before it answers; SQLite in WAL mode now and then.\n"
         )
     head = ("", "jobs a second", "claim, p50 / p99 ms", "end, p50 / p99 ms", "double claims")
-    return "\n".join((_where(result), intro, _table(head, rows)))
+    return "\n".join((_where(result), intro, figures_table(head, rows)))
 
 
 def _api(result: dict[str, Any]) -> str:
     steady, fastest, lists = result["steady"], result["fastest"], result["lists"]
-    submits = _table(
+    submits = figures_table(
         ("submits", "answered a second", "p50 ms", "p99 ms", "errors", "CPU ms each"),
         [
             _submit(f"{steady['rate']} a second come in", steady),
@@ -94,7 +90,7 @@ def _api(result: dict[str, Any]) -> str:
         for name, words in _LISTS.items()
     ]
     rows.append(("goal", str(_GOALS["list_ms"]), "", ""))
-    listing = _table((f"50 of {lists['jobs']} jobs", "p50 ms", "p95 ms", "found"), rows)
+    listing = figures_table((f"50 of {lists['jobs']} jobs", "p50 ms", "p95 ms", "found"), rows)
     intro = (
         f"One process on SQLite, keys and Idempotency-Keys on, {result['connections']} connections; each submit makes "
         "a job. Where more come in than are answered, they wait, and the latency is that of the line.\n"

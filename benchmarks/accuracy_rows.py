@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ class Entry:
     rows: tuple[Row, ...]
     losses: tuple[float, ...]
     """D = ln(perplexity / the unquantized model's) of each seed; none for that model, and where it is missing."""
+    unseen_losses: tuple[float, ...] = ()
+    """D on the text that nothing was tuned on, of the seeds that have it."""
 
     @property
     def loss(self) -> float:
@@ -40,6 +42,11 @@ class Entry:
         return f"W{recipe.weight.bits}A{recipe.activation.bits}KV{recipe.kv_cache.bits}"
 
     @property
+    def rounds_weights_alone(self) -> bool:
+        """Whether activations stay in 16 bits: the row does not compete with those that round them."""
+        return self.recipe in PRESETS and PRESETS[self.recipe][1].activation.bits >= 16
+
+    @property
     def note(self) -> str:
         """Return what the rows were measured with, where a measurement of today would be another; else nothing."""
         return outdated(self.rows[0])
@@ -47,7 +54,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Section:
-    """What can be compared: one model on the same windows of the same text. The best entry comes first."""
+    """What can be compared: one model on the same windows of the same text.
+
+    The unquantized model comes first, then the best entry; those that round weights alone stand last.
+    """
 
     model: str
     evaluation: Row
@@ -61,12 +71,10 @@ class Section:
 
 def sections(rows: Sequence[Row]) -> list[Section]:
     """Sort rows into sections, in the order in which they first appear."""
-    places = {_key(row, ("model", "evaluation")): row for row in reversed(rows)}
-    found = []
-    for place, first in reversed(places.items()):
-        members = [row for row in rows if _key(row, ("model", "evaluation")) == place]
-        found.append(Section(first["model"], first["evaluation"], tuple(_entries(members))))
-    return found
+    places: dict[str, list[Row]] = {}
+    for row in rows:
+        places.setdefault(_key(row, ("model", "evaluation")), []).append(row)
+    return [Section(same[0]["model"], same[0]["evaluation"], tuple(_entries(same))) for same in places.values()]
 
 
 def outdated(row: Row) -> str:
@@ -84,7 +92,7 @@ def outdated(row: Row) -> str:
 
 
 def _entries(rows: Sequence[Row]) -> list[Entry]:
-    fp = next((row["perplexity"] for row in rows if row["recipe"] == FP), None)
+    fp = next((row for row in rows if row["recipe"] == FP), None)
     groups: dict[str, list[Row]] = {}
     for row in rows:
         # Seeds that were measured by other recipes of the same name, or by another algorithm, have no mean together.
@@ -92,9 +100,22 @@ def _entries(rows: Sequence[Row]) -> list[Entry]:
     entries = []
     for group in groups.values():
         recipe = group[0]["recipe"]
-        losses = () if fp is None or recipe == FP else tuple(math.log(row["perplexity"] / fp) for row in group)
-        entries.append(Entry(recipe, tuple(sorted(group, key=lambda row: int(row["seed"]))), losses))
-    return sorted(entries, key=lambda entry: (entry.recipe != FP, entry.loss, entry.recipe))
+        seeds = tuple(sorted(group, key=lambda row: int(row["seed"])))
+        if fp is None or recipe == FP:
+            entries.append(Entry(recipe, seeds, ()))
+        else:
+            entries.append(Entry(recipe, seeds, _losses(seeds, fp), _losses(_unseen(seeds), *_unseen([fp]))))
+    today = {entry.recipe for entry in entries if not entry.note}
+    shown = [entry for entry in entries if not entry.note or entry.recipe not in today]
+    return sorted(shown, key=lambda entry: (entry.recipe != FP, entry.rounds_weights_alone, entry.loss, entry.recipe))
+
+
+def _losses(rows: Iterable[Row], fp: Row | None = None) -> tuple[float, ...]:
+    return tuple(math.log(row["perplexity"] / fp["perplexity"]) for row in rows) if fp else ()
+
+
+def _unseen(rows: Iterable[Row]) -> list[Row]:
+    return [row["unseen"] for row in rows if "unseen" in row]
 
 
 def _key(row: Row, names: Sequence[str]) -> str:

@@ -53,9 +53,9 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--mode", action="append", help=f"repeat for more; default: {', '.join(MODES)}")
     parser.add_argument("--seed", action="append", type=int, help="repeat for more; default: 0")
-    parser.add_argument("--samples", type=int, default=32, help="calibration windows")
+    parser.add_argument("--samples", type=int, default=16, help="calibration windows")
     parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--windows", type=int, default=16, help="evaluation windows of each text")
+    parser.add_argument("--windows", type=int, default=8, help="evaluation windows of each text")
     parser.add_argument("--out", default=str(OUT))
     return parser.parse_args()
 

@@ -4,14 +4,14 @@ import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from machine import describe, load_average
-from quantize import run_duquant
+from quantize import Refused, run_duquant
 
 from duquant.config import Recipe
 
@@ -38,6 +38,8 @@ class RowFile:
     ) -> list[Row]:
         """Measure the planned rows that are missing, and return all rows.
 
+        A row that `duquant` refuses is told and left out. Several runs may share the file.
+
         Args:
             planned: what identifies each row.
             measure: returns the fields that a planned row gets.
@@ -53,11 +55,22 @@ class RowFile:
             if before is not None:
                 print(f"{self._label(plan)}: measured before without {lacking}, so measured again", flush=True)
             state = {**describe(), **facts, "load_at_start": load_average()}
-            row = {**plan, **state, **measure(plan)}
-            rows = [each for each in rows if not self._same(each, row, self.place)] + [row]
-            self.path.write_text(json.dumps({"rows": rows}, indent=2) + "\n", encoding="utf-8")
+            try:
+                row = {**plan, **state, **measure(plan)}
+            except Refused as refusal:
+                print(f"{self._label(plan)}: refused, so left out: {refusal}", flush=True)
+                continue
+            # Read again: measuring takes long, and another run may have written meanwhile.
+            rows = [each for each in self.read() if not self._same(each, row, self.place)] + [row]
+            self._write(rows)
             print(f"{self._label(row)}: {_told(row)}", flush=True)
         return rows
+
+    def _write(self, rows: Sequence[Row]) -> None:
+        """Write all rows, or leave the file as it is."""
+        part = self.path.with_name(self.path.name + ".part")
+        part.write_text(json.dumps({"rows": rows}, indent=2) + "\n", encoding="utf-8")
+        part.replace(self.path)
 
     @staticmethod
     def _same(row: Row, other: Row, names: Iterable[str]) -> bool:

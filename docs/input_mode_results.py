@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from measured_rows import commits_of, page_by_model, read_rows
+from measured_rows import commits_of, is_earlier, page_by_model, read_rows
 
-from duquant.config import Recipe
+from duquant.config import Recipe, preset
 from service.estimates import layer_runs
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "input-modes.json"
@@ -38,15 +39,16 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         f"| FP (bfloat16) | | 0 | 0 | {fp['perplexity']['test']:.2f} | | | | |",
     ]
-    places = sorted({(row["recipe"], row["mode"]) for row in made}, key=lambda p: (p[0], *_order(p[1])))
-    for recipe, mode in places:
-        same = [row for row in made if (row["recipe"], row["mode"]) == (recipe, mode)]
+    places = sorted({_place(row) for row in made}, key=lambda p: (p[0], *_order(p[1]), p[2]))
+    for place in places:
+        recipe, mode, note = place
+        same = [row for row in made if _place(row) == place]
         valid, test = (_spread([_loss(row, fp, text) for row in same]) for text in ("valid", "test"))
         perplexity = sum(row["perplexity"]["test"] for row in same) / len(same)
         seconds = sum(row["calibration_seconds"] for row in same) / len(same)
         passes, in_a_row = _costs(mode, same[0]["layers"])
         lines.append(
-            f"| `{recipe}` | `{mode}` | {valid} | {test} | {perplexity:.2f} | {len(same)} | {seconds:.0f} s "
+            f"| `{recipe}`{note} | `{mode}` | {valid} | {test} | {perplexity:.2f} | {len(same)} | {seconds:.0f} s "
             f"| {passes:.1f} | {in_a_row} |"
         )
     machines = {f"{row['machine']['cpu']}, {row['machine']['cores']} cores" for row in rows}
@@ -61,6 +63,13 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
         f"Commits: {commits_of(rows)}; a star marks changes that were not committed.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _place(row: dict[str, Any]) -> tuple[str, str, str]:
+    """Return recipe, mode, and a note where today's recipe is another: such rows have no mean with others."""
+    name, _, passes = row["mode"].partition("+")
+    today = replace(preset(row["recipe"]), input_mode=name, refine_passes=int(passes or 0), seed=row["seed"])
+    return row["recipe"], row["mode"], " (an earlier form)" if is_earlier(row, today) else ""
 
 
 def _loss(row: dict[str, Any], fp: dict[str, Any], text: str) -> float:

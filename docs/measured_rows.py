@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from duquant.config import ALGORITHM_VERSION, Recipe
+
 Row = dict[str, Any]
 
 
@@ -12,6 +14,11 @@ def read_rows(results: Path) -> list[Row]:
     """Return the rows of a results file, none when there is no file."""
     rows: list[Row] = json.loads(results.read_text(encoding="utf-8"))["rows"] if results.exists() else []
     return rows
+
+
+def is_earlier(row: Row, recipe: Recipe) -> bool:
+    """Whether a row was measured with another recipe than today's `recipe` of its name, or by another algorithm."""
+    return bool(row["recipe_digest"] != recipe.digest() or row["algorithm_version"] != ALGORITHM_VERSION)
 
 
 def page_by_model(head: str, rows: Sequence[Row], table: Callable[[Sequence[Row]], str]) -> str:

@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from measured_rows import commits_of, page_by_model, read_rows
+from measured_rows import commits_of, is_earlier, page_by_model, read_rows
+
+from duquant.config import Recipe, preset, with_calibration
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "other-texts.json"
 PAGE = Path(__file__).parent / "results" / "other-texts.md"
@@ -39,7 +42,10 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     for row in sorted(made, key=lambda row: float(row["perplexity"][texts[0]])):
         losses = (math.log(row["perplexity"][text] / fp["perplexity"][text]) for text in texts)
         damp = "" if row["damp"] is None else f"{row['damp']:g}"
-        lines.append(f"| `{row['recipe']}` | {damp} | {_mixed(row)} | {' | '.join(f'{loss:.3f}' for loss in losses)} |")
+        note = " (an earlier form)" if is_earlier(row, _today(row)) else ""
+        lines.append(
+            f"| `{row['recipe']}`{note} | {damp} | {_mixed(row)} | {' | '.join(f'{loss:.3f}' for loss in losses)} |"
+        )
     evaluation = fp["evaluation"]
     machines = {f"{row['machine']['cpu']}, {row['machine']['cores']} cores" for row in [fp, *made]}
     perplexities = ", ".join(f"{text} {value:.2f}" for text, value in fp["perplexity"].items())
@@ -55,6 +61,14 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
         "that were not committed.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _today(row: dict[str, Any]) -> Recipe:
+    recipe = preset(row["recipe"])
+    if row["damp"] is not None:
+        recipe = replace(recipe, weight=replace(recipe.weight, damp=row["damp"]))
+    builtin_share, self_share = row.get("mix") or (None, None)
+    return with_calibration(recipe, builtin_share=builtin_share, self_share=self_share)
 
 
 def _mixed(row: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from duquant.config import ALGORITHM_VERSION, PRESETS
 
 _FOLDER = Path(__file__).parents[1] / "benchmarks" / "results"
-_SHOWN = ("duquant-best", "duquant-gptq", "duquant-fast", "duquant", "quarot", "rtn")
+_SHOWN = ("duquant-distilled", "duquant-best", "duquant-gptq", "duquant-fast", "duquant", "quarot", "rtn")
 """All round weights, activations and KV cache to 4 bits."""
 
 
@@ -23,7 +23,10 @@ def results_section() -> str:
         return "The benchmark has not been run yet: `make bench-accuracy`."
     found = [(name, [row for row in rows if _is_of(row, name, fp)]) for name in _SHOWN]
     measured = sorted((entry for entry in found if entry[1]), key=lambda entry: _loss(entry[1], fp))
-    evaluation, machine = fp["evaluation"], fp["machine"]
+    evaluation = fp["evaluation"]
+    machines = sorted(
+        {f"{row['machine']['cpu']}, {row['machine']['cores']} cores" for _, same in found for row in same}
+    )
     lines = [
         "| | perplexity | D | bits per weight | calibration |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -31,8 +34,8 @@ def results_section() -> str:
         *(_line(name, members, fp) for name, members in measured),
         "",
         f"`{fp['model']}`, W4A4 with a 4-bit KV cache; {evaluation['windows']} windows of {evaluation['seq_len']} "
-        f"tokens of `{evaluation['text']}`; D = ln(PPL / PPL of FP). {machine['cpu']}, {machine['cores']} cores; times "
-        f"are of a busy machine. {' '.join(_passes())}",
+        f"tokens of `{evaluation['text']}`; D = ln(PPL / PPL of FP). Times are of busy machines "
+        f"({'; '.join(machines)}). {' '.join(_passes())}",
         "",
         "Every method of the family, seeds, PIQA and a second model: [accuracy](docs/results/accuracy.md).",
     ]
@@ -66,6 +69,6 @@ def _passes() -> Iterator[str]:
     values = json.loads(file.read_text(encoding="utf-8"))
     for name, entry in values["recipes"].items():
         yield (
-            f"On an idle one `{name}` took {entry['seconds']:.0f} s, {entry['ratio_to_plain_forward']:.2f} times a "
-            "plain bfloat16 forward pass over the calibration text."
+            f"On an idle {values['machine']['cpu']} `{name}` took {entry['seconds']:.0f} s, "
+            f"{entry['ratio_to_plain_forward']:.2f} times a plain bfloat16 forward pass over the calibration text."
         )

@@ -71,7 +71,7 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
         ),
     ),
     "omniquant": (
-        "OmniQuant (arXiv 2308.13137v3): smoothing scales and weight clips learned by AdamW. Half an hour.",
+        "OmniQuant (arXiv 2308.13137v3): smoothing scales and weight clips learned by AdamW. A quarter of an hour.",
         Recipe(
             name="omniquant",
             transform=TransformConfig(smooth_alpha=0.5, smooth_learned=True),
@@ -144,7 +144,7 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
         ),
     ),
     "duquant-lwc-adamw": (
-        "DuQuant with learnable weight clipping as in the paper: AdamW on each layer's output. Half an hour.",
+        "DuQuant with learnable weight clipping as in the paper: AdamW on each layer's output. A quarter of an hour.",
         Recipe(
             name="duquant-lwc-adamw",
             transform=TransformConfig(smooth_alpha=0.5, rotation="greedy", permutation="zigzag"),
@@ -154,7 +154,7 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
         ),
     ),
     "duquant-fast": (
-        "Our default: smoothing, random-sign Hadamard, zigzag, Hadamard, weight clipping searched per row. Seconds.",
+        "Our default: smoothing, random-sign Hadamard, zigzag, Hadamard, weight clips searched per row. Two minutes.",
         Recipe(
             name="duquant-fast",
             transform=TransformConfig(
@@ -183,7 +183,7 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
     ),
     "duquant-distilled": (
         "duquant-best with coordinate descent, whose scales and gains then learn the unquantized network's "
-        "distribution; half of the text it is calibrated on is Python's help. Twenty minutes.",
+        "distribution; half of the text it is calibrated on is Python's help. Half an hour.",
         replace(
             _BEST,
             name="duquant-distilled",

@@ -1,5 +1,6 @@
 """How the weights of a site are rounded."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -16,6 +17,8 @@ from duquant.pipeline.site import finite_moment, smoothed_moment
 from duquant.quantizers.gptq import GPTQSolver
 from duquant.quantizers.outliers import OUTLIER_WEIGHTS
 from duquant.quantizers.weight import ClipRatios, QuantizedWeight, quantize_weight
+
+_LOG = logging.getLogger(__name__)
 
 
 class NearestRounder:
@@ -115,7 +118,14 @@ def make_rounder(
         H = smoothed_moment(finite_moment(statistics), prepared.weights.folds.columns[name])
         H = prepared.transform.apply_both(H)
         if config.solver == "gptq":
-            return GPTQRounder(H, config, outliers=outliers)
+            rounder = GPTQRounder(H, config, outliers=outliers)
+            if rounder.damp > config.damp:
+                _LOG.warning(
+                    "layer %d site %s: the second moment is not positive definite with weight.damp %g, so it was "
+                    "damped with %g, where GPTQ gains less; calibrate on more tokens",
+                    *(layer, name, config.damp, rounder.damp),
+                )
+            return rounder
         return NearestRounder(prepared.transformed, config, H)
     except CalibrationError as err:
         raise CalibrationError(f"layer {layer} site {name}: {err}", layer=layer, site=name) from err

@@ -11,7 +11,8 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 MIN_RELATIVE_SCALE = 1e-4
-"""Smallest scale relative to the largest magnitude. It bounds |zero_point| near 1e4 and makes constant rows exact."""
+"""Smallest scale relative to the largest magnitude. It bounds |zero_point| near 1e4 and makes constant rows exact,
+unless they are clipped."""
 
 _TINY = 1e-12
 
@@ -38,7 +39,7 @@ def make_grid(
 ) -> Grid:
     """Return the grid that spans [low, high].
 
-    Asymmetric grids need not contain zero, so a common offset of a row costs nothing; their scale is
+    Asymmetric grids need not contain zero, so a common offset of a row costs nothing unless clipped; their scale is
     (high - low) / (2^bits - 1) as in DuQuant. Symmetric grids take scale = max|.| / (2^(bits-1) - 1/2), the
     compressed-tensors convention.
 
@@ -61,7 +62,10 @@ def row_grid(
     symmetric: bool = False,
     clip_ratio: Float[Tensor, "2"] | None = None,
 ) -> Grid:
-    """Return one grid per row of `X`; its range, times `clip_ratio` (of the low end, of the high end) when given."""
+    """Return one grid per row of `X`; its range, times `clip_ratio` (of the low end, of the high end) when given.
+
+    A ratio below 1 moves both ends towards zero, so it takes up to 1 - ratio off a row that lies on one side of it.
+    """
     low, high = torch.aminmax(X.float(), dim=-1, keepdim=True)
     if clip_ratio is not None:
         low, high = low * clip_ratio[0], high * clip_ratio[1]

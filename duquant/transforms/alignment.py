@@ -46,9 +46,17 @@ def dominant_direction(X: Float[Tensor, "tokens channels"]) -> Float[Tensor, " c
 
     Its mean over the tokens is positive, as far as there is one.
     """
-    # No random start: the mean over the tokens, of their own signs where it vanishes, is near it already.
-    start = X.mean(0)
-    direction = start if bool(start.any()) else X.abs().mean(0)
+    # No random start: the mean over the tokens is near it already.
+    direction = _power_iteration(X, X.mean(0))
+    largest = X[X.square().sum(1).argmax()]
+    # Tokens that cancel have no mean, or one that says nothing: along a token's own direction is its energy at least.
+    if float((X @ direction).square().sum()) < 0.99 * float(largest.square().sum()):
+        direction = _power_iteration(X, largest)
+    return direction
+
+
+def _power_iteration(X: Float[Tensor, "tokens channels"], start: Float[Tensor, " channels"]) -> Tensor:
+    direction = start
     for _ in range(_POWER_STEPS):
         direction = torch.nn.functional.normalize(direction, dim=0)
         direction = (X @ direction) @ X

@@ -13,7 +13,7 @@ import pytest
 from duquant.config import ALGORITHM_VERSION, PRESETS
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
-MODULES = ("accuracy_rows", "accuracy_picture", "accuracy_page", "machine")
+MODULES = ("accuracy_rows", "accuracy_picture", "accuracy_authors", "accuracy_page", "machine")
 
 
 @pytest.fixture
@@ -79,9 +79,10 @@ def test_losses_are_logarithms_against_the_same_windows(made: SimpleNamespace) -
 
 
 def test_models_are_compared_with_their_own_unquantized_selves(made: SimpleNamespace) -> None:
-    other = [row("fp", 20.0, model="demo:other"), row(GOOD, 22.0, model="demo:other")]
-    assert [section.model for section in made.sections([*ROWS, *other])] == ["demo:tiny", "demo:other"]
-    assert made.sections([*ROWS, *other])[1].entries[1].losses == (math.log(1.1),)
+    first, second = row("fp", 20.0, model="demo:other"), row(GOOD, 22.0, model="demo:other")
+    mixed = [ROWS[0], first, *ROWS[1:], second]
+    assert [section.model for section in made.sections(mixed)] == ["demo:tiny", "demo:other"]
+    assert made.sections(mixed)[1].entries[1].losses == (math.log(1.1),)
 
 
 @pytest.mark.parametrize(
@@ -95,16 +96,14 @@ def test_models_are_compared_with_their_own_unquantized_selves(made: SimpleNames
         ),
     ],
 )
-def test_rows_of_before_say_so_and_have_no_mean_with_those_of_today(
+def test_rows_of_before_say_so_and_give_way_to_those_of_today(
     made: SimpleNamespace, changes: dict[str, Any], note: str
 ) -> None:
-    rows = [row("fp", 10.0), row(GOOD, 12.0), {**row(GOOD, 14.0, seed=1), **changes}]
-    assert [(entry.losses, entry.note) for entry in made.sections(rows)[0].entries[1:]] == [
-        ((math.log(1.2),), ""),
-        ((math.log(1.4),), note),
-    ]
+    rows = [row("fp", 10.0), {**row(GOOD, 14.0, seed=1), **changes}]
     assert f"| `{GOOD}` ({note}) | {BITS} | 0.336 |" in made.page(rows)
     assert "(measured earlier)" in made.picture(made.sections(rows))
+    entries = made.sections([*rows, row(GOOD, 12.0)])[0].entries
+    assert [(entry.losses, entry.note) for entry in entries[1:]] == [((math.log(1.2),), "")]
     assert "(measured earlier)" not in made.picture(made.sections(ROWS))
     assert "Rows with a note" not in made.page(ROWS)
 
@@ -119,8 +118,52 @@ def test_piqa_is_shown_with_the_larger_of_its_two_errors_and_its_questions(made:
         return {**row(GOOD, 12.0, seed), "piqa": scores}
 
     page = made.page([row("fp", 10.0), scored(0, 0.60), scored(1, 0.64)])
-    assert cells(page, f"`{GOOD}`")[4:7] == ["65.00 ± 1.10", "62.00 ± 2.00", "1,838"]
-    assert cells(page, "FP")[4:7] == ["", "", ""]
+    assert cells(page, f"`{GOOD}`")[5:8] == ["65.00 ± 1.10", "62.00 ± 2.00", "1,838"]
+    assert cells(page, "FP")[5:8] == ["", "", ""]
+
+
+def test_the_unseen_text_has_a_degradation_of_its_own(made: SimpleNamespace) -> None:
+    rows = [{**each, "unseen": {"perplexity": 2 * each["perplexity"] + 10}} for each in ROWS[:-1]]
+    page = made.page([*rows, ROWS[-1]])
+    assert cells(page, "FP")[4] == "0"
+    assert cells(page, f"`{GOOD}`")[4] == f"{math.log(34 / 30):.3f}"
+    assert cells(made.page([ROWS[0], *rows[1:]]), f"`{GOOD}`")[4] == ""
+
+
+def test_recipes_that_round_weights_alone_stand_last_in_another_colour(made: SimpleNamespace) -> None:
+    rows = [*ROWS, row("awq", 11.0)]
+    assert [entry.recipe for entry in made.sections(rows)[0].entries] == ["fp", GOOD, PLAIN, "awq"]
+    drawn, without = (made.picture(made.sections(each)).count('fill="#2f6690"') for each in (rows, ROWS))
+    assert drawn == without
+
+
+def test_rows_say_where_and_how_busy(made: SimpleNamespace) -> None:
+    cost = {"calibration_seconds": 100.0, "peak_rss_bytes": 2**20}
+    busy = {**row(PLAIN, 40.0), **cost, "load_at_start": 3.0, "machine": {"cpu": "another CPU", "cores": 2}}
+    page = made.page([ROWS[0], busy, {**row(GOOD, 12.0), **cost}])
+    assert [cells(page, f"`{name}`")[-4:-1] for name in (GOOD, PLAIN)] == [
+        ["100 s", "1 MiB", "1"],
+        ["≤ 100 s", "1 MiB", "2"],
+    ]
+    assert "Machine: 1: a CPU, 2 cores; 2: another CPU, 2 cores." in page
+
+
+def test_other_texts_among_the_windows_are_named(made: SimpleNamespace) -> None:
+    told = "Of the windows of `duquant-distilled`, 50 % of the text that ships with Python."
+    assert told in made.page([*ROWS, row("duquant-distilled", 11.0)])
+    assert "Of the windows" not in made.page(ROWS)
+
+
+def test_the_authors_figures_stand_below_the_rows_of_the_same_windows(made: SimpleNamespace) -> None:
+    windows = {"text": "wikitext2-test.txt", "seq_len": 2048, "windows": 16}
+    rows = [
+        {**row(name, value, model="demo:smollm2-135m"), "evaluation": windows}
+        for name, value in (("fp", 20.0), ("rtn", 40.0))
+    ]
+    page = made.page(rows)
+    assert page.count("### The authors' code") == 1
+    assert cells(page, "RTN") == ["RTN", "4.352", "1588.00", "`rtn`: 0.693", "4.272", "1466.00"]
+    assert "authors' code" not in made.page(ROWS)
 
 
 def test_page_has_a_line_for_each_recipe_the_best_first(made: SimpleNamespace) -> None:

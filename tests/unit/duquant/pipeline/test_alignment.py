@@ -85,7 +85,7 @@ def test_artifact_is_intact_says_where_and_runs(
     path = tiny_artifact(with_recipe=aligned).artifact
     assert verify(path).ok
     layers = json.loads((path / "report.json").read_text(encoding="utf-8"))["layers"].values()
-    assert {site["is_aligned"] for layer in layers for site in layer.values()} <= {True, False}
+    assert any(site["is_aligned"] for layer in layers for site in layer.values())
     assert "| alignment | the dominant direction onto the zero points" in (path / "README.md").read_text()
     ids = torch.arange(1, 33)[None]
     with torch.no_grad():

@@ -372,6 +372,24 @@ def test_non_finite_moments_are_named(make_layer: Callable[..., Layer], recipe: 
         layer.quantize(replace(recipe, transform=TRANSFORMS["balanced"]))
 
 
+def test_a_moment_that_needs_more_damping_is_told(
+    make_layer: Callable[..., Layer], recipe: Recipe, caplog: pytest.LogCaptureFixture
+) -> None:
+    layer = make_layer()
+    recipe = replace(recipe, transform=TransformConfig(), weight=WeightConfig(solver="gptq", damp=0.01))
+    with caplog.at_level(logging.WARNING):
+        layer.quantize(recipe)
+        assert "damped" not in caplog.text
+        moment = layer.statistics["mlp_in"].second_moment
+        assert moment is not None
+        size = float(moment.diagonal().mean())
+        moment.copy_(torch.eye(len(moment)) * size)
+        moment[0, 1] = moment[1, 0] = 1.05 * size
+        report = layer.quantize(recipe).report
+    assert "layer 0 site mlp_in: the second moment is not positive definite with weight.damp 0.01" in caplog.text
+    assert report["mlp_in"].damp == pytest.approx(0.1)
+
+
 def test_balanced_blocks_err_less_than_hadamard_blocks(make_layer: Callable[..., Layer], recipe: Recipe) -> None:
     layer = make_layer()
     balanced = TRANSFORMS["balanced"]

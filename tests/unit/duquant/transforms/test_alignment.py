@@ -67,6 +67,18 @@ def test_one_token_and_rows_that_cancel_have_a_direction() -> None:
     torch.testing.assert_close((row[0] @ direction).abs(), row.norm())
 
 
+@pytest.mark.parametrize(
+    ("X", "expected"),
+    [
+        ([[1.0, -1.0], [-1.0, 1.0]], [0.5**0.5, 0.5**0.5]),
+        ([[10.0, 0.0], [-10.0, 0.0], [0.0, 1.0], [0.0, 1.0]], [1.0, 0.0]),
+    ],
+    ids=["magnitudes that cancel", "a mean along a small direction"],
+)
+def test_a_mean_across_the_dominant_direction_does_not_hide_it(X: list[list[float]], expected: list[float]) -> None:
+    torch.testing.assert_close(dominant_direction(torch.tensor(X)).abs(), torch.tensor(expected))
+
+
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))
 @pytest.mark.parametrize("width", [64, 48, 17])
 def test_product_and_tensors_stay_what_they_were(config: TransformConfig, width: int) -> None:

@@ -87,6 +87,17 @@ def test_common_offset_costs_nothing(offset: float) -> None:
     assert bool((grid.scale <= torch.maximum(spread / 15, 2e-4 * X.abs().amax(1, keepdim=True))).all())
 
 
+@pytest.mark.parametrize("value", [5.0, -5.0])
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_a_clipped_row_on_one_side_of_zero_saturates_there(value: float, spread: float) -> None:
+    X = value + spread * torch.linspace(-0.5, 0.5, 8)[None]
+    restored = fake_quantize(X, row_grid(X, bits=4, clip_ratio=torch.tensor([0.75, 0.75])))
+    farthest = X.abs().amax()
+    assert float(restored.abs().amax()) == pytest.approx(0.75 * float(farthest), rel=0.02)
+    assert bool((restored.abs() <= 0.77 * farthest).all())
+    assert bool((restored.sign() == X.sign()).all())
+
+
 def test_symmetric_grids_have_no_zero_point_and_the_usual_scale() -> None:
     X = normal(6, 64)
     grid = row_grid(X, bits=4, symmetric=True)

@@ -21,8 +21,6 @@ from typing import Any
 
 from machine import RESULTS, data_folder, describe, load_average
 
-from client.errors import EXIT_BAD_INPUT
-
 MODEL = "demo:smollm2-135m"
 RECIPES = ("rtn", "smoothquant", "duquant", "duquant-fast")
 _BUILTIN = "builtin:pydoc-topics"
@@ -74,10 +72,6 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Refused(SystemExit):
-    """`duquant` has called its input bad: a recipe and a model that do not go together, for one."""
-
-
 def find_texts() -> tuple[str, str]:
     """Return the calibration and the evaluation text."""
     folder = data_folder()
@@ -94,17 +88,11 @@ def text_name(text: str) -> str:
 
 
 def run_duquant(*arguments: str) -> dict[str, Any]:
-    """Run a command of `duquant` in a process of its own; return the JSON that it prints.
-
-    Raises:
-        Refused: its input is bad.
-        SystemExit: it failed otherwise.
-    """
+    """Run a command of `duquant` in a process of its own; return the JSON that it prints."""
     command = [sys.executable, "-m", "client.main", *arguments, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        kind = Refused if done.returncode == EXIT_BAD_INPUT else SystemExit
-        raise kind(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
+        raise SystemExit(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
     values: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return values
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe, load_average
-from quantize import Refused, run_duquant
+from quantize import run_duquant
 
 from duquant.config import Recipe
 
@@ -38,7 +38,7 @@ class RowFile:
     ) -> list[Row]:
         """Measure the planned rows that are missing, and return all rows.
 
-        A row that `duquant` refuses is told and left out. Several runs may share the file.
+        Several runs may share the file.
 
         Args:
             planned: what identifies each row.
@@ -55,11 +55,7 @@ class RowFile:
             if before is not None:
                 print(f"{self._label(plan)}: measured before without {lacking}, so measured again", flush=True)
             state = {**describe(), **facts, "load_at_start": load_average()}
-            try:
-                row = {**plan, **state, **measure(plan)}
-            except Refused as refusal:
-                print(f"{self._label(plan)}: refused, so left out: {refusal}", flush=True)
-                continue
+            row = {**plan, **state, **measure(plan)}
             # Read again: measuring takes long, and another run may have written meanwhile.
             rows = [each for each in self.read() if not self._same(each, row, self.place)] + [row]
             self._write(rows)

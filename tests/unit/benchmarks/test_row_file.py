@@ -56,18 +56,6 @@ def test_what_was_measured_before_an_interruption_is_kept(table: Any) -> None:
     assert [row["seed"] for row in json.loads(table.path.read_text())["rows"]] == [0]
 
 
-def test_a_refused_row_is_left_out_and_the_others_are_measured(
-    row_file: ModuleType, table: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def measure(plan: dict[str, Any]) -> dict[str, Any]:
-        if plan["seed"] == 0:
-            raise row_file.Refused("no such rotation")
-        return {"perplexity": 20.0}
-
-    assert [row["seed"] for row in table.measure(plans("a", "a"), measure)] == [1]
-    assert "rtn seed 0: refused, so left out: no such rotation" in capsys.readouterr().out
-
-
 def test_rows_of_another_run_meanwhile_are_kept(table: Any) -> None:
     def measure(_plan: dict[str, Any]) -> dict[str, Any]:
         if not table.path.exists():

@@ -57,10 +57,15 @@ class RowFile:
             state = {**describe(), **facts, "load_at_start": load_average()}
             row = {**plan, **state, **measure(plan)}
             # Read again: measuring takes long, and another run may have written meanwhile.
-            rows = [each for each in self.read() if not self._same(each, row, self.place)] + [row]
+            rows = self._with(self.read(), row)
             self._write(rows)
             print(f"{self._label(row)}: {_told(row)}", flush=True)
         return rows
+
+    def _with(self, rows: Sequence[Row], new: Row) -> list[Row]:
+        """Return the rows with the new one where an older one of its place was, else at the end."""
+        where = next((index for index, row in enumerate(rows) if self._same(row, new, self.place)), len(rows))
+        return [*rows[:where], new, *rows[where + 1 :]]
 
     def _write(self, rows: Sequence[Row]) -> None:
         """Write all rows, or leave the file as it is."""

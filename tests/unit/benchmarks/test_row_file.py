@@ -56,6 +56,15 @@ def test_what_was_measured_before_an_interruption_is_kept(table: Any) -> None:
     assert [row["seed"] for row in json.loads(table.path.read_text())["rows"]] == [0]
 
 
+def test_a_row_stays_where_it_was(table: Any) -> None:
+    def measure(plan: dict[str, Any]) -> dict[str, Any]:
+        return {"perplexity": 20.0 + (plan["digest"] == "b")}
+
+    table.measure(plans("a", "a"), measure)
+    rows = table.measure(plans("b"), measure)
+    assert [(row["seed"], row["perplexity"]) for row in rows] == [(0, 21.0), (1, 20.0)]
+
+
 def test_rows_of_another_run_meanwhile_are_kept(table: Any) -> None:
     def measure(_plan: dict[str, Any]) -> dict[str, Any]:
         if not table.path.exists():

@@ -11,11 +11,11 @@ from machine import RESULTS
 _FILE = RESULTS / "authors-code.json"
 
 
-def authors_table(section: Section) -> list[str]:
+def authors_table(section: Section) -> str:
     """Return a table for the section, or nothing where the authors' code was not run on its model and windows."""
     cited = _cited()
     if (section.model, section.evaluation) != (cited["model"], cited["evaluation"]):
-        return []
+        return ""
     ours = {entry.recipe: f"`{entry.recipe}`: {entry.loss:.3f}" for entry in section.entries if not entry.note}
     lines = [
         "### The authors' code",
@@ -32,7 +32,7 @@ def authors_table(section: Section) -> list[str]:
         losses = [f"{math.log(perplexity / cited['fp_perplexity']):.3f}" for perplexity in both]
         cells = [losses[0], f"{both[0]:.2f}", ours.get(row["recipe"], ""), losses[1], f"{both[1]:.2f}"]
         lines.append(f"| {row['method']} | {' | '.join(cells)} |")
-    return ["\n".join([*lines, ""])]
+    return "\n".join([*lines, ""])
 
 
 @cache

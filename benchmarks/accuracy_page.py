@@ -59,11 +59,8 @@ def write_page(rows: Sequence[Row]) -> None:
 
 def page(rows: Sequence[Row]) -> str:
     """Return the page in Markdown."""
-    parts = [_HEAD]
-    for section in sections(rows):
-        parts.append(_table(section))
-        parts += authors_table(section)
-    return "\n".join(parts)
+    tables = (table for section in sections(rows) for table in (_table(section), authors_table(section)) if table)
+    return "\n".join([_HEAD, *tables])
 
 
 def _table(section: Section) -> str:

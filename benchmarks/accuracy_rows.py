@@ -101,21 +101,16 @@ def _entries(rows: Sequence[Row]) -> list[Entry]:
     for group in groups.values():
         recipe = group[0]["recipe"]
         seeds = tuple(sorted(group, key=lambda row: int(row["seed"])))
-        if fp is None or recipe == FP:
-            entries.append(Entry(recipe, seeds, ()))
-        else:
-            entries.append(Entry(recipe, seeds, _losses(seeds, fp), _losses(_unseen(seeds), *_unseen([fp]))))
+        base = fp if fp is not None and recipe != FP else {}
+        unseen = [row["unseen"] for row in seeds if "unseen" in row]
+        entries.append(Entry(recipe, seeds, _losses(seeds, base), _losses(unseen, base.get("unseen", {}))))
     today = {entry.recipe for entry in entries if not entry.note}
     shown = [entry for entry in entries if not entry.note or entry.recipe not in today]
     return sorted(shown, key=lambda entry: (entry.recipe != FP, entry.rounds_weights_alone, entry.loss, entry.recipe))
 
 
-def _losses(rows: Iterable[Row], fp: Row | None = None) -> tuple[float, ...]:
+def _losses(rows: Iterable[Row], fp: Row) -> tuple[float, ...]:
     return tuple(math.log(row["perplexity"] / fp["perplexity"]) for row in rows) if fp else ()
-
-
-def _unseen(rows: Iterable[Row]) -> list[Row]:
-    return [row["unseen"] for row in rows if "unseen" in row]
 
 
 def _key(row: Row, names: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from measured_rows import commits_of, is_earlier, page_by_model, read_rows
+from measured_rows import commits_of, is_earlier, machines_of, page_by_model, read_rows
 
 from duquant.config import Recipe, preset
 from service.estimates import layer_runs
@@ -51,14 +51,13 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
             f"| `{recipe}`{note} | `{mode}` | {valid} | {test} | {perplexity:.2f} | {len(same)} | {seconds:.0f} s "
             f"| {passes:.1f} | {in_a_row} |"
         )
-    machines = {f"{row['machine']['cpu']}, {row['machine']['cores']} cores" for row in rows}
     loads = [row["load_at_start"] for row in rows]
     evaluation, calibration = fp["evaluation"], made[0]["calibration"] if made else None
     lines += ["", f"{evaluation['windows']} windows of {evaluation['seq_len']} tokens of each text."]
     if calibration:
         lines.append(f"Calibration: {calibration['samples']} windows of {calibration['seq_len']} tokens.")
     lines += [
-        f"Machine: {'; '.join(sorted(machines))}. Load at the start of a row: {min(loads)} to {max(loads)}; times of a "
+        f"Machine: {machines_of(rows)}. Load at the start of a row: {min(loads)} to {max(loads)}; times of a "
         "busy machine are upper bounds.",
         f"Commits: {commits_of(rows)}; a star marks changes that were not committed.",
     ]

@@ -37,6 +37,11 @@ def commits_of(rows: Iterable[Row]) -> str:
     return ", ".join(sorted({f"{row['commit'][:7]}{'*' if row['has_uncommitted_changes'] else ''}" for row in rows}))
 
 
+def machines_of(rows: Iterable[Row]) -> str:
+    """Return the machines, each once."""
+    return "; ".join(sorted({f"{row['machine']['cpu']}, {row['machine']['cores']} cores" for row in rows}))
+
+
 def figures_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table whose first column has words and whose others have figures."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from measured_rows import commits_of, is_earlier, page_by_model, read_rows
+from measured_rows import commits_of, is_earlier, machines_of, page_by_model, read_rows
 
 from duquant.config import Recipe, preset, with_calibration
 
@@ -48,7 +48,6 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
             f"| `{row['recipe']}`{note} | {damp} | {_mixed(row)} | {' | '.join(f'{loss:.3f}' for loss in losses)} |"
         )
     evaluation = fp["evaluation"]
-    machines = {f"{row['machine']['cpu']}, {row['machine']['cores']} cores" for row in [fp, *made]}
     perplexities = ", ".join(f"{text} {value:.2f}" for text, value in fp["perplexity"].items())
     lines += [
         "",
@@ -58,7 +57,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
         calibration = made[0]["calibration"]
         lines.append(f"Calibration: {calibration['samples']} windows of {calibration['seq_len']} tokens, one seed.")
     lines += [
-        f"Machines: {'; '.join(sorted(machines))}. Commits: {commits_of(rows)}; a star marks changes "
+        f"Machines: {machines_of([fp, *made])}. Commits: {commits_of(rows)}; a star marks changes "
         "that were not committed.",
     ]
     return "\n".join(lines) + "\n"

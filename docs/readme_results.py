@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from duquant.config import ALGORITHM_VERSION, PRESETS
+from measured_rows import is_earlier, machines_of
+
+from duquant.config import preset
 
 _FOLDER = Path(__file__).parents[1] / "benchmarks" / "results"
 _SHOWN = ("duquant-distilled", "duquant-best", "duquant-gptq", "duquant-fast", "duquant", "quarot", "rtn")
@@ -24,9 +26,6 @@ def results_section() -> str:
     found = [(name, [row for row in rows if _is_of(row, name, fp)]) for name in _SHOWN]
     measured = sorted((entry for entry in found if entry[1]), key=lambda entry: _loss(entry[1], fp))
     evaluation = fp["evaluation"]
-    machines = sorted(
-        {f"{row['machine']['cpu']}, {row['machine']['cores']} cores" for _, same in found for row in same}
-    )
     lines = [
         "| | perplexity | D | bits per weight | calibration |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -35,7 +34,7 @@ def results_section() -> str:
         "",
         f"`{fp['model']}`, W4A4 with a 4-bit KV cache; {evaluation['windows']} windows of {evaluation['seq_len']} "
         f"tokens of `{evaluation['text']}`; D = ln(PPL / PPL of FP). Times are of busy machines "
-        f"({'; '.join(machines)}). {' '.join(_passes())}",
+        f"({machines_of(row for _, same in measured for row in same)}). {' '.join(_passes())}",
         "",
         "Every method of the family, seeds, PIQA and a second model: [accuracy](docs/results/accuracy.md).",
     ]
@@ -44,10 +43,9 @@ def results_section() -> str:
 
 def _is_of(row: dict[str, Any], name: str, fp: dict[str, Any]) -> bool:
     """Whether a row is a measurement of today's recipe of that name, comparable with the unquantized model's."""
-    if row["recipe"] != name or row["algorithm_version"] != ALGORITHM_VERSION:
+    if row["recipe"] != name or is_earlier(row, preset(name)):
         return False
-    is_same_text = (row["model"], row["evaluation"]) == (fp["model"], fp["evaluation"])
-    return is_same_text and bool(row["recipe_digest"] == PRESETS[name][1].digest())
+    return bool((row["model"], row["evaluation"]) == (fp["model"], fp["evaluation"]))
 
 
 def _loss(rows: list[dict[str, Any]], fp: dict[str, Any]) -> float:

@@ -48,7 +48,7 @@ def dominant_direction(X: Float[Tensor, "tokens channels"]) -> Float[Tensor, " c
     """
     # No random start: the mean over the tokens is near it already.
     direction = _power_iteration(X, X.mean(0))
-    largest = X[X.square().sum(1).argmax()]
+    largest = X[torch.linalg.vector_norm(X, dim=1).argmax()]
     # Tokens that cancel have no mean, or one that says nothing: along a token's own direction is its energy at least.
     if float((X @ direction).square().sum()) < 0.99 * float(largest.square().sum()):
         direction = _power_iteration(X, largest)

@@ -144,6 +144,7 @@ def _mixture(entry: Entry) -> str:
         f"{100 * share:.0f} % {text}"
         for share, text in (
             (calibration.builtin_share, "of the text that ships with Python"),
+            (calibration.conversation_share, "of `builtin:conversations`"),
             (calibration.self_share, "written by the model"),
         )
         if share

@@ -7,15 +7,15 @@
 Recipes are calibrated on the first half of WikiText-2 valid. Every row has the perplexity on its other half, which is
 of the same kind, on the text that ships with Python (what help() prints), which is not, and on PIQA's questions with
 their right answers. GPTQ's damping is tried, and chosen by the first two; PIQA is only reported. So are
-mixtures: a part of the windows of the text that ships with Python (of its other half), a part that the model writes
-itself. Every finished row is written at once, so an interrupted run goes on where it was. `make docs` then writes
-docs/results/other-texts.md.
+mixtures: a part of the windows of the text that ships with Python (of its other half), a part of
+builtin:conversations, a part that the model writes itself. Every finished row is written at once, so an interrupted run
+goes on where it was. `make docs` then writes docs/results/other-texts.md.
 """
 
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,9 +40,18 @@ RECIPES = (
 )
 DAMPED = ("duquant-gptq", "duquant-best")
 DAMPS = (0.01, 0.1, 0.3, 1.0)
+SHARES = ("builtin_share", "conversation_share", "self_share")
 MIXED = "duquant-best"
-MIXES = ((0.5, 0.0), (0.0, 0.5), (0.33, 0.33))
-"""builtin_share and self_share."""
+MIXES: tuple[Mapping[str, float], ...] = (
+    {},
+    {"builtin_share": 0.5},
+    {"conversation_share": 0.33},
+    {"conversation_share": 0.5},
+    {"self_share": 0.5},
+    {"builtin_share": 0.33, "conversation_share": 0.33},
+    {"builtin_share": 0.33, "self_share": 0.33},
+)
+"""Parts of the calibration's windows that are of other texts."""
 PIQA = "piqa-valid.jsonl"
 
 
@@ -78,13 +87,13 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def variant(name: str, damp: float | None = None, mix: Sequence[float] | None = None) -> Recipe:
-    """Return a preset, with another damping and with shares of other texts, where these are given."""
+def variant(name: str, damp: float | None = None, mix: Mapping[str, float] | None = None) -> Recipe:
+    """Return a preset, with another damping and with these shares of other texts alone, where these are given."""
     recipe = preset(name)
     if damp is not None:
         recipe = replace(recipe, weight=replace(recipe.weight, damp=damp))
     if mix is not None:
-        recipe = with_calibration(recipe, builtin_share=mix[0], self_share=mix[1])
+        recipe = with_calibration(recipe, **{**dict.fromkeys(SHARES, 0.0), **mix})
     return recipe
 
 
@@ -117,18 +126,18 @@ def _planned(arguments: argparse.Namespace, valid: str) -> Iterator[Row]:
     evaluated = {"texts": [valid, "pydoc-topics", PIQA], "seq_len": arguments.seq_len, "windows": arguments.windows}
     yield {"model": arguments.model, "recipe": None, "damp": None, "evaluation": evaluated}
     for name in arguments.recipe or RECIPES:
-        variants: list[tuple[float | None, tuple[float, float] | None]] = []
+        variants: list[tuple[float | None, Mapping[str, float] | None]] = []
         if name == MIXED and not arguments.damp:
             variants += [(None, mix) for mix in MIXES]
         variants += [(damp, None) for damp in arguments.damp or (DAMPS if name in DAMPED else (None,))]
         for damp, mix in variants:
             recipe = variant(name, damp, mix)
-            shares = [recipe.calibration.builtin_share, recipe.calibration.self_share]
+            shares = {name: share for name in SHARES if (share := getattr(recipe.calibration, name))}
             yield {
                 "model": arguments.model,
                 "recipe": name,
                 "damp": damp,
-                "mix": shares if any(shares) else None,
+                "mix": shares or None,
                 "recipe_digest": recipe.digest(),
                 "algorithm_version": ALGORITHM_VERSION,
                 "calibration": {"text": valid, "seq_len": arguments.seq_len, "samples": arguments.samples},

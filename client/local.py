@@ -52,7 +52,9 @@ def parse_text(text: str, *, default_part: str) -> TextSource:
         return TextSource(kind="builtin", name=name, part=part or default_part)  # type: ignore[arg-type]  # checked there
     path = Path(text).expanduser()
     if not path.is_file():
-        raise BadInputError(f"there is no text file {text!r}; give a file or builtin:pydoc-topics")
+        raise BadInputError(
+            f"there is no text file {text!r}; give a file, builtin:pydoc-topics or builtin:conversations"
+        )
     return TextSource(kind="file", name=str(path.resolve()))
 
 
@@ -68,9 +70,7 @@ def quantize(
     model: Annotated[str, typer.Argument(help="demo:smollm2-135m, a folder, or hub:OWNER/NAME@COMMIT.")],
     out: Annotated[Path, typer.Option(help="The folder to make.")],
     recipe: Annotated[str, typer.Option(help="A preset, or a recipe file (.json).")] = DEFAULT_PRESET,
-    calibration: Annotated[
-        str | None, typer.Option(help="A text or JSONL file, or builtin:pydoc-topics[:PART].")
-    ] = None,
+    calibration: Annotated[str | None, typer.Option(help="A text or JSONL file, or builtin:NAME[:PART].")] = None,
     samples: Annotated[int | None, typer.Option(help="Windows of calibration text.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
     input_mode: Annotated[
@@ -173,7 +173,7 @@ def verify(artifact: Annotated[Path, typer.Argument(help="The artifact's folder.
 @with_output
 def evaluate(
     model: Annotated[str, typer.Argument(help="An artifact, a model folder, or demo:smollm2-135m.")],
-    text: Annotated[str, typer.Option(help="A text or JSONL file, builtin:pydoc-topics[:PART], or none.")] = (
+    text: Annotated[str, typer.Option(help="A text or JSONL file, builtin:NAME[:PART], or none.")] = (
         "builtin:pydoc-topics:evaluation"
     ),
     seq_len: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 2048,

@@ -13,7 +13,7 @@ _TASK_FILES = (".yaml", ".yml", ".jsonl")
 
 TextOption = Annotated[
     str | None,
-    typer.Option(help="The id of an uploaded text, a file below the server's roots, or builtin:pydoc-topics[:PART]."),
+    typer.Option(help="The id of an uploaded text, a file below the server's roots, or builtin:NAME[:PART]."),
 ]
 TasksOption = Annotated[
     list[str] | None,

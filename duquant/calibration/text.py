@@ -8,19 +8,14 @@ from typing import Any
 import torch
 from jaxtyping import Int64
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from duquant.calibration.builtin import builtin_text
+from duquant.calibration.written import written_windows
 from duquant.config import CalibrationConfig, TextSource
 from duquant.errors import CalibrationError, ConfigError, SourceError
-from duquant.models.building import one_at_a_time
 
 log = logging.getLogger(__name__)
-
-_DOCUMENT = 512
-"""Tokens of a document that the model writes itself."""
-_DOCUMENTS_AT_ONCE = 64
-_USER_TEXT = "DUQUANT-USER-TEXT"
-"""Stands for what the user says, to find where a chat template puts it."""
 
 
 def load_tokenizer(model_path: Path) -> Any:
@@ -46,10 +41,7 @@ def read_text(source: TextSource, *, local_file: Path | None = None) -> str:
         CalibrationError: the text is missing, unreadable or empty.
     """
     if source.kind == "builtin":
-        # The English text that ships with every CPython: the language reference that help() prints.
-        from pydoc_data.topics import topics
-
-        text = "\n\n".join(topics[name] for name in sorted(topics))
+        text = builtin_text(source.name)
     elif source.kind == "hub":
         text = _read_hub(source)
     elif source.kind in ("file", "object"):
@@ -213,10 +205,11 @@ def calibration_windows(
             windows = torch.randint(0, len(tokenizer), (samples, length), generator=generator)
             found.append(_start_with(first, windows))
         elif source.kind == "self":
-            windows = _written_by_model(
-                model_path, tokenizer, samples=samples, seq_len=seq_len, first=first, generator=generator
+            found.append(
+                written_windows(
+                    model_path, tokenizer, samples=samples, seq_len=seq_len, first=first, generator=generator
+                )
             )
-            found.append(windows)
         else:
             file = local_file if source == calibration.source else None
             tokens = tokenize(tokenizer, read_text(source, local_file=file))
@@ -225,49 +218,3 @@ def calibration_windows(
             except CalibrationError as err:
                 raise CalibrationError(f"text source {source.kind}:{source.name}: {err}") from err
     return torch.cat(found)
-
-
-@torch.no_grad()
-def _written_by_model(
-    model_path: Path, tokenizer: Any, *, samples: int, seq_len: int, first: int | None, generator: torch.Generator
-) -> Int64[Tensor, "samples seq_len"]:
-    """Fill windows with documents that the model writes at temperature 1.
-
-    Many short ones: what a model writes stays with what it began with. A chat model asks the questions itself, too:
-    it is left alone where its template lets the user speak (Magpie, arXiv 2406.08464). This is the one source that
-    needs the whole model in memory.
-    """
-    with one_at_a_time():
-        model = AutoModelForCausalLM.from_pretrained(model_path, trust_remote_code=False, use_safetensors=True)
-    model.eval()
-    start = torch.tensor([_beginning(tokenizer, first)])
-    length = max(min(_DOCUMENT, seq_len), start.shape[1])
-    per_window = -(-seq_len // length)
-    documents = []
-    for done in range(0, samples * per_window, _DOCUMENTS_AT_ONCE):
-        ids = start.repeat(min(_DOCUMENTS_AT_ONCE, samples * per_window - done), 1)
-        step, cache = ids, None
-        while ids.shape[1] < length:
-            output = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = output.past_key_values
-            step = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=generator)
-            ids = torch.cat((ids, step), dim=1)
-        documents.append(ids)
-    return torch.cat(documents).view(samples, per_window * length)[:, :seq_len]
-
-
-def _beginning(tokenizer: Any, first: int | None) -> list[int]:
-    """Return the tokens that a document of the model's own begins with: up to what the user says, for a chat model."""
-    begin: list[int] = []
-    if tokenizer.chat_template:
-        try:
-            turn = tokenizer.apply_chat_template([{"role": "user", "content": _USER_TEXT}], tokenize=False)
-        except Exception as err:  # noqa: BLE001  a template is a program that came with the model
-            log.warning("the chat template does not work, so documents begin without one: %s", err)
-        else:
-            before, found, _ = turn.partition(_USER_TEXT)
-            begin = tokenizer(before, add_special_tokens=False)["input_ids"] if found else []
-    if not begin:
-        token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        begin = [token or 0]
-    return begin if first is None or begin[0] == first else [first, *begin]

@@ -4,7 +4,14 @@ The same classes are the REST schema, the manifest entry and the command line's 
 every unknown field is an error, and equal recipes have equal digests on every machine.
 """
 
-from duquant.config.calibration import CalibrationConfig, DistillationConfig, LearningConfig, TextSource, even_ranges
+from duquant.config.calibration import (
+    BUILTIN_TEXTS,
+    CalibrationConfig,
+    DistillationConfig,
+    LearningConfig,
+    TextSource,
+    even_ranges,
+)
 from duquant.config.checks import LATER, STRICT_FIELDS, check_choice, check_range
 from duquant.config.gate import QualityGate
 from duquant.config.plain import from_plain
@@ -15,6 +22,7 @@ from duquant.config.transform import TransformConfig
 
 __all__ = [
     "ALGORITHM_VERSION",
+    "BUILTIN_TEXTS",
     "DEFAULT_PRESET",
     "LATER",
     "PRESETS",

@@ -20,6 +20,10 @@ def even_ranges(count: int, parts: int) -> list[range]:
     return [range(first, last) for first, last in pairwise(edges)]
 
 
+BUILTIN_TEXTS = ("pydoc-topics", "conversations")
+"""The help pages that ship with Python, and the questions and answers that ship with duquant."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextSource:
     """Where calibration or evaluation text comes from."""
@@ -27,10 +31,11 @@ class TextSource:
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_FIELDS
 
     kind: Literal["builtin", "file", "object", "hub", "random", "self"] = "builtin"
-    """builtin: text that ships with Python; file: a text or JSONL file; object: a key in the object store;
-    hub: a Hugging Face data set; random: uniformly random tokens; self: written by the model itself."""
+    """builtin: text that ships with Python or with duquant; file: a text or JSONL file; object: a key in the object
+    store; hub: a Hugging Face data set; random: uniformly random tokens; self: written by the model itself."""
     name: str = "pydoc-topics"
-    """The built-in text's name, the file's path, the object's key, or the data set's name; unused for the rest."""
+    """The built-in text's name (pydoc-topics or conversations), the file's path, the object's key, or the data set's
+    name; unused for the rest."""
     part: Literal["all", "calibration", "evaluation"] = "all"
     """The whole text, or one of its two disjoint halves (cut at a line end)."""
     config: str | None = None
@@ -46,8 +51,8 @@ class TextSource:
         check_choice("source", "part", self.part, ("all", "calibration", "evaluation"))
         if self.kind in ("builtin", "file", "object", "hub") and not self.name:
             raise ConfigError(f"source.name is empty; a {self.kind} source needs one", field="source.name")
-        if self.kind == "builtin" and self.name != "pydoc-topics":
-            raise ConfigError(f"source.name is {self.name!r}; the built-in text is pydoc-topics", field="source.name")
+        if self.kind == "builtin":
+            check_choice("source", "name", self.name, BUILTIN_TEXTS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +82,9 @@ class CalibrationConfig:
     builtin_share: float = field(default=0.0, metadata=LATER)
     """Part of the windows that is of the calibration half of the text that ships with Python, not of the source: what
     is fitted to two kinds of text does better on a third."""
+    conversation_share: float = field(default=0.0, metadata=LATER)
+    """Part of the windows that is of builtin:conversations, questions and answers on everyday subjects, for the same
+    end."""
     self_share: float = field(default=0.0, metadata=LATER)
     """Part of the windows that the model writes itself, for the same end; the whole model is loaded for it."""
 
@@ -88,18 +96,24 @@ class CalibrationConfig:
         check_range("calibration", "search_tokens", self.search_tokens, 16, 1048576)
         check_range("calibration", "moment_tokens", self.moment_tokens, 16, 16777216)
         check_range("calibration", "builtin_share", self.builtin_share, 0.0, 1.0)
+        check_range("calibration", "conversation_share", self.conversation_share, 0.0, 1.0)
         check_range("calibration", "self_share", self.self_share, 0.0, 1.0)
-        if self.builtin_share + self.self_share > 1.0:
+        shares = (self.builtin_share, self.conversation_share, self.self_share)
+        if sum(shares) > 1.0 + 1e-9:
             raise ConfigError(
-                f"calibration.builtin_share and self_share are {self.builtin_share:g} and {self.self_share:g}; "
-                "together they must be at most 1",
+                "calibration.builtin_share, conversation_share and self_share are "
+                f"{', '.join(f'{share:g}' for share in shares)}; together they must be at most 1",
                 field="calibration.self_share",
             )
 
     @property
     def windows(self) -> tuple[tuple[TextSource, int], ...]:
         """The sources that windows are of, and how many of each; `source` has what the shares leave."""
-        shares = {TextSource(part="calibration"): self.builtin_share, TextSource(kind="self"): self.self_share}
+        shares = {
+            TextSource(part="calibration"): self.builtin_share,
+            TextSource(name="conversations"): self.conversation_share,
+            TextSource(kind="self"): self.self_share,
+        }
         shared = {source: int(self.samples * share) for source, share in shares.items()}
         counts = {self.source: self.samples - sum(shared.values())}
         for source, count in shared.items():

@@ -32,9 +32,12 @@ def test_only_the_damping_differs(other_texts: ModuleType) -> None:
 
 
 def test_only_the_windows_differ(other_texts: ModuleType) -> None:
-    found, recipe = other_texts.variant("duquant-best", mix=(0.5, 0.25)), preset("duquant-best")
-    assert (found.calibration.builtin_share, found.calibration.self_share) == (0.5, 0.25)
-    assert replace(found, calibration=recipe.calibration) == recipe
+    recipe = preset("duquant-distilled")
+    assert recipe.calibration.builtin_share > 0
+    for mix in ({}, {"conversation_share": 0.5, "self_share": 0.25}):
+        found = other_texts.variant("duquant-distilled", mix=mix)
+        assert {name: share for name in other_texts.SHARES if (share := getattr(found.calibration, name))} == mix
+        assert replace(found, calibration=recipe.calibration) == recipe
 
 
 def test_rows_name_the_shares_of_other_texts(other_texts: ModuleType) -> None:
@@ -42,7 +45,7 @@ def test_rows_name_the_shares_of_other_texts(other_texts: ModuleType) -> None:
     arguments = Namespace(model="m", recipe=names, damp=None, samples=2, seq_len=16, windows=1)
     mixes = {(row["recipe"], row["damp"]): row.get("mix") for row in other_texts._planned(arguments, "valid")}
     assert mixes["duquant-fast", None] is None
-    assert mixes["duquant-distilled", None] == [0.5, 0.0]
+    assert mixes["duquant-distilled", None] == {"builtin_share": 0.5}
     assert mixes["duquant-best", 0.3] is None
 
 

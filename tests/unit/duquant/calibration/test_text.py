@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -225,7 +224,7 @@ CHAT = "{{ bos_token }}User: {% for each in messages %}{{ each['content'] }}{% e
 def test_a_chat_model_writes_from_where_the_user_speaks(
     own_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, template: str, begins: str
 ) -> None:
-    monkeypatch.setattr("duquant.calibration.text._DOCUMENT", 24)
+    monkeypatch.setattr("duquant.calibration.written.DOCUMENT", 24)
     model = own_model()
     (model / "chat_template.jinja").write_text(template)
     calibration = CalibrationConfig(source=TextSource(kind="self"), samples=2, seq_len=60)
@@ -285,16 +284,24 @@ def test_windows_of_every_source_start_with_bos_where_the_model_needs_it(
 
 def test_windows_of_several_sources_lie_one_after_the_other(tiny_model: Callable[..., Path], text_file: Path) -> None:
     source = TextSource(kind="file", name=str(text_file))
-    mixed = CalibrationConfig(source=source, samples=8, seq_len=16, builtin_share=0.25, self_share=0.5)
-    windows = calibration_windows(tiny_model(), mixed, seed=0)
-    alone = {
-        "file": replace(mixed, samples=2, builtin_share=0.0, self_share=0.0),
-        "builtin": replace(mixed, samples=2, builtin_share=1.0, self_share=0.0),
-        "self": replace(mixed, samples=4, builtin_share=0.0, self_share=1.0),
-    }
-    assert torch.equal(windows, torch.cat([calibration_windows(tiny_model(), each, seed=0) for each in alone.values()]))
-    text = read_text(TextSource(part="calibration"))
-    assert all(load_tokenizer(tiny_model()).decode(window) in text for window in windows[2:4])
+    shares = {"builtin_share": 0.25, "conversation_share": 0.125, "self_share": 0.25}
+    windows = calibration_windows(
+        tiny_model(), CalibrationConfig(source=source, samples=8, seq_len=16, **shares), seed=0
+    )
+    alone = [CalibrationConfig(source=source, samples=3, seq_len=16)]
+    alone += [CalibrationConfig(samples=int(8 * share), seq_len=16, **{name: 1.0}) for name, share in shares.items()]
+    assert torch.equal(windows, torch.cat([calibration_windows(tiny_model(), each, seed=0) for each in alone]))
+    decode = load_tokenizer(tiny_model()).decode
+    assert all(decode(window) in read_text(TextSource(part="calibration")) for window in windows[3:5])
+    assert decode(windows[5]) in read_text(TextSource(name="conversations"))
+
+
+def test_conversations_are_plain_text_that_fills_all_default_windows_of_a_usual_tokenizer() -> None:
+    text = read_text(TextSource(name="conversations"))
+    assert "<|" not in text
+    assert "\ufffd" not in text
+    default, characters_per_token = CalibrationConfig(), 4
+    assert len(text) >= default.samples * default.seq_len * characters_per_token
 
 
 def test_a_text_that_is_shared_and_the_source_is_cut_once() -> None:
@@ -306,8 +313,8 @@ def test_a_text_that_is_shared_and_the_source_is_cut_once() -> None:
 
 
 def test_shares_of_more_than_all_windows_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"builtin_share and self_share are 0.75 and 0.5; together .* at most 1"):
-        CalibrationConfig(builtin_share=0.75, self_share=0.5)
+    with pytest.raises(ConfigError, match=r"self_share are 0.75, 0.25, 0.125; together .* at most 1"):
+        CalibrationConfig(builtin_share=0.75, conversation_share=0.25, self_share=0.125)
     with pytest.raises(ConfigError, match=r"builtin_share is -0\.1; it must be between 0\.0"):
         CalibrationConfig(builtin_share=-0.1)
 

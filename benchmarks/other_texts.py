@@ -2,6 +2,7 @@
 
     python benchmarks/other_texts.py                                     # measures the rows that are missing
     python benchmarks/other_texts.py --recipe duquant-gptq --damp 0.01 --damp 0.3
+    python benchmarks/other_texts.py --recipe duquant-best --mix conversation=0.5 --mix conversation=0.33,builtin=0.33
     python benchmarks/other_texts.py --samples 4 --seq-len 256 --windows 1 --out /tmp/small.json
 
 Recipes are calibrated on the first half of WikiText-2 valid. Every row has the perplexity on its other half, which is
@@ -80,11 +81,23 @@ def _parse() -> argparse.Namespace:
         "--recipe", action="append", choices=list(PRESETS), help=f"repeat for more; default: {', '.join(RECIPES)}"
     )
     parser.add_argument("--damp", action="append", type=float, help=f"repeat for more; default: {DAMPS} of {DAMPED}")
+    parser.add_argument(
+        "--mix", action="append", type=_mix, help=f"as builtin=0.33,self=0.33; default: {len(MIXES)} ones of {MIXED}"
+    )
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=4, help="evaluation windows of each text")
     parser.add_argument("--out", default=str(OUT))
     return parser.parse_args()
+
+
+def _mix(text: str) -> Mapping[str, float]:
+    """Read shares of other texts; nothing stands for none."""
+    given = dict(part.split("=", 1) for part in text.split(",") if part)
+    shares = {f"{name}_share": float(share) for name, share in given.items()}
+    if not shares.keys() <= set(SHARES):
+        raise ValueError(text)
+    return shares
 
 
 def variant(name: str, damp: float | None = None, mix: Mapping[str, float] | None = None) -> Recipe:
@@ -127,9 +140,10 @@ def _planned(arguments: argparse.Namespace, valid: str) -> Iterator[Row]:
     yield {"model": arguments.model, "recipe": None, "damp": None, "evaluation": evaluated}
     for name in arguments.recipe or RECIPES:
         variants: list[tuple[float | None, Mapping[str, float] | None]] = []
-        if name == MIXED and not arguments.damp:
-            variants += [(None, mix) for mix in MIXES]
-        variants += [(damp, None) for damp in arguments.damp or (DAMPS if name in DAMPED else (None,))]
+        if arguments.mix or (name == MIXED and not arguments.damp):
+            variants += [(None, mix) for mix in arguments.mix or MIXES]
+        if arguments.damp or not arguments.mix:
+            variants += [(damp, None) for damp in arguments.damp or (DAMPS if name in DAMPED else (None,))]
         for damp, mix in variants:
             recipe = variant(name, damp, mix)
             shares = {name: share for name in SHARES if (share := getattr(recipe.calibration, name))}

@@ -41,12 +41,13 @@ def test_only_the_windows_differ(other_texts: ModuleType) -> None:
 
 
 def test_rows_name_the_shares_of_other_texts(other_texts: ModuleType) -> None:
-    names = ["duquant-fast", "duquant-distilled", "duquant-best"]
+    names = ["duquant-fast", "duquant-distilled", "duquant-gptq", "duquant-best"]
     arguments = Namespace(model="m", recipe=names, damp=None, mix=None, samples=2, seq_len=16, windows=1)
     mixes = {(row["recipe"], row["damp"]): row.get("mix") for row in other_texts._planned(arguments, "valid")}
     assert mixes["duquant-fast", None] is None
     assert mixes["duquant-distilled", None] == {"builtin_share": 0.5}
-    assert mixes["duquant-best", 0.3] is None
+    assert mixes["duquant-best", 0.3] == {"conversation_share": 0.5}
+    assert mixes["duquant-gptq", 0.3] is None
 
 
 def test_one_mixture_alone_can_be_measured(other_texts: ModuleType) -> None:

@@ -1,5 +1,6 @@
 """Text sources, windows, and what is wrong with bad text."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable
@@ -300,6 +301,10 @@ def test_conversations_are_plain_text_that_fills_all_default_windows_of_a_usual_
     text = read_text(TextSource(name="conversations"))
     assert "<|" not in text
     assert "\ufffd" not in text
+    # Recipes name it and equal recipes give equal bytes: another text needs another name, or another ALGORITHM_VERSION.
+    assert (
+        hashlib.sha256(text.encode()).hexdigest() == "e86a863fb7cef782589e7212fb98cf5d47ecc87910922cdc88e5c5577b4c6a24"
+    )
     default, characters_per_token = CalibrationConfig(), 4
     assert len(text) >= default.samples * default.seq_len * characters_per_token
 

@@ -39,7 +39,6 @@ _BEST = Recipe(
     weight=WeightConfig(clip="search", solver="gptq", damp=_DAMP),
     activation=ActivationConfig(clip="search"),
     kv_cache=_SMOOTHED_KV,
-    calibration=CalibrationConfig(conversation_share=0.5),
 )
 
 
@@ -179,8 +178,7 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
         ),
     ),
     "duquant-best": (
-        "Layers quantized best: balanced, aligned blocks around the zigzag, GPTQ, activation clips by site. "
-        "Half of the text it is calibrated on is conversations that ship with duquant. Minutes.",
+        "Layers quantized best: balanced, aligned blocks around the zigzag, GPTQ, activation clips by site. Minutes.",
         _BEST,
     ),
     "duquant-distilled": (

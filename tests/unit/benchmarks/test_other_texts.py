@@ -46,7 +46,7 @@ def test_rows_name_the_shares_of_other_texts(other_texts: ModuleType) -> None:
     mixes = {(row["recipe"], row["damp"]): row.get("mix") for row in other_texts._planned(arguments, "valid")}
     assert mixes["duquant-fast", None] is None
     assert mixes["duquant-distilled", None] == {"builtin_share": 0.5}
-    assert mixes["duquant-best", 0.3] == {"conversation_share": 0.5}
+    assert mixes["duquant-best", 0.3] is None
     assert mixes["duquant-gptq", 0.3] is None
 
 

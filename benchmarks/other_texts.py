@@ -44,9 +44,7 @@ DAMPS = (0.01, 0.1, 0.3, 1.0)
 SHARES = ("builtin_share", "conversation_share", "self_share")
 MIXED = "duquant-best"
 MIXES: tuple[Mapping[str, float], ...] = (
-    {},
     {"builtin_share": 0.5},
-    {"conversation_share": 0.33},
     {"conversation_share": 0.5},
     {"self_share": 0.5},
     {"builtin_share": 0.33, "conversation_share": 0.33},

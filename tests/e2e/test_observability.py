@@ -140,10 +140,14 @@ def visit(http: httpx.Client, receiver: str, home: Path) -> dict[str, Any]:
     # The others repeat what the caller sent wrong, and may.
     answers = [refused[0].text, *(http.get(f"/v1/jobs/{each['id']}").text for each in ended)]
 
-    def layers_are_shown() -> bool:
-        return 'duquant_claims_ended_total{outcome="failed"' in http.get("/metrics").text
+    # Workers show their numbers with their next beat, and the outbox is emptied by its own clock.
+    shown_last = ('duquant_claims_ended_total{outcome="failed"', 'duquant_webhook_attempts_total{outcome="delivered"')
 
-    wait_until(layers_are_shown)
+    def all_is_shown() -> bool:
+        metrics = http.get("/metrics").text
+        return all(sample in metrics for sample in shown_last)
+
+    wait_until(all_is_shown, 60)
     return {
         "good": ended[0],
         "bad": ended[1],

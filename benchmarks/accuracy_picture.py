@@ -5,20 +5,20 @@ from xml.sax.saxutils import escape
 
 from accuracy_rows import FP, Entry, Section
 
-_WIDTH, _LABELS, _ROOM = 860, 170, 420
+_WIDTH, _LABELS, _ROOM = 860, 140, 540
 _BAR, _GAP, _HEADING, _AXIS = 16, 8, 34, 30
 _LARGEST_D = 1.0
 """Longer bars are cut off: baselines would make all others too short to compare."""
 _TICK = 0.2
 _BITS = "W4A4KV4"
 """What goes without saying in the picture."""
-_TODAY, _EARLIER, _WEIGHTS, _LINE, _TEXT = "#2f6690", "#b5c9d8", "#a3a380", "#d9dee3", "#1f2933"
+_TODAY, _EARLIER, _OTHER_BITS, _LINE, _TEXT = "#2f6690", "#b5c9d8", "#a3a380", "#d9dee3", "#1f2933"
 
 
 def picture(sections: Sequence[Section]) -> str:
     """Return an SVG: below each model a bar for each of its recipes, the best first; whiskers are the seeds' ends.
 
-    Bars of recipes that round weights alone have another colour and stand last.
+    Bars of recipes that leave the cache or activations in 16 bits have another colour; those of the latter stand last.
     """
     parts: list[str] = []
     top = 4.0
@@ -52,7 +52,7 @@ def _section(section: Section, bars: Sequence[Entry], top: float) -> Iterator[st
 def _bar(entry: Entry, top: float) -> Iterator[str]:
     middle, low, high = top + _BAR / 2, min(entry.losses), max(entry.losses)
     end = _x(entry.loss)
-    color = _EARLIER if entry.note else _WEIGHTS if entry.rounds_weights_alone else _TODAY
+    color = _EARLIER if entry.note else _TODAY if entry.bits in ("", _BITS) else _OTHER_BITS
     assert entry.recipe != FP
     yield f'<text x="{_LABELS - 8}" y="{top + 12}" text-anchor="end">{escape(entry.recipe)}</text>'
     yield f'<rect x="{_LABELS}" y="{top}" width="{max(1.0, end - _LABELS):.1f}" height="{_BAR}" fill="{color}"/>'

@@ -27,6 +27,7 @@ def describe() -> dict[str, Any]:
         "machine": {
             "cpu": _cpu_model(),
             "cores": os.cpu_count(),
+            "threads": int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "system": f"{platform.system()} {platform.machine()}",
         },

@@ -13,7 +13,7 @@ import pytest
 from duquant.config import ALGORITHM_VERSION, PRESETS
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
-MODULES = ("accuracy_rows", "accuracy_picture", "accuracy_authors", "accuracy_page", "machine")
+MODULES = ("accuracy_rows", "accuracy_picture", "accuracy_authors", "accuracy_goals", "accuracy_page", "machine")
 
 
 @pytest.fixture
@@ -112,21 +112,35 @@ def test_a_row_of_a_recipe_that_is_gone_says_so(made: SimpleNamespace) -> None:
     assert "`no-longer` (a recipe that is gone)" in made.page([*ROWS, row("no-longer", 11.0)])
 
 
-def test_piqa_is_shown_with_the_larger_of_its_two_errors_and_its_questions(made: SimpleNamespace) -> None:
-    def scored(seed: int, acc: float) -> dict[str, Any]:
-        scores = {"acc": acc, "acc_stderr": 0.011, "acc_norm": 0.65, "acc_norm_stderr": 0.011, "samples": 1838}
-        return {**row(GOOD, 12.0, seed), "piqa": scores}
+def scored(made_row: dict[str, Any], acc: float) -> dict[str, Any]:
+    scores = {"acc": acc, "acc_stderr": 0.011, "acc_norm": 0.65, "acc_norm_stderr": 0.011, "samples": 1838}
+    return {**made_row, "piqa": scores}
 
-    page = made.page([row("fp", 10.0), scored(0, 0.60), scored(1, 0.64)])
-    assert cells(page, f"`{GOOD}`")[5:8] == ["65.00 ± 1.10", "62.00 ± 2.00", "1,838"]
-    assert cells(page, "FP")[5:8] == ["", "", ""]
+
+def test_piqa_has_a_table_with_the_larger_of_two_errors_and_what_is_lost(made: SimpleNamespace) -> None:
+    rows = [
+        row("fp", 10.0),
+        row(PLAIN, 40.0),
+        *(scored(row(GOOD, 12.0, seed), acc) for seed, acc in enumerate((0.6, 0.64))),
+    ]
+    page = made.page(rows)
+    table = page[page.index("### PIQA") : page.index("### Where and when")]
+    assert "1,838 questions" in table
+    assert cells(table, f"`{GOOD}`") == [f"`{GOOD}`", "65.00 ± 1.10", "", "62.00 ± 2.00", "", "2"]
+    assert table.count("| `") == 1
+    page = made.page([scored(rows[0], 0.655), *rows[1:]])
+    table = page[page.index("### PIQA") : page.index("### Where and when")]
+    assert cells(table, f"`{GOOD}`")[1:] == ["65.00 ± 1.10", "0.0", "62.00 ± 2.00", "3.5", "2"]
+    assert cells(table, "FP")[1:] == ["65.00 ± 1.10", "", "65.50 ± 1.10", "", "1"]
+    assert "PIQA" not in made.page(ROWS)
 
 
 def test_the_unseen_text_has_a_degradation_of_its_own(made: SimpleNamespace) -> None:
     rows = [{**each, "unseen": {"perplexity": 2 * each["perplexity"] + 10}} for each in ROWS[:-1]]
     page = made.page([*rows, ROWS[-1]])
     assert cells(page, "FP")[4] == "0"
-    assert cells(page, f"`{GOOD}`")[4] == f"{math.log(34 / 30):.3f}"
+    assert cells(page, f"`{GOOD}`")[4] == f"{math.log(34 / 30):.3f} (1 seed)"
+    assert cells(page, f"`{PLAIN}`")[4] == f"{math.log(90 / 30):.3f}"
     assert cells(made.page([ROWS[0], *rows[1:]]), f"`{GOOD}`")[4] == ""
 
 
@@ -139,13 +153,18 @@ def test_recipes_that_round_weights_alone_stand_last_in_another_colour(made: Sim
 
 def test_rows_say_where_and_how_busy(made: SimpleNamespace) -> None:
     cost = {"calibration_seconds": 100.0, "peak_rss_bytes": 2**20}
-    busy = {**row(PLAIN, 40.0), **cost, "load_at_start": 3.0, "machine": {"cpu": "another CPU", "cores": 2}}
-    page = made.page([ROWS[0], busy, {**row(GOOD, 12.0), **cost}])
-    assert [cells(page, f"`{name}`")[-4:-1] for name in (GOOD, PLAIN)] == [
-        ["100 s", "1 MiB", "1"],
-        ["≤ 100 s", "1 MiB", "2"],
+    there = {"cpu": "another CPU", "cores": 2, "threads": 1}
+    busy = {**row(PLAIN, 40.0), **cost, "load_at_start": 3.0, "machine": there}
+    slow = {**row(GOOD, 14.0, seed=1), **cost, "calibration_seconds": 300.4}
+    page = made.page([ROWS[0], busy, {**row(GOOD, 12.0), **cost}, slow])
+    assert [cells(page, f"`{name}`")[-2:] for name in (GOOD, PLAIN)] == [
+        ["100 to 300 s", "1 MiB"],
+        ["≤ 100 s", "1 MiB"],
     ]
-    assert "Machine: 1: a CPU, 2 cores; 2: another CPU, 2 cores." in page
+    runs = page[page.index("### Where and when") :]
+    assert cells(runs, f"`{GOOD}`")[1:] == ["1", "not recorded", "2026-11-22", "0123456, 0123456*"]
+    assert cells(runs, f"`{PLAIN}`")[1:3] == ["2", "1"]
+    assert "Machine: 1: a CPU, 2 cores; 2: another CPU, 2 cores." in runs
 
 
 def test_other_texts_among_the_windows_are_named(made: SimpleNamespace) -> None:
@@ -169,9 +188,66 @@ def test_the_authors_figures_stand_below_the_rows_of_the_same_windows(made: Simp
 def test_page_has_a_line_for_each_recipe_the_best_first(made: SimpleNamespace) -> None:
     page = made.page(ROWS)
     lines = [line for line in page.splitlines() if line.startswith(("| FP", "| `"))]
-    assert [line.split("|")[1].strip() for line in lines] == ["FP (bfloat16)", f"`{GOOD}`", f"`{PLAIN}`"]
+    names = ["FP (bfloat16)", f"`{GOOD}`", f"`{PLAIN}`"]
+    assert [line.split("|")[1].strip() for line in lines] == 2 * names
     assert cells(page, f"`{GOOD}`")[1:4] == [BITS, "0.259 ± 0.077", "13.00 ± 1.00"]
-    assert cells(page, f"`{GOOD}`")[-1] == "0123456, 0123456*"
+
+
+def reported(
+    made: SimpleNamespace,
+    losses: dict[str, float],
+    unseen: dict[str, float],
+    there: dict[str, float],
+    answers: float = 0.631,
+) -> dict[str, list[str]]:
+    """The goals of rows with these D, by their beginnings."""
+
+    def rows_of(model: str, values: dict[str, float]) -> list[dict[str, Any]]:
+        windows = {"text": "wikitext2-test.txt", "seq_len": 2048, "windows": 16}
+        return [
+            {**row(name, 20 * math.exp(loss), model=model), "evaluation": windows, "calibration_seconds": 601.0}
+            for name, loss in {"fp": 0.0, **values}.items()
+        ]
+
+    here = [
+        {**each, "unseen": {"perplexity": 30 * math.exp(unseen[each["recipe"]])}} if each["recipe"] in unseen else each
+        for each in rows_of("demo:smollm2-135m", losses)
+    ]
+    here = [scored(each, 0.645 if each["recipe"] == "fp" else answers) for each in here]
+    here.append({**here[1], "seed": 1, "perplexity": 20 * math.exp(1.1 * losses["duquant-best"])})
+    page = made.page([*here, *rows_of("demo:other", there)])
+    assert page.index("### Goals") < page.index("## demo:smollm2-135m")
+    lines = page[page.index("### Goals") :].split("\n\n")[2].splitlines()[2:]
+    return {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:4]] for line in lines}
+
+
+LOSSES = {"duquant-best": 0.2, "duquant-gptq": 0.23, "duquant-fast": 0.46}
+
+
+def test_goals_have_verdicts(made: SimpleNamespace) -> None:
+    goals = reported(made, LOSSES, {"fp": 0.0, **LOSSES}, LOSSES)
+    assert goals["`duquant-best`: D at most 0.22 (the aim)"] == ["0.210", "met"]
+    assert goals["`duquant-fast`: D at most 0.45"] == ["0.460", "**missed**"]
+    assert goals["`duquant-best`: calibration in at most 10 minutes on 2 cores"][1] == "**missed**"
+    assert goals["`duquant-best`: PIQA, acc, within 1.5 points of the unquantized model"] == ["1.4 points less", "met"]
+    assert goals["seeds change D by less than 10 %"] == ["9.5 % at most (`duquant-best`), 1 recipes", "met"]
+    assert not [goal for goal in goals if "lwc" in goal]
+    goals = reported(made, LOSSES, {}, LOSSES, answers=0.62)
+    assert goals["`duquant-best`: PIQA, acc, within 1.5 points of the unquantized model"] == [
+        "2.5 points less",
+        "**missed**",
+    ]
+
+
+def test_orders_are_compared_where_recipes_are_apart(made: SimpleNamespace) -> None:
+    level = {"fp": 0.0, "duquant-best": 0.25, "duquant-gptq": 0.24, "duquant-fast": 0.4}
+    turned = {"duquant-best": 0.2, "duquant-gptq": 0.5, "duquant-fast": 0.3}
+    goals = {name.partition(", of")[0]: found for name, found in reported(made, LOSSES, level, turned).items()}
+    assert goals["the same order on the unseen text"] == ["3 recipes; turned round: none", "met"]
+    assert goals["the same order on demo:other"] == [
+        "3 recipes; turned round: `duquant-gptq`, `duquant-fast`",
+        "**missed**",
+    ]
 
 
 def test_picture_is_xml_with_a_bar_for_each_recipe_and_whiskers_for_seeds(made: SimpleNamespace) -> None:

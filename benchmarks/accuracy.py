@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import options
 import unseen_text
 from accuracy_page import write_page
 from accuracy_rows import FP, Row
@@ -59,13 +60,15 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", help=f"repeat for more; default: {', '.join(MODELS)}")
+    parser.add_argument(
+        "--model", action="append", type=options.model, help=f"repeat for more; default: {', '.join(MODELS)}"
+    )
     parser.add_argument("--recipe", action="append", choices=list(PRESETS), help="repeat for more; default: all")
-    parser.add_argument("--seed", action="append", type=int, help="repeat for more; default: 0, 1 and 2")
-    parser.add_argument("--samples", type=int, default=32, help="calibration windows")
-    parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--windows", type=int, default=16, help="evaluation windows")
-    parser.add_argument("--questions", type=int, help="questions of PIQA; default: all 1,838")
+    parser.add_argument("--seed", action="append", type=options.seed, help="repeat for more; default: 0, 1 and 2")
+    parser.add_argument("--samples", type=options.count, default=32, help="calibration windows")
+    parser.add_argument("--seq-len", type=options.count, default=2048)
+    parser.add_argument("--windows", type=options.count, default=16, help="evaluation windows")
+    parser.add_argument("--questions", type=options.count, help="questions of PIQA; default: all 1,838")
     parser.add_argument(
         "--fill", action="append", choices=("piqa", "unseen"), help="measure rows without it again; repeat for more"
     )

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import options
 from machine import RESULTS
 from quantize import find_texts, text_name
 from row_file import Row, RowFile, perplexities, quantized
@@ -47,17 +48,23 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--model", type=options.model, default=MODEL)
     parser.add_argument(
         "--recipe", action="append", choices=list(PRESETS), help=f"repeat for more; default: {DEFAULT_PRESET}"
     )
-    parser.add_argument("--mode", action="append", help=f"repeat for more; default: {', '.join(MODES)}")
-    parser.add_argument("--seed", action="append", type=int, help="repeat for more; default: 0")
-    parser.add_argument("--samples", type=int, default=16, help="calibration windows")
-    parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--windows", type=int, default=8, help="evaluation windows of each text")
+    parser.add_argument("--mode", action="append", type=_mode, help=f"repeat for more; default: {', '.join(MODES)}")
+    parser.add_argument("--seed", action="append", type=options.seed, help="repeat for more; default: 0")
+    parser.add_argument("--samples", type=options.count, default=16, help="calibration windows")
+    parser.add_argument("--seq-len", type=options.count, default=2048)
+    parser.add_argument("--windows", type=options.count, default=8, help="evaluation windows of each text")
     parser.add_argument("--out", default=str(OUT))
     return parser.parse_args()
+
+
+def _mode(text: str) -> str:
+    with options.told():
+        recipe_in(DEFAULT_PRESET, text, 0)
+    return text
 
 
 def recipe_in(name: str, mode: str, seed: int) -> Recipe:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import options
 import torch
 from machine import RESULTS, data_folder
 from row_file import Row, RowFile
@@ -75,8 +76,8 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--windows", type=options.count, default=4)
+    parser.add_argument("--seq-len", type=options.count, default=2048)
     parser.add_argument("--out", default=str(RESULTS / "kv-cache.json"))
     return parser.parse_args()
 

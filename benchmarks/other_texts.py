@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import options
 from machine import RESULTS, data_folder
 from quantize import find_texts, text_name
 from row_file import Row, RowFile, perplexities, quantized
@@ -74,28 +75,42 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--model", type=options.model, default=MODEL)
     parser.add_argument(
         "--recipe", action="append", choices=list(PRESETS), help=f"repeat for more; default: {', '.join(RECIPES)}"
     )
-    parser.add_argument("--damp", action="append", type=float, help=f"repeat for more; default: {DAMPS} of {DAMPED}")
+    parser.add_argument("--damp", action="append", type=_damp, help=f"repeat for more; default: {DAMPS} of {DAMPED}")
     parser.add_argument(
         "--mix", action="append", type=_mix, help=f"as builtin=0.33,self=0.33; default: {len(MIXES)} ones of {MIXED}"
     )
-    parser.add_argument("--samples", type=int, default=32, help="calibration windows")
-    parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--windows", type=int, default=4, help="evaluation windows of each text")
+    parser.add_argument("--samples", type=options.count, default=32, help="calibration windows")
+    parser.add_argument("--seq-len", type=options.count, default=2048)
+    parser.add_argument("--windows", type=options.count, default=4, help="evaluation windows of each text")
     parser.add_argument("--out", default=str(OUT))
     return parser.parse_args()
 
 
 def _mix(text: str) -> Mapping[str, float]:
     """Read shares of other texts; nothing stands for none."""
-    given = dict(part.split("=", 1) for part in text.split(",") if part)
-    shares = {f"{name}_share": float(share) for name, share in given.items()}
-    if not shares.keys() <= set(SHARES):
-        raise ValueError(text)
+    shares = {}
+    for part in filter(None, text.split(",")):
+        name, _, share = part.partition("=")
+        try:
+            shares[f"{name}_share"] = float(share)
+        except ValueError as err:
+            raise argparse.ArgumentTypeError(f"{part!r} is not NAME=SHARE, such as builtin=0.5") from err
+    if unknown := shares.keys() - set(SHARES):
+        names = ", ".join(name.removesuffix("_share") for name in SHARES)
+        raise argparse.ArgumentTypeError(f"there is no {min(unknown).removesuffix('_share')!r}; there is: {names}")
+    with options.told():
+        variant(MIXED, mix=shares)
     return shares
+
+
+def _damp(text: str) -> float:
+    with options.told():
+        variant(MIXED, damp=float(text))
+    return float(text)
 
 
 def variant(name: str, damp: float | None = None, mix: Mapping[str, float] | None = None) -> Recipe:

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import options
 from machine import RESULTS, data_folder, describe, load_average
 
 MODEL = "demo:smollm2-135m"
@@ -63,9 +64,9 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", action="append", help=f"repeat for more; default: {', '.join(RECIPES)}")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--samples", type=options.count, default=32)
+    parser.add_argument("--seq-len", type=options.count, default=2048)
+    parser.add_argument("--windows", type=options.count, default=16)
     parser.add_argument("--out", default=str(RESULTS / "quantize-smollm2.json"), help="- prints it")
     parser.add_argument("--plain-forward", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--calibration", help=argparse.SUPPRESS)

@@ -14,6 +14,7 @@ from machine import describe, load_average
 from quantize import run_duquant
 
 from duquant.config import Recipe
+from duquant.models.references import resolve_model
 
 Row = dict[str, Any]
 
@@ -106,6 +107,8 @@ def quantized(model: str, recipe: Recipe, calibration: str, sizes: Mapping[str, 
         calibration: a text file.
         sizes: `samples` windows of `seq_len` tokens.
     """
+    # Converting a model once takes more memory than quantizing it, and is not what is measured.
+    resolve_model(model)
     with tempfile.TemporaryDirectory() as folder:
         file, out = Path(folder) / "recipe.json", Path(folder) / "artifact"
         file.write_text(json.dumps(recipe.to_dict()), encoding="utf-8")

@@ -3,7 +3,7 @@
 import importlib
 import json
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -55,8 +55,22 @@ def test_one_mixture_alone_can_be_measured(other_texts: ModuleType) -> None:
     assert mix == {"conversation_share": 0.5, "self_share": 0.25}
     arguments = Namespace(model="m", recipe=["duquant"], damp=None, mix=[mix], samples=2, seq_len=16, windows=1)
     assert [row.get("mix") for row in other_texts._planned(arguments, "valid")] == [None, mix]
-    with pytest.raises(ValueError, match="wiki=1"):
-        other_texts._mix("wiki=1")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("wiki=1", "no 'wiki'; there is: builtin, conversation, self"),
+        ("builtin", "'builtin' is not NAME=SHARE"),
+        ("builtin=half", "'builtin=half' is not NAME=SHARE"),
+        ("builtin=0.6,self=0.6", "together they must be at most 1"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_refused_before_anything_is_measured(
+    other_texts: ModuleType, text: str, said: str
+) -> None:
+    with pytest.raises(ArgumentTypeError, match=said):
+        other_texts._mix(text)
 
 
 def test_questions_have_their_right_answers(other_texts: ModuleType) -> None:

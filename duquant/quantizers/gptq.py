@@ -48,7 +48,8 @@ class GPTQSolver:
 
         Args:
             H: X^T X of the transformed inputs up to a factor; symmetric up to rounding. Dead channels may be zero.
-            damp: added to the diagonal, as a share of its mean; raised tenfold until the sum is positive definite.
+            damp: added to the diagonal, as a share of its mean; raised tenfold, up to ten times the mean, until the sum
+                is positive definite.
             descends: whether there will be coordinate descent, for which the moment itself is kept.
 
         Raises:
@@ -63,14 +64,18 @@ class GPTQSolver:
             importance = H.diagonal().clone()
         order = torch.argsort(importance, descending=True, stable=True)
         H = ((H + H.T) / (2 * mean))[order][:, order]
-        while damp <= _MAX_DAMP:
+        damps = _damps(damp)
+        for damp in damps:
             factor = _inverse_factor(H, damp)
             if factor is not None:
                 H.diagonal().add_(damp)
                 moment = H if descends else None
                 return cls(order=order, factor=factor, importance=importance, damp=damp, moment=moment)
-            damp *= _DAMP_FACTOR
-        raise CalibrationError("the second moment of the activations is not positive definite, however it is damped")
+        raise CalibrationError(
+            "the second moment of the activations is not positive definite, not even with "
+            f"{', '.join(f'{damp:g}' for damp in damps)} times its diagonal's mean added to the diagonal: no number of "
+            "inputs gives such a moment; calibrate again"
+        )
 
     def quantize(
         self, W: Float[Tensor, "out_features channels"], config: WeightConfig, *, outliers: int = 0
@@ -113,6 +118,18 @@ class GPTQSolver:
         restored = restored.T.contiguous()
         rounded = _on_grid(restored[:, :most], grid)
         return rounded if behind is None else replace(rounded, outliers=_on_grid(restored[:, most:], behind))
+
+
+def _damps(first: float) -> list[float]:
+    """Return what is tried one after the other.
+
+    >>> _damps(0.3)
+    [0.3, 3.0, 10.0]
+    """
+    damps = [first]
+    while damps[-1] < _MAX_DAMP:
+        damps.append(min(damps[-1] * _DAMP_FACTOR, _MAX_DAMP))
+    return damps
 
 
 def _on_grid(codes: Int8[Tensor, "out_features channels"], grid: Grid) -> QuantizedWeight:

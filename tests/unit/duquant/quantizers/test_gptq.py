@@ -147,11 +147,19 @@ def test_a_moment_that_is_not_positive_definite_is_damped_more_and_says_so() -> 
     assert GPTQSolver.from_second_moment(torch.eye(16), 0.01).damp == 0.01
 
 
+@pytest.mark.parametrize("damp", [0.01, 0.02, 0.3, 1.0])
+def test_every_damp_is_raised_up_to_the_same_last_one(damp: float) -> None:
+    """The least eigenvalue is -4: ten times the mean is enough, and what comes before it from any start is not."""
+    H = torch.eye(16)
+    H[0, 1] = H[1, 0] = 5.0
+    assert GPTQSolver.from_second_moment(H, damp).damp == pytest.approx(10.0)
+
+
 def test_hopeless_moments_are_errors() -> None:
     H = torch.eye(16)
     H[0, 1] = H[1, 0] = 1e3
-    with pytest.raises(CalibrationError, match="not positive definite"):
-        GPTQSolver.from_second_moment(H, 0.01)
+    with pytest.raises(CalibrationError, match=r"not positive definite, not even with 0\.3, 3, 10 times"):
+        GPTQSolver.from_second_moment(H, 0.3)
     H[0, 1] = torch.nan
     with pytest.raises(CalibrationError, match="NaN or Inf"):
         GPTQSolver.from_second_moment(H, 0.01)

@@ -17,7 +17,7 @@ from duquant.pipeline.epochs import LearningReport
 from duquant.pipeline.folds import LayerShape, fold_learned, smooth
 from duquant.pipeline.learning import LayerSamples, learn
 from duquant.pipeline.prepare import PreparedSite, prepare_site
-from duquant.pipeline.rounding import make_rounder
+from duquant.pipeline.rounding import Rounder, make_rounder
 from duquant.pipeline.site import SiteError
 from duquant.pipeline.strength import smoothing_error
 from duquant.quantizers.keys import key_smoothing
@@ -132,16 +132,11 @@ def quantize_layer(
         )
         error = SiteError(each.transformed, each.clip_ratio, recipe.activation, outliers=recipe.outlier_channels)
         for linear in site.linears:
-            parts: list[QuantizedWeight] = []
-            first = 0
-            for W in each.weights.blocks(linear, rounder.block_elements):
-                parts.append(rounder.quantize(W, linear, first))
-                error.add(W, parts[-1])
-                first += W.shape[0]
+            try:
+                quantized = _rounded(linear, each, rounder, error)
+            except CalibrationError as err:
+                raise CalibrationError(f"layer {layer} {linear}: {err}", layer=layer) from err
             count += state.pop(f"{linear}.weight").numel()
-            quantized = QuantizedWeight.concatenate(parts)
-            if not quantized.is_finite:
-                raise CalibrationError(f"layer {layer} {linear}: the weight's scale is NaN or Inf", layer=layer)
             output.update(_packed_tensors(linear, quantized))
         output.update(_site_tensors(site, each.transform, each.clip_ratio))
         report[site.name] = SiteReport(
@@ -160,6 +155,20 @@ def quantize_layer(
     # Norms, biases and linears that were left out keep 16 bits.
     output.update({name: folds.tensor(name, tensor).to(torch.bfloat16) for name, tensor in state.items()})
     return QuantizedLayer(output, report, quantized_weights=count, learning=learned.report if learned else None)
+
+
+def _rounded(linear: str, prepared: PreparedSite, rounder: Rounder, error: SiteError) -> QuantizedWeight:
+    """Return a linear's rounded weight; `error` is told of it."""
+    parts: list[QuantizedWeight] = []
+    first = 0
+    for W in prepared.weights.blocks(linear, rounder.block_elements):
+        parts.append(rounder.quantize(W, linear, first))
+        error.add(W, parts[-1])
+        first += W.shape[0]
+    quantized = QuantizedWeight.concatenate(parts)
+    if not quantized.is_finite:
+        raise CalibrationError("the weight's scale is NaN or Inf")
+    return quantized
 
 
 def _key_tensors(statistics: KeyStatistics | None, recipe: Recipe, layer: int) -> dict[str, Tensor]:

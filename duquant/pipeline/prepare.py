@@ -62,7 +62,7 @@ def prepare_site(
         layer: the layer's index, for the seed and for messages.
 
     Raises:
-        CalibrationError: there are no second moments where the recipe needs them, or they are not finite.
+        CalibrationError: there are no second moments where the recipe needs them, or no inputs give them.
     """
     columns = folds.columns[site.name]
     rows = statistics.rows.float().div_(columns)

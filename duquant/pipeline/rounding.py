@@ -13,7 +13,7 @@ from duquant.config import WeightConfig
 from duquant.errors import CalibrationError
 from duquant.pipeline.folds import BLOCK_ELEMENTS
 from duquant.pipeline.prepare import PreparedSite
-from duquant.pipeline.site import finite_moment, smoothed_moment
+from duquant.pipeline.site import smoothed_moment, usable_moment
 from duquant.quantizers.gptq import GPTQSolver
 from duquant.quantizers.outliers import OUTLIER_WEIGHTS
 from duquant.quantizers.weight import ClipRatios, QuantizedWeight, quantize_weight
@@ -115,7 +115,7 @@ def make_rounder(
         return NearestRounder(prepared.transformed, config, outliers=outliers)
     name = prepared.site.name
     try:
-        H = smoothed_moment(finite_moment(statistics), prepared.weights.folds.columns[name])
+        H = smoothed_moment(usable_moment(statistics), prepared.weights.folds.columns[name])
         H = prepared.transform.apply_both(H)
         if config.solver == "gptq":
             rounder = GPTQRounder(H, config, outliers=outliers)

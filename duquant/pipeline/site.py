@@ -14,6 +14,7 @@ from duquant.errors import CalibrationError
 from duquant.models.architecture import Site
 from duquant.pipeline.folds import BLOCK_ELEMENTS, Folds, row_blocks
 from duquant.quantizers.activation import round_activations, search_clip
+from duquant.quantizers.moments import check_moment
 from duquant.quantizers.weight import QuantizedWeight
 from duquant.transforms.site import Moments, SiteTransform
 
@@ -59,21 +60,20 @@ def site_moments(statistics: SiteStatistics, columns: Float[Tensor, " channels"]
     """Return what a balanced transform is computed from; `weights` are not transformed yet.
 
     Raises:
-        CalibrationError: there are no second moments, or they are not finite.
+        CalibrationError: there are no second moments, or no inputs give them.
     """
-    return Moments(smoothed_moment(finite_moment(statistics), columns), weights.moment(BLOCK_ELEMENTS))
+    return Moments(smoothed_moment(usable_moment(statistics), columns), weights.moment(BLOCK_ELEMENTS))
 
 
-def finite_moment(statistics: SiteStatistics) -> Float[Tensor, "channels channels"]:
+def usable_moment(statistics: SiteStatistics) -> Float[Tensor, "channels channels"]:
     """Return the second moment of a site's inputs.
 
     Raises:
-        CalibrationError: the calibration kept none, or it is not finite.
+        CalibrationError: the calibration kept none, or one that no inputs give.
     """
     if statistics.second_moment is None:
         raise CalibrationError("the recipe needs second moments, and the calibration kept none")
-    if not bool(torch.isfinite(statistics.second_moment).all()):
-        raise CalibrationError("the second moment of the activations is NaN or Inf")
+    check_moment(statistics.second_moment)
     return statistics.second_moment
 
 

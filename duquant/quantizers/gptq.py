@@ -16,6 +16,7 @@ from duquant.config import WeightConfig
 from duquant.errors import CalibrationError
 from duquant.quantizers.affine import Grid, dequantize, quantize
 from duquant.quantizers.descent import descend
+from duquant.quantizers.moments import check_moment
 from duquant.quantizers.outliers import OUTLIER_WEIGHTS
 from duquant.quantizers.weight import QuantizedWeight, weight_grid
 
@@ -53,10 +54,9 @@ class GPTQSolver:
             descends: whether there will be coordinate descent, for which the moment itself is kept.
 
         Raises:
-            CalibrationError: H is not finite, or no damping helps.
+            CalibrationError: H is not finite, its diagonal is negative, or no damping helps.
         """
-        if not bool(torch.isfinite(H).all()):
-            raise CalibrationError("the second moment of the activations is NaN or Inf")
+        check_moment(H)
         importance = H.diagonal().clamp_min(0.0).clone()
         mean = float(importance.mean())
         if mean == 0.0:  # no input was ever anything but zero: every channel is as good as any other

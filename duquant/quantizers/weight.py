@@ -10,6 +10,7 @@ from torch import Tensor
 from duquant.config import WeightConfig
 from duquant.errors import ConfigError
 from duquant.quantizers.affine import Grid, dequantize, fake_quantize, make_grid, quantize
+from duquant.quantizers.moments import OutputCost
 
 CLIP_CANDIDATES = tuple(1.0 - 0.05 * step for step in range(11))
 """Clip ratios tried for each row, 1.0 down to 0.5."""
@@ -109,6 +110,7 @@ def quantize_weight(
 
     Raises:
         ConfigError: no group size near the config's divides in_features.
+        CalibrationError: config.clip is "output", and second_moment is not one of any inputs.
     """
     grid = weight_grid(W, config, importance, second_moment, ratios)
     rows, channels = W.shape
@@ -127,6 +129,7 @@ def weight_grid(
 
     Raises:
         ConfigError: no group size near the config's divides in_features.
+        CalibrationError: config.clip is "output", and second_moment is not one of any inputs.
     """
     rows, channels = W.shape
     group_size = resolve_group_size(channels, config.group_size)
@@ -143,14 +146,10 @@ def weight_grid(
     elif config.clip == "output":
         assert second_moment is not None
         assert config.group_size is None
-        H = second_moment
-
-        def output_error(error: Tensor) -> Tensor:
-            rows = error[:, 0]
-            return (rows @ H).mul_(rows).sum(-1).view(-1, 1, 1)
-
-        low, high = _search_clip(grouped, low, high, config, output_error)
-        low, high = _refine_clip(grouped, low, high, config, output_error)
+        cost = OutputCost(second_moment)
+        low, high = _search_clip(grouped, low, high, config, cost)
+        low, high = _refine_clip(grouped, low, high, config, cost)
+        cost.check()
     return make_grid(low, high, bits=config.bits, symmetric=config.symmetric)
 
 

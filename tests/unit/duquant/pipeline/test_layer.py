@@ -372,6 +372,35 @@ def test_non_finite_moments_are_named(make_layer: Callable[..., Layer], recipe: 
         layer.quantize(replace(recipe, transform=TRANSFORMS["balanced"]))
 
 
+@pytest.mark.parametrize(
+    "weight",
+    [WeightConfig(solver="gptq"), WeightConfig(clip="output"), WeightConfig()],
+    ids=["gptq", "output", "balanced"],
+)
+def test_moments_that_no_inputs_give_are_named(
+    make_layer: Callable[..., Layer], recipe: Recipe, weight: WeightConfig
+) -> None:
+    layer = make_layer()
+    moment = layer.statistics["mlp_in"].second_moment
+    assert moment is not None
+    moment.neg_()
+    with pytest.raises(CalibrationError, match=r"layer 0 site mlp_in: the second moment .* on its diagonal"):
+        layer.quantize(replace(recipe, transform=TRANSFORMS["balanced"], weight=weight))
+
+
+def test_a_clip_search_by_an_indefinite_moment_names_the_linear(
+    make_layer: Callable[..., Layer], recipe: Recipe
+) -> None:
+    layer = make_layer()
+    moment = layer.statistics["mlp_in"].second_moment
+    assert moment is not None
+    moment.copy_(torch.eye(len(moment)) - 0.5)
+    recipe = replace(recipe, transform=TransformConfig(), weight=WeightConfig(clip="output"))
+    with pytest.raises(CalibrationError, match=r"layer 0 mlp\.gate_proj: .* not positive semidefinite") as caught:
+        layer.quantize(recipe)
+    assert caught.value.facts["layer"] == 0
+
+
 def test_a_moment_that_needs_more_damping_is_told(
     make_layer: Callable[..., Layer], recipe: Recipe, caplog: pytest.LogCaptureFixture
 ) -> None:

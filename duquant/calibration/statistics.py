@@ -127,7 +127,7 @@ class StatisticsRecorder:
         """Return the statistics.
 
         Raises:
-            CalibrationError: activations are NaN or Inf at a site, or nothing was recorded.
+            CalibrationError: activations are NaN or Inf at a site, or their squares are, or nothing was recorded.
         """
         result: dict[str, SiteStatistics] = {}
         for site in self._sites:
@@ -136,15 +136,27 @@ class StatisticsRecorder:
             absmax = self._absmax[site.name]
             if not bool(torch.isfinite(absmax).all()):
                 raise CalibrationError(f"activations at site {site.name} are NaN or Inf", site=site.name)
-            squares = self._square_sums.get(site.name)
+            squares, moment = self._square_sums.get(site.name), self._moments.get(site.name)
+            for sums in (squares, moment):
+                _check_range(sums, site.name, absmax)
             result[site.name] = SiteStatistics(
                 absmax=absmax,
                 rows=torch.cat(self._rows[site.name]),
                 mean_square=None if squares is None else squares / self._tokens[site.name],
-                second_moment=self._moments.get(site.name),
+                second_moment=moment,
                 reached=self._reached.get(site.name),
             )
         return result
+
+
+def _check_range(sums: Tensor | None, site: str, absmax: Tensor) -> None:
+    """Refuse sums of squares that overflow: by themselves the activations are finite."""
+    if sums is not None and not bool(torch.isfinite(torch.stack(torch.aminmax(sums))).all()):
+        raise CalibrationError(
+            f"activations at site {site} are of up to {float(absmax.max()):.1e}, and the sums of their squares are Inf "
+            "in float32; check the weights that make them",
+            site=site,
+        )
 
 
 def _absmax_of(X: Float[Tensor, "tokens channels"]) -> Float[Tensor, " channels"]:

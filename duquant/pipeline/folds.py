@@ -101,7 +101,12 @@ def smooth(
             assert error_of is not None
             scale = _best_scale(site, act_size, weight_size, state, shape, folds, error_of)
         if not bool(torch.isfinite(scale).all()):
-            raise CalibrationError(f"the smoothing scale of site {site.name} is NaN or Inf", site=site.name)
+            sizes = f"inputs of up to {float(act_size.max()):.1e}"
+            if weight_size is not None:
+                sizes += f" and weights of up to {float(weight_size.max()):.1e}"
+            raise CalibrationError(
+                f"the smoothing scale of site {site.name} is NaN or Inf, for {sizes}", site=site.name
+            )
         _fold(site, scale, state, shape, folds)
     return folds
 

@@ -99,7 +99,10 @@ def quantize_layer(
     sites = architecture.kept_sites(recipe.skip_linears, layer)
     state = dict(tensors)
     error_of = smoothing_error(state, statistics, recipe, layer)
-    folds = smooth(state, statistics, sites, shape, recipe.transform, error_of)
+    try:
+        folds = smooth(state, statistics, sites, shape, recipe.transform, error_of)
+    except CalibrationError as err:
+        raise CalibrationError(f"layer {layer}: {err}", layer=layer, **err.facts) from err
 
     def prepare() -> Iterator[PreparedSite]:
         return (prepare_site(site, state, statistics[site.name], folds, recipe, layer=layer) for site in sites)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,6 +110,22 @@ def test_non_finite_activations_are_an_error_that_names_the_site(bad: float, pos
     with pytest.raises(CalibrationError, match=f"activations at site {SITE.name} are NaN or Inf") as caught:
         recorded(inputs)
     assert caught.value.facts["site"] == SITE.name
+
+
+@pytest.mark.parametrize("kept", [{"mean_squares": True}, {"moment_stride": 1}], ids=["mean squares", "moment"])
+def test_squares_that_overflow_are_an_error_that_names_the_site_and_the_size(kept: dict[str, Any]) -> None:
+    """Activations of 1e20 are finite, and their squares are not in float32."""
+    recorder = StatisticsRecorder([SITE], row_stride=4, **kept)
+    X = batches()[0]
+    X[1, 3, 2] = -1e20
+    recorder.add(SITE.name, X)
+    with pytest.raises(CalibrationError, match=rf"site {SITE.name} are of up to 1\.0e\+20, .* squares") as caught:
+        recorder.finish()
+    assert caught.value.facts["site"] == SITE.name
+
+
+def test_large_activations_whose_squares_nobody_needs_are_accepted() -> None:
+    assert float(recorded([batches()[0] * 1e20]).absmax.max()) > 1e19
 
 
 def test_site_that_nothing_reached_is_an_error() -> None:

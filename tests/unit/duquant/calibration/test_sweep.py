@@ -252,11 +252,11 @@ def test_token_outside_the_embeddings_is_named(sweep: SweepFactory) -> None:
     assert not run.work.boundary(0, 1).exists()
 
 
-def overflowing(model: Path, layer: int) -> Path:
-    """Make a layer whose weights are finite and whose activations are not."""
+def overflowing(model: Path, layer: int, factor: float = 1e30) -> Path:
+    """Make a layer whose weights are finite and whose activations are not, or their squares."""
     tensors = load_file(model / "model.safetensors")
     for name in (f"model.layers.{layer}.mlp.up_proj.weight", f"model.layers.{layer}.mlp.gate_proj.weight"):
-        tensors[name] = tensors[name] * 1e30
+        tensors[name] = tensors[name] * factor
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     return model
 
@@ -270,6 +270,20 @@ def test_activations_that_overflow_name_layer_and_site(own_model: Callable[..., 
     assert caught.value.facts == {"layer": 1, "site": "mlp_out"}
     assert "statistics-0001-0000.safetensors" not in run.files()
     assert not [name for name in run.files() if "part" in name]
+
+
+def test_squares_that_overflow_name_layer_and_site(
+    own_model: Callable[..., Path], sweep: SweepFactory, recipe: Recipe
+) -> None:
+    recipe = replace(recipe, transform=replace(recipe.transform, smooth_statistic="rms"))
+    run = sweep(model=overflowing(own_model(), 1, 1e12), with_recipe=recipe)
+    run.embed(0)
+    run.layer(0, 0)
+    with pytest.raises(
+        CalibrationError, match=r"layer 1: activations at site mlp_out .* their squares are Inf"
+    ) as caught:
+        run.layer(1, 0)
+    assert caught.value.facts == {"layer": 1, "site": "mlp_out"}
 
 
 def test_left_out_sites_are_not_recorded(sweep: SweepFactory, recipe: Recipe) -> None:

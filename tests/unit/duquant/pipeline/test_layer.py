@@ -363,6 +363,19 @@ def test_missing_statistics_are_named(make_layer: Callable[..., Layer], recipe: 
         layer.quantize(replace(recipe, transform=TRANSFORMS[transform]))
 
 
+def test_a_smoothing_scale_that_is_not_finite_names_layer_site_and_sizes(
+    make_layer: Callable[..., Layer], recipe: Recipe
+) -> None:
+    layer = make_layer()
+    mean_square = layer.statistics["mlp_out"].mean_square
+    assert mean_square is not None
+    mean_square[3] = torch.inf
+    message = r"layer 5: the smoothing scale of site mlp_out is NaN or Inf, for inputs of up to inf and weights of"
+    with pytest.raises(CalibrationError, match=message) as caught:
+        layer.quantize(replace(recipe, transform=TRANSFORMS["rms"]), index=5)
+    assert caught.value.facts == {"layer": 5, "site": "mlp_out"}
+
+
 def test_non_finite_moments_are_named(make_layer: Callable[..., Layer], recipe: Recipe) -> None:
     layer = make_layer()
     moment = layer.statistics["mlp_in"].second_moment

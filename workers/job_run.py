@@ -154,7 +154,8 @@ class JobRun(ClaimedRun):
         assert completion.result is not None
         assert completion.task.key is not None
         outcome = ShardOutcome.from_dict(completion.result)
-        errors = [site["output_nmse"] for site in outcome.metrics.values() if "output_nmse" in site]
+        told = (site.get("output_nmse") for site in outcome.metrics.values())
+        errors = [error for error in told if error is not None]
         metrics: dict[str, Any] = {"outcome": completion.result}
         if errors:
             metrics["output_error"] = sum(errors) / len(errors)

@@ -42,11 +42,14 @@ class DistillationReport:
     """How distillation went. Losses are means over the tokens of sequences that are not learned on, in nats."""
 
     loss_before: float
-    loss_after: float
+    loss_after: float | None
+    """Measured after the last step, also where the layers do not keep what was learned. None if it is not finite, or if
+    learning ended before: a loss or a gradient of a step was not finite."""
     steps: int
     """Done ones."""
     is_restored: bool
-    """Learning gave nothing better, or numbers that are not finite: the layers stay what they were."""
+    """Learning gave nothing better, or numbers that are not finite: the layers stay what they were, and so does their
+    loss, which is `loss_before`."""
 
 
 @dataclass(frozen=True)
@@ -132,14 +135,17 @@ class Distiller:
             loss = self._step(learned.some(indices), rate)
             if not math.isfinite(loss):
                 _LOG.warning("distillation: the loss is %s in step %d; the layers stay what they were", loss, done)
-                return DistillationReport(before, before, done - 1, is_restored=True)
+                return DistillationReport(before, None, done - 1, is_restored=True)
             if done % 10 == 0:
                 _LOG.info("distillation: step %d of %d, loss %.4f", done, config.steps, loss)
         after = self.loss(held_out)
-        if math.isfinite(after) and after < before:
-            return DistillationReport(before, after, done, is_restored=False)
-        _LOG.warning("distillation: the loss is %s after it and was %s; the layers stay what they were", after, before)
-        return DistillationReport(before, before, done, is_restored=True)
+        is_finite = math.isfinite(after)
+        is_better = is_finite and after < before
+        if not is_better:
+            message = "distillation: the loss is %s after it and was %s; the layers stay what they were"
+            _LOG.warning(message, after, before)
+        # JSON has no NaN.
+        return DistillationReport(before, after if is_finite else None, done, is_restored=not is_better)
 
     @torch.no_grad()
     def loss(self, sequences: Sequences) -> float:

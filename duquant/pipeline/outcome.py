@@ -18,7 +18,8 @@ class ShardOutcome:
     """Of the tensors that went in."""
     source_bytes: int
     quantized_weights: int
-    metrics: dict[str, dict[str, float]]
+    metrics: dict[str, dict[str, float | None]]
+    """By site, and by what was learned; None is what could not be measured."""
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import errno
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -206,13 +206,20 @@ def test_only_scales_and_gains_change(make_case: Callable[..., Case]) -> None:
 
 
 def test_what_learning_made_worse_stays_as_it_was(
-    make_case: Callable[..., Case], distilled: Recipe, caplog: pytest.LogCaptureFixture
+    make_case: Callable[..., Case],
+    distilled: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     wild = replace(distilled, distillation=replace(BUDGET, rate=1.0))
     case = make_case(recipe=wild)
+    measured: list[float] = []
+    plain = Distiller.loss
+    monkeypatch.setattr(Distiller, "loss", lambda *given: measured.append(plain(*given)) or measured[-1])
     learned, report = case.distill()
     assert report.is_restored
-    assert report.loss_after == report.loss_before
+    assert [report.loss_before, report.loss_after] == measured
+    assert report.loss_after > report.loss_before
     assert "the layers stay what they were" in caplog.text
     for before, after in zip(case.drafts, learned, strict=True):
         assert all(torch.equal(before[name], after[name]) for name in before)
@@ -235,8 +242,22 @@ def test_a_loss_that_is_no_number_ends_learning(
     learned, report = case.distill()
     assert report.is_restored
     assert report.steps == 2
+    assert report.loss_after is None
     assert "in step 3" in caplog.text
     assert torch.equal(learned[0]["mlp.down_proj.weight_packed"], case.drafts[0]["mlp.down_proj.weight_packed"])
+
+
+@pytest.mark.parametrize("after", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_after_learning_is_none_in_the_report(
+    make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch, after: float
+) -> None:
+    case = make_case()
+    losses = iter([0.5, after])
+    monkeypatch.setattr(Distiller, "loss", lambda *_given: next(losses))
+    learned, report = case.distill()
+    assert asdict(report) == {"loss_before": 0.5, "loss_after": None, "steps": BUDGET.steps, "is_restored": True}
+    assert json.loads(json.dumps(asdict(report), allow_nan=False))["loss_after"] is None
+    assert torch.equal(learned[0]["mlp.down_proj.weight_scale"], case.drafts[0]["mlp.down_proj.weight_scale"])
 
 
 def test_a_divergence_that_is_no_number_before_learning_is_an_error(make_case: Callable[..., Case]) -> None:

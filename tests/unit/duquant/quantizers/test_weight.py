@@ -177,11 +177,12 @@ def test_clip_by_output_error_is_never_worse_in_any_row(other: str, symmetric: b
     assert float(output_error(W, found, H).sum()) < float(output_error(W, known, H).sum())
 
 
-@pytest.mark.parametrize("W", [torch.zeros(3, 8), torch.full((3, 8), 2.5), torch.full((3, 8), -1e-20)])
+@pytest.mark.parametrize("W", [torch.zeros(3, 8), torch.full((3, 8), 2.5), torch.full((3, 8), -1e-9)])
 def test_zero_and_constant_rows_survive_the_clip_by_output_error(W: torch.Tensor) -> None:
     q = quantize_weight(W, OUTPUT, second_moment=correlated(8))
     assert bool(torch.isfinite(q.scale).all())
-    torch.testing.assert_close(q.dequantize(), W, rtol=0.1, atol=1e-9)
+    # No less than 15e-12: below that the floor of all scales makes rows zero.
+    torch.testing.assert_close(q.dequantize(), W, rtol=0.1, atol=0.0)
 
 
 def test_a_single_token_s_moment_is_enough_for_the_clip_by_output_error() -> None:

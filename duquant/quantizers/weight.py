@@ -20,7 +20,10 @@ _MIN_GROUP = 8
 
 @dataclass(frozen=True)
 class ClipRatios:
-    """What each end of each row's or group's range is multiplied by; both are (out_features, groups, 1) float32."""
+    """What each end of each row's or group's range is multiplied by; both are (out_features, groups, 1) float32.
+
+    Learned ones are sigmoids, in (0, 1).
+    """
 
     beta: Float[Tensor, "out_features groups 1"]
     """Of the low end."""
@@ -206,7 +209,11 @@ def _search_clip(
 def _refine_clip(
     grouped: Tensor, low: Tensor, high: Tensor, config: WeightConfig, cost: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return a (low, high) near the given one, of less cost: smaller and smaller steps, each end by itself."""
+    """Return a (low, high) near the given one, of less cost: smaller and smaller steps, each end by itself.
+
+    An end may go beyond the row's by the product of all steps up, a factor of 1.11: a grid of steps that are a little
+    wider may fit the other weights better.
+    """
     best = _Best(grouped, low, high, config, cost)
     best.consider(low, high)
     for step in _REFINEMENTS:

@@ -7,11 +7,7 @@ from torch import Tensor
 from duquant.config import ActivationConfig
 from duquant.quantizers.affine import fake_quantize, row_grid
 from duquant.quantizers.outliers import OUTLIER_ACTIVATIONS
-from duquant.quantizers.weight import resolve_group_size
-
-CLIP_CANDIDATES = tuple(1.0 - 0.05 * step for step in range(11))
-"""Ratios tried for both ends together, 1.0 down to 0.5."""
-_END_FACTORS = (0.9, 1.1)
+from duquant.quantizers.weight import CLIP_CANDIDATES, END_FACTORS, resolve_group_size
 
 
 def round_activations(
@@ -64,7 +60,7 @@ def search_clip(
         return best
     together = best
     for end in (0, 1):
-        for factor in _END_FACTORS:
+        for factor in END_FACTORS:
             candidate = best.clone()
             candidate[end] = (together[end] * factor).clamp_max(1.0)
             cost = _cost(X, weight_moment, config, candidate)

@@ -13,7 +13,9 @@ from duquant.quantizers.affine import Grid, dequantize, fake_quantize, make_grid
 from duquant.quantizers.moments import OutputCost
 
 CLIP_CANDIDATES = tuple(1.0 - 0.05 * step for step in range(11))
-"""Clip ratios tried for each row, 1.0 down to 0.5."""
+"""Ratios tried for both ends together, 1.0 down to 0.5: of each row of a weight, of all tokens of a site."""
+END_FACTORS = (0.9, 1.1)
+"""What each end by itself is then multiplied by, where a grid has two."""
 _REFINEMENTS = (0.06, 0.03, 0.015)
 _MIN_GROUP = 8
 
@@ -200,7 +202,7 @@ def _search_clip(
         best.consider(low * ratio, high * ratio)
     if not config.symmetric:
         together_low, together_high = best.low.clone(), best.high.clone()
-        for factor in (0.9, 1.1):
+        for factor in END_FACTORS:
             best.consider(torch.maximum(together_low * factor, low), together_high)
             best.consider(together_low, torch.minimum(together_high * factor, high))
     return best.low, best.high

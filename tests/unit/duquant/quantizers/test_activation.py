@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from duquant.config import ActivationConfig
-from duquant.quantizers.activation import CLIP_CANDIDATES, round_activations, search_clip
+from duquant.quantizers.activation import round_activations, search_clip
+from duquant.quantizers.weight import CLIP_CANDIDATES
 
 SEARCHED = ActivationConfig(clip="search")
 

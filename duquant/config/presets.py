@@ -166,7 +166,8 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
         ),
     ),
     "duquant-gptq": (
-        "Between the two: our default with zero points aligned, GPTQ, activation clipping searched by site. Minutes.",
+        "Between duquant-fast and duquant-best, no larger than the first: duquant-fast with zero points aligned, GPTQ, "
+        "activation clips searched by site. Minutes.",
         Recipe(
             name="duquant-gptq",
             transform=TransformConfig(
@@ -178,12 +179,14 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
         ),
     ),
     "duquant-best": (
-        "Layers quantized best: balanced, aligned blocks around the zigzag, GPTQ, activation clips by site. Minutes.",
+        "Layers quantized best: balanced, aligned blocks around the zigzag, GPTQ, activation clips by site. Minutes. "
+        "With its blocks 10.6 bits a weight on a 135M model, about 5 at a width of 4096.",
         _BEST,
     ),
     "duquant-distilled": (
         "duquant-best with coordinate descent, whose scales and gains then learn the unquantized network's "
-        "distribution; half of the text it is calibrated on is Python's help. Half an hour.",
+        "distribution; half of the text it is calibrated on is Python's help. Half an hour. As large as "
+        "duquant-best.",
         replace(
             _BEST,
             name="duquant-distilled",

@@ -56,7 +56,8 @@ class OutputCost:
         """Return the cost of each row's error."""
         rows = error[:, 0]
         cost = (rows @ self._H).mul_(rows).sum(-1)
-        self._is_negative |= (cost < -self._noise * torch.linalg.vecdot(rows, rows)).any()
+        squares = torch.linalg.vector_norm(rows, dim=-1).square_()  # without a copy of the rows
+        self._is_negative |= (cost < -self._noise * squares).any()
         return cost.view(-1, 1, 1)
 
     def check(self) -> None:

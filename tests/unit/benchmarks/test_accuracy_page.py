@@ -165,6 +165,8 @@ def test_rows_say_where_and_how_busy(made: SimpleNamespace) -> None:
     assert cells(runs, f"`{GOOD}`")[1:] == ["1", "not recorded", "2026-11-22", "0123456, 0123456*"]
     assert cells(runs, f"`{PLAIN}`")[1:3] == ["2", "1"]
     assert "Machine: 1: a CPU, 2 cores; 2: another CPU, 2 cores." in runs
+    assert "A star marks" in runs
+    assert "A star marks" not in made.page([ROWS[0], busy])
 
 
 def test_other_texts_among_the_windows_are_named(made: SimpleNamespace) -> None:

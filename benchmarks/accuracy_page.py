@@ -94,9 +94,10 @@ def _parts(section: Section) -> Iterator[str]:
     machines = sorted({_machine(row) for row in section.rows})
     yield _table(_RUNS, (_run(entry, machines) for entry in section.entries))
     numbered = "; ".join(f"{number}: {machine}" for number, machine in enumerate(machines, 1))
-    star = "\nA star marks a commit with changes that were not committed."
-    is_starred = any(row["has_uncommitted_changes"] for row in section.rows)
-    yield f"Machine: {numbered}.{star if is_starred else ''}\n"
+    legend = [f"Machine: {numbered}."]
+    if any(row["has_uncommitted_changes"] for row in section.rows):
+        legend.append("A star marks a commit with changes that were not committed.")
+    yield "\n".join([*legend, ""])
 
 
 def _cells(entry: Entry) -> list[str]:

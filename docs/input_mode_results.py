@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from measured_rows import commits_of, is_earlier, machines_of, page_by_model, read_rows
+from measured_rows import commits_told, is_earlier, machines_of, page_by_model, read_rows
 
 from duquant.config import Recipe, preset
 from service.estimates import layer_runs
@@ -59,7 +59,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     lines += [
         f"Machine: {machines_of(rows)}. Load at the start of a row: {min(loads)} to {max(loads)}; times of a "
         "busy machine are upper bounds.",
-        f"Commits: {commits_of(rows)}; a star marks changes that were not committed.",
+        commits_told(rows),
     ]
     return "\n".join(lines) + "\n"
 

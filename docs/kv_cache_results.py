@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from measured_rows import commits_of, read_rows
+from measured_rows import commits_told, read_rows
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "kv-cache.json"
 PAGE = Path(__file__).parent / "results" / "kv-cache.md"
@@ -39,8 +39,7 @@ def page() -> str:
         "",
         f"{evaluation['windows']} windows of {evaluation['seq_len']} tokens of {evaluation['text']}; in 16 bits the "
         f"perplexity is {fp['perplexity']:.2f}.",
-        f"Machine: {machine['cpu']}, {machine['cores']} cores, {fp['date']}. Commits: {commits_of(rows)}; a star "
-        "marks changes that were not committed.",
+        f"Machine: {machine['cpu']}, {machine['cores']} cores, {fp['date']}. {commits_told(rows)}",
     ]
     return "\n".join([_HEAD, *lines, ""])
 

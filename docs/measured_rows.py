@@ -32,9 +32,11 @@ def page_by_model(head: str, rows: Sequence[Row], table: Callable[[Sequence[Row]
     return "\n".join(parts).rstrip() + "\n"
 
 
-def commits_of(rows: Iterable[Row]) -> str:
-    """Return the commits, a star at those with changes that were not committed."""
-    return ", ".join(sorted({f"{row['commit'][:7]}{'*' if row['has_uncommitted_changes'] else ''}" for row in rows}))
+def commits_told(rows: Sequence[Row]) -> str:
+    """Return a sentence with the commits, a star at those with changes that were not committed."""
+    commits = {f"{row['commit'][:7]}{'*' if row['has_uncommitted_changes'] else ''}" for row in rows}
+    legend = "; a star marks changes that were not committed" if any("*" in commit for commit in commits) else ""
+    return f"Commits: {', '.join(sorted(commits))}{legend}."
 
 
 def machines_of(rows: Iterable[Row]) -> str:

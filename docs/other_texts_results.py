@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from measured_rows import commits_of, is_earlier, machines_of, page_by_model, read_rows
+from measured_rows import commits_told, is_earlier, machines_of, page_by_model, read_rows
 
 from duquant.config import Recipe, preset, with_calibration
 
@@ -58,10 +58,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     if made:
         calibration = made[0]["calibration"]
         lines.append(f"Calibration: {calibration['samples']} windows of {calibration['seq_len']} tokens, one seed.")
-    lines += [
-        f"Machines: {machines_of([fp, *made])}. Commits: {commits_of(rows)}; a star marks changes "
-        "that were not committed.",
-    ]
+    lines.append(f"Machines: {machines_of([fp, *made])}. {commits_told(rows)}")
     return "\n".join(lines) + "\n"
 
 

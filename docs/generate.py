@@ -198,9 +198,9 @@ def _renewed(page: Path, begin: str, end: str, section: str) -> str:
     return f"{head}{begin}\n\n{section}\n\n{end}{tail}"
 
 
-def main() -> int:
-    """Write the generated parts, or check them."""
-    parts = {
+def generated() -> dict[Path, str]:
+    """Return what each of the files should have in it."""
+    return {
         CONFIG_PAGE: config_page(),
         ERRORS_PAGE: errors_page(),
         OPENAPI: openapi_file(),
@@ -211,6 +211,11 @@ def main() -> int:
         KV_CACHE_PAGE: kv_cache_page(),
         OTHER_TEXTS_PAGE: other_texts_page(),
     }
+
+
+def main() -> int:
+    """Write the generated parts, or check them."""
+    parts = generated()
     broken = _broken_by(parts[OPENAPI])
     for change in broken:
         print(f"breaks clients: {change}")

@@ -1,6 +1,7 @@
 """The accuracy page is made from the rows alone."""
 
 import importlib
+import json
 import math
 import sys
 from pathlib import Path
@@ -260,3 +261,11 @@ def test_picture_is_xml_with_a_bar_for_each_recipe_and_whiskers_for_seeds(made: 
     assert "0.259 ± 0.077" in texts
     assert len(list(root.iter("{http://www.w3.org/2000/svg}rect"))) == 1 + 3
     assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) == 1
+
+
+def test_the_committed_page_and_picture_are_current(made: SimpleNamespace) -> None:
+    rows = json.loads((BENCHMARKS / "results" / "accuracy.json").read_text())["rows"]
+    results = BENCHMARKS.parent / "docs" / "results"
+    command = "run: python benchmarks/accuracy.py --page"
+    assert (results / "accuracy.md").read_text() == made.page(rows), command
+    assert (results / "accuracy.svg").read_text() == made.picture(made.sections(rows)), command

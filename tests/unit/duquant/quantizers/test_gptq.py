@@ -155,6 +155,15 @@ def test_every_damp_is_raised_up_to_the_same_last_one(damp: float) -> None:
     assert GPTQSolver.from_second_moment(H, damp).damp == pytest.approx(10.0)
 
 
+def test_a_single_token_s_moment_is_damped_until_its_inverse_has_a_factor() -> None:
+    """Of rank one and hardly damped: what float32 leaves of it may have an inverse that has no factor."""
+    solvers = [GPTQSolver.from_second_moment(second_moment(64, tokens=1, seed=seed), 1e-6) for seed in range(32)]
+    for solver in solvers:
+        diagonal = solver.factor.diagonal()
+        assert bool((torch.isfinite(diagonal) & (diagonal > 0)).all())
+    assert any(solver.damp > 1e-6 for solver in solvers), "none of these needed more"
+
+
 def test_hopeless_moments_are_errors() -> None:
     H = torch.eye(16)
     H[0, 1] = H[1, 0] = 1e3
